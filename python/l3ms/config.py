@@ -1,0 +1,328 @@
+"""The YAML of `l3ms train`, as frozen pydantic models.
+
+`load_config(path, overrides)` reads the file, applies `--train.learning-rate 1e-5` style overrides, resolves paths and
+returns a `RunConfig`. Whatever is wrong comes out as one `ConfigError` that names the full dotted field. Paths written in
+the file are relative to the file's folder; paths given by a flag are relative to the current folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from l3ms.yaml_reader import ConfigError, parse_yaml, read_yaml
+
+__all__ = ["ConfigError", "RunConfig", "load_config"]
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strict (`true` is not 1, `"3"` is not 3), no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+
+class DataConfig(Section):
+    """Task data: rows of `{"prompt", "completion"}` or `{"messages": [...]}`; its prompts are those of the rollouts."""
+
+    train: Text  # a JSONL file, or a name that `datasets.load_dataset` knows
+    evaluation: Text | None = None  # JSONL file with the held-out rows
+    name: Text | None = None  # `datasets` configuration name
+    split: Text = "train"  # `datasets` split
+    evaluation_split: Text | None = None  # `datasets` split with the held-out rows
+    evaluation_share: Share = 0.1  # held out from the training rows when nothing else is named
+    prompt: Text = "prompt"  # column names
+    completion: Text = "completion"
+    messages: Text = "messages"
+    chat_template: bool = True  # a text prompt becomes one user turn when the tokenizer has a chat template
+    max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of prompt + completion; longer rows are cut and counted
+    limit: Annotated[int, Field(ge=2)] | None = None  # read at most this many rows
+
+
+class Bounded(Section):
+    """Bounds on the mean of a reward, in its own units (tokens, points); at least one of `min`, `max`."""
+
+    min: float | None = None
+    max: float | None = None
+    scale: Positive | None = None  # native units per 1.0 of the barrier; default: mid-range, or max(|bound|, 1)
+    margin: NonNegative | None = None  # kept inside the bound; default: 2 standard errors of the estimate
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Bounded:
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max or both: a constraint without a bound constrains nothing")
+        if self.min is not None and self.max is not None and not self.min < self.max:
+            raise ValueError(f"min must be below max, got min {self.min:g} and max {self.max:g}")
+        return self
+
+
+class LengthConfig(Bounded):
+    """Mean response length in tokens, the end-of-sequence token included."""
+
+    type: Literal["length"]
+    name: Name = "length"
+
+    @model_validator(mode="after")
+    def _check_reachable(self) -> LengthConfig:
+        if self.max is not None and self.max <= 1:
+            raise ValueError(f"max must be above 1 token (a response has at least its end token), got {self.max:g}")
+        return self
+
+
+class FunctionConfig(Bounded):
+    """Mean of a reward function of your own, `f(prompts, completions, **kwargs) -> list[float]`, as in TRL."""
+
+    type: Literal["function"]
+    name: Name
+    function: Text  # "file.py:name" or "module:name"; imported only with --allow-code
+
+    @model_validator(mode="after")
+    def _check_function(self) -> FunctionConfig:
+        source, _, name = self.function.rpartition(":")
+        if not source or not name.isidentifier():
+            raise ValueError(f'function must be "file.py:name" or "module:name", got {self.function!r}')
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of the full weights (needs `peft`)."""
+
+    r: Count = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[Text] = "all-linear"
+
+
+class TrainConfig(Section):
+    """How the constrained problem is solved; one iteration is a task half-step and a constraint half-step."""
+
+    solver: Literal["barrier", "none"] = "barrier"  # none: plain supervised fine-tuning
+    iterations: Count = 200
+    batch_size: Count = 8  # task sequences per backward pass
+    gradient_accumulation: Count = 1  # backward passes per task half-step
+    constraint_batch_size: Annotated[int, Field(ge=2)] = 32  # sampled responses per constraint half-step
+    learning_rate: Positive = 1e-5
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.95)
+    weight_decay: NonNegative = 0.0
+    warmup: Annotated[int, Field(ge=0)] | None = None  # iterations; default: a tenth of the run, at most 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of learning_rate, at the end
+    max_grad_norm: Positive = 1.0
+    max_new_tokens: Annotated[int, Field(ge=2)] = 256
+    temperature: Positive = 1.0
+    mu: Literal["auto", "paper"] = "auto"  # auto: the paper's decay, stopped at the noise floor of the estimates
+    mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
+    length_norm: Literal["mean", "sequence", "none"] = "mean"
+    average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    autocast: bool = False  # bfloat16 activations over float32 weights (GPU)
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+    lora: LoraConfig | None = None
+
+
+class EvaluateConfig(Section):
+    """Fresh samples on held-out prompts, after training (and before, with `initial`)."""
+
+    samples: Annotated[int, Field(ge=2)] = 512
+    batch_size: Count = 64
+    initial: bool = True
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """Everything that fixes a run."""
+
+    model: Text  # folder, or hub id of a causal language model
+    output: Text  # run folder
+    data: DataConfig
+    constraints: list[Annotated[LengthConfig | FunctionConfig, Field(discriminator="type")]] = []
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trust_remote_code: bool = False
+
+    @property
+    def runs_code(self) -> list[str]:
+        """What in this file would execute somebody's code, for the `--allow-code` gate."""
+        code = [f"{item.name}: {item.function}" for item in self.constraints if isinstance(item, FunctionConfig)]
+        return code + ([f"trust_remote_code: {self.model}"] if self.trust_remote_code else [])
+
+
+def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None) -> RunConfig:
+    """Read, override, resolve and validate. `overrides` are (dotted field, value) pairs; a `str` value of a dotted flag is
+    parsed as YAML by `parse_override` before. Raises `ConfigError` naming the field (or the file)."""
+    path = Path(path)
+    values = _resolve_paths(read_yaml(path), path.resolve().parent)
+    for field, value in overrides or []:
+        _assign(values, field, value)
+    values = _resolve_paths(values, Path.cwd())
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error) from None
+    _check_across(config)
+    return config
+
+
+def parse_override(flag: str, text: str) -> tuple[str, Any]:
+    """`--train.learning-rate`, `1e-5` -> (`train.learning_rate`, 1e-05). The text is read as YAML, else taken as it is."""
+    field = flag.removeprefix("--").replace("-", "_")
+    try:
+        return field, parse_yaml(text)
+    except ConfigError:
+        return field, text
+
+
+def _check_across(config: RunConfig) -> None:
+    """Rules that involve two sections."""
+    if config.train.solver == "barrier" and not config.constraints:
+        raise ConfigError("constraints", "solver 'barrier' needs at least one constraint; or set train.solver: none")
+    seen: set[str] = set()
+    for index, item in enumerate(config.constraints):
+        if item.name in seen:
+            raise ConfigError(f"constraints.{index}.name", f"{item.name!r} is used twice; names must differ")
+        seen.add(item.name)
+        if isinstance(item, LengthConfig) and item.min is not None and item.min >= config.train.max_new_tokens:
+            raise ConfigError(
+                f"constraints.{index}.min",
+                f"must be below train.max_new_tokens ({config.train.max_new_tokens}), got {item.min:g}: "
+                "no response can be that long",
+            )
+
+
+def _assign(values: dict[str, Any], field: str, value: Any) -> None:
+    """Set `values` at the dotted path, creating sections; an index one past the end appends a constraint."""
+    parts = field.split(".")
+    here: Any = values
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[: depth + 1])
+        last = depth == len(parts) - 1
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) > len(here):
+                raise ConfigError(where, f"wanted an index from 0 to {len(here)}")
+            if int(part) == len(here):
+                here.append({})
+            key: Any = int(part)
+        elif isinstance(here, dict):
+            key = part
+            if not last and here.get(key) is None:
+                here[key] = [] if parts[depth + 1].isdecimal() else {}
+        else:
+            raise ConfigError(where, f"cannot set a field inside {here!r}")
+        if last:
+            here[key] = value
+        else:
+            here = here[key]
+
+
+def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the paths in `values` absolute: `output` always, the others when they exist or look like a path."""
+
+    def resolve(text: Any, *, always: bool = False) -> Any:
+        if not isinstance(text, str) or not text or "\0" in text:
+            return text
+        path = Path(text).expanduser()
+        full = path if path.is_absolute() else base / path
+        looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
+        return str(full.resolve()) if always or looks_local or full.exists() else text
+
+    values["output"] = resolve(values.get("output"), always=True)
+    values["model"] = resolve(values.get("model"))
+    values = {key: value for key, value in values.items() if value is not None or key not in {"output", "model"}}
+    data = values.get("data")
+    if isinstance(data, dict):
+        values["data"] = data | {key: resolve(data[key]) for key in ("train", "evaluation") if key in data}
+    constraints = values.get("constraints")
+    for item in constraints if isinstance(constraints, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("function"), str) and ":" in item["function"]:
+            source, _, name = item["function"].rpartition(":")
+            item["function"] = f"{resolve(source)}:{name}" if source.endswith(".py") else item["function"]
+    return values
+
+
+def _known_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, list[str]]:
+    """Section -> its field names; a constraint's section is `constraints.<type>`."""
+    sections = {prefix: list(model.model_fields)}
+    for name, info in model.model_fields.items():
+        for inner in _models_in(info.annotation):
+            tag = inner.model_fields["type"].annotation if "type" in inner.model_fields else None
+            suffix = f".{get_args(tag)[0]}" if tag is not None else ""
+            sections |= _known_fields(inner, f"{prefix}.{name}".lstrip(".") + suffix)
+    return sections
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _did_you_mean(section: str, key: str) -> str:
+    """A hint for an unknown key: the nearest field of its section, else of any section."""
+    sections = _known_fields()
+    near = difflib.get_close_matches(key.replace("-", "_"), sections.get(section, []), 1, 0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    elsewhere = {field: name for name, fields in sections.items() for field in fields if name != section}
+    near = difflib.get_close_matches(key.replace("-", "_"), list(elsewhere), 1, 0.8)
+    if near:
+        return f"did you mean {elsewhere[near[0]]}.{near[0]}?".replace("mean .", "mean ")
+    return f"the fields here are {', '.join(sections.get(section, []))}"
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """The first problem of a pydantic error, unknown fields first, in one line."""
+    details = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    location = list(details["loc"])
+    tagged = len(location) > 2 and location[0] == "constraints"
+    section = ".".join(str(part) for part in ([location[0], *location[2:-1]] if tagged else location[:-1]))
+    if tagged:
+        del location[2]  # pydantic puts the constraint's type here
+    while len(location) > 1 and isinstance(location[-1], str) and ("[" in location[-1] or location[-1] in {"str"}):
+        location.pop()  # and the branch of a union here
+    field = ".".join(str(part) for part in location) or "config"
+    kind, value, message = details["type"], details.get("input"), details["msg"]
+    if kind == "extra_forbidden":
+        return ConfigError(field, f"unknown field; {_did_you_mean(section, str(details['loc'][-1]))}")
+    if kind == "missing":
+        return ConfigError(field, "is required")
+    if kind == "union_tag_not_found":
+        return ConfigError(f"{field}.type", "is required: length or function")
+    if kind == "union_tag_invalid":
+        return ConfigError(f"{field}.type", f"must be length or function, got {_short(_get(value, 'type'))}")
+    if kind == "value_error":
+        named = message.removeprefix("Value error, ")
+        first = named.split(" ", 1)[0]
+        inner = first in {"min", "max", "function"}
+        return ConfigError(f"{field}.{first}", named.split(" ", 1)[1]) if inner else ConfigError(field, named)
+    if kind == "finite_number":
+        return ConfigError(field, f"must be a finite number, got {value}")
+    if kind == "model_type":
+        return ConfigError(field, f"must be a section with fields of its own, got {_short(value)}")
+    return ConfigError(field, f"{message.replace('Input should', 'must')}, got {_short(value)}")
+
+
+def _get(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,207 @@
+"""The picture of a run: estimates against their bounds, multipliers, mu, task loss, and the lengths that came out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
+CURVES = (BLUE, "#b5651d", "#6b4fa3", RED)
+Z95 = 1.959964
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def draw(metrics: Rows, report: Mapping[str, Any], baseline: Rows = ()) -> Figure:
+    """A figure of two rows (one more per further constraint); its size suits a README's column."""
+    constraints = _constraints(metrics, report)
+    panels = max(1, len(constraints))
+    figure = Figure(figsize=(11, 2.9 * (panels + 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(panels + 1, 6)
+    for index, item in enumerate(constraints):
+        axes = figure.add_subplot(grid[index, :4] if index == 0 else grid[index, :])
+        _estimate(axes, metrics, item, report)
+    _lengths(figure.add_subplot(grid[0, 4:] if constraints else grid[0, :]), report)
+    _multipliers(figure.add_subplot(grid[panels, :2]), metrics, constraints)
+    _mu(figure.add_subplot(grid[panels, 2:4]), metrics)
+    _loss(figure.add_subplot(grid[panels, 4:]), metrics, baseline)
+    return figure
+
+
+def _constraints(metrics: Rows, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`{name, min, max}` of every constraint that was measured, the report's order first."""
+    known = {item["name"]: dict(item) for item in report.get("constraints") or []}
+    if not known and report.get("bounds"):
+        known = {"length": {"name": "length", **report["bounds"]}}
+    for row in metrics:
+        for key in row:
+            if key.startswith("constraints/") and key.endswith("/estimate"):
+                name = key.removeprefix("constraints/").removesuffix("/estimate")
+                known.setdefault(name, {"name": name})
+    return [item for name, item in known.items() if not np.isnan(_series(metrics, f"constraints/{name}/estimate")).all()]
+
+
+def _series(metrics: Rows, key: str) -> np.ndarray:
+    """The values of one key over the iterations, NaN where it is missing."""
+    values = [row.get(key) for row in metrics]
+    return np.array([math.nan if value is None else float(value) for value in values], dtype=float)
+
+
+def _iterations(metrics: Rows) -> np.ndarray:
+    return np.array([row.get("iteration", index) for index, row in enumerate(metrics, 1)], dtype=float)
+
+
+def _style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if xlabel == "iteration":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Running estimate with its 95% band, the bounds, and what fresh samples said afterwards."""
+    name, low, high = item["name"], item.get("min"), item.get("max")
+    x, y = _iterations(metrics), _series(metrics, f"constraints/{name}/estimate")
+    band = Z95 * np.nan_to_num(_series(metrics, f"constraints/{name}/stderr"))
+    points = [(key, label, colour, _measured(report, key, name)) for key, label, colour in _models()]
+    points = [point for point in points if point[3] is not None]
+    shown = [value for value in (low, high) if value is not None]
+    shown += [value for point in points for value in point[3][1:]]
+    bottom = min([*shown, np.nanmin(y - np.minimum(band, np.nanmax(np.abs(y))))])
+    top = max([*shown, np.nanmax(y + np.minimum(band, np.nanmax(np.abs(y))))])
+    pad = 0.06 * (top - bottom) or 1.0
+    axes.set_ylim(bottom - pad, top + pad)
+    _shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim())
+    axes.fill_between(x, y - band, y + band, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(x, y, color=BLUE, linewidth=1.8, label="running estimate, 95% band")
+    start = report.get("average_from")
+    if start is not None:
+        axes.axvline(start, color=GREY, linewidth=0.9, linestyle=":")
+        axes.annotate(
+            "weights averaged", (start, 1), xycoords=("data", "axes fraction"), xytext=(4, -11),
+            textcoords="offset points", fontsize=7.5, color=GREY,
+        )  # fmt: skip
+    span = max(x[-1] - x[0], 1.0)
+    for index, (_, label, colour, (mean, below, above)) in enumerate(points):
+        axes.errorbar(
+            x[-1] + span * 0.03 * (index + 1), mean, yerr=[[mean - below], [above - mean]],
+            fmt="o", markersize=4.5, capsize=3, color=colour, label=f"{label}: fresh samples",
+        )  # fmt: skip
+    unit = "tokens" if name == "length" else "reward"
+    _style(axes, "Mean response length" if name == "length" else f"Mean {name}", unit)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+
+
+def _models() -> tuple[tuple[str, str, str], ...]:
+    return (("sft", "SFT", GREY), ("initial", "before", GREY), ("average", "L3M averaged", BLUE))
+
+
+def _measured(report: Mapping[str, Any], key: str, name: str) -> tuple[float, float, float] | None:
+    """(mean, low, high) of a constraint on fresh samples, if the report has it."""
+    summary = report.get(key) or {}
+    found = summary.get("length") if name == "length" else (summary.get("constraints") or {}).get(name)
+    if not found or found.get("mean") is None or not found.get("ci95"):
+        return None
+    low, high = found["ci95"]
+    return found["mean"], min(low, found["mean"]), max(high, found["mean"])
+
+
+def _shade(span: Any, line: Any, low: float | None, high: float | None, limits: tuple[float, float]) -> None:
+    """The allowed range in green, a line at each bound."""
+    if low is None and high is None:
+        return
+    span(limits[0] if low is None else low, limits[1] if high is None else high, color=GREEN, alpha=0.13, linewidth=0)
+    for index, bound in enumerate(value for value in (low, high) if value is not None):
+        line(bound, color=GREEN, linewidth=1.1, label="bounds" if index == 0 else None)
+
+
+def _multipliers(axes: Axes, metrics: Rows, constraints: Sequence[Mapping[str, Any]]) -> None:
+    x = _iterations(metrics)
+    for index, item in enumerate(constraints):
+        prefix = f"constraints/{item['name']}/lambda"
+        keys = sorted({key for row in metrics for key in row if key == prefix or key.startswith(f"{prefix}_")})
+        for side, key in enumerate(keys):
+            values = _series(metrics, key)
+            values[values <= 0] = math.nan
+            suffix = key.removeprefix(prefix).strip("_")
+            label = " ".join(part for part in (item["name"], suffix) if part)
+            style = "--" if side else "-"
+            axes.plot(x, values, style, color=CURVES[index % len(CURVES)], linewidth=1.4, label=label)
+    axes.set_yscale("log")
+    _style(axes, "Multiplier λ", "λ (log scale)")
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _mu(axes: Axes, metrics: Rows) -> None:
+    axes.plot(_iterations(metrics), _series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6)
+    axes.set_yscale("log")
+    _style(axes, "Barrier strength μ", "μ (log scale)")
+
+
+def _loss(axes: Axes, metrics: Rows, baseline: Rows) -> None:
+    for rows, colour, label in ((baseline, GREY, "SFT"), (metrics, BLUE, "L3M")):
+        if rows:
+            loss = _series(rows, "loss")
+            axes.plot(_iterations(rows), loss, color=colour, linewidth=0.7, alpha=0.35)
+            axes.plot(_iterations(rows), _smooth(loss), color=colour, linewidth=1.6, label=label)
+    _style(axes, "Task loss", "nats per token")
+    if baseline:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _smooth(values: np.ndarray, weight: float = 0.1) -> np.ndarray:
+    """Bias-corrected exponential average; missing values leave it as it was."""
+    total = mass = 0.0
+    smooth = np.full_like(values, math.nan)
+    for index, value in enumerate(values):
+        if not math.isnan(value):
+            total, mass = (1 - weight) * total + weight * value, (1 - weight) * mass + weight
+        if mass:
+            smooth[index] = total / mass
+    return smooth
+
+
+def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
+    """Histogram of the sampled lengths before and after, the wanted range of the mean shaded."""
+    counts = {key: (report.get(key) or {}).get("length", {}).get("histogram") for key, _, _ in _models()}
+    counts = {key: value for key, value in counts.items() if value and sum(value)}
+    low, high = ((report.get("bounds") or {}).get(side) for side in ("min", "max"))
+    _style(axes, "Length of responses", "share of responses", "tokens")
+    if not counts:
+        axes.text(0.5, 0.5, "no samples yet", ha="center", va="center", transform=axes.transAxes, color=GREY, fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    edge = max(_quantile(value, 0.99) for value in counts.values()) + 1
+    edge = max(edge, 1.1 * (high or low or 0))
+    width = max(1, round(edge / 30))
+    edges = np.arange(0, edge + width, width)
+    _shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])))
+    for key, label, colour in _models():
+        if key in counts:
+            value = np.array(counts[key], dtype=float)
+            ends = np.clip(np.arange(len(value)), None, edges[-1] - 1e-6)
+            share = np.histogram(ends, bins=edges, weights=value / value.sum())[0]
+            axes.stairs(share, edges, color=colour, fill=True, alpha=0.25)
+            axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)
+    axes.set_xlim(0, edges[-1])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _quantile(counts: Sequence[int], share: float) -> int:
+    return int(np.searchsorted(np.cumsum(counts), share * sum(counts)))

@@ -1,0 +1,191 @@
+"""What a run leaves to look at: `report.json`, `report.png`, and the tables in the terminal.
+
+A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, min, max}]`, `skipped_steps`,
+`mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
+`{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples"}`. The picture is drawn from
+`metrics.jsonl` (one object per iteration) and `report.json` alone, so `l3ms plot` can draw it again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l3ms.yaml_reader import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODELS = {"sft": "SFT", "initial": "before", "last": "L3M, last iterate", "average": "L3M, averaged"}
+
+
+def write_report(folder: str | Path, report: Mapping[str, Any], lengths: Mapping[str, Iterable[int]] | None = None) -> Path:
+    """Write `report.json` and draw `report.png` in `folder`; returns the picture's path.
+
+    `lengths` maps a model's key ("sft", "average", ...) to the token counts of its sampled responses; they are kept in the
+    report as `length.histogram`, a list whose entry n is the number of responses of n tokens.
+    """
+    folder = Path(folder)
+    report = json.loads(json.dumps(_finite(report)))
+    for key, values in (lengths or {}).items():
+        report.setdefault(key, {}).setdefault("length", {})["histogram"] = histogram(values)
+    write_json(folder / "report.json", report)
+    return plot_run(folder)
+
+
+def histogram(lengths: Iterable[int]) -> list[int]:
+    """`[number of responses of 0 tokens, of 1 token, ...]`, up to the longest."""
+    values = [int(length) for length in lengths]
+    counts = [0] * (max(values, default=-1) + 1)
+    for value in values:
+        counts[value] += 1
+    return counts
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (NaN and infinity become null) so that a reader sees the old file or the new one, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(_finite(value), file, indent=2, allow_nan=False, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):  # numpy and torch scalars
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The iterations of a `metrics.jsonl`; a torn last line (a killed run) is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ConfigError(str(path), f"line {number} is not JSON") from None
+    return rows
+
+
+def plot_run(folder: str | Path) -> Path:
+    """Draw `report.png` from the folder's `metrics.jsonl` and `report.json` (an interrupted run has no report yet).
+
+    An optional `sft.jsonl` adds the baseline's task loss. Raises `ConfigError` when there is nothing to draw.
+    """
+    from l3ms.figure import draw
+
+    folder = Path(folder)
+    try:
+        metrics = read_metrics(folder / "metrics.jsonl")
+    except FileNotFoundError:
+        raise ConfigError(str(folder), "is not a run folder: it has no metrics.jsonl") from None
+    if not metrics:
+        raise ConfigError(str(folder / "metrics.jsonl"), "holds no iterations yet")
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        report = {}
+    except json.JSONDecodeError as error:
+        raise ConfigError(str(folder / "report.json"), f"is not JSON: {error.msg} at line {error.lineno}") from None
+    baseline = read_metrics(folder / "sft.jsonl") if (folder / "sft.jsonl").exists() else []
+    target = folder / "report.png"
+    partial = folder / ".report.partial.png"
+    try:
+        draw(metrics, report, baseline).savefig(partial, dpi=160)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def summary_table(report: Mapping[str, Any]) -> Table:
+    """The models of a report side by side: length with its 95% interval, percentiles, share ended, task perplexity."""
+    from rich.table import Table
+
+    table = Table(title=_title(report), title_style="bold", header_style="bold", title_justify="left")
+    table.add_column("model")
+    headings = ("mean length", "95% interval", "p5", "p50", "p95", "ended", "perplexity")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    extra = [item["name"] for item in report.get("constraints", []) if item["name"] != "length"]
+    for name in extra:
+        table.add_column(name, justify="right")
+    bounds = report.get("bounds") or {}
+    for key, label in MODELS.items():
+        summary = report.get(key)
+        if not summary:
+            continue
+        length = summary["length"]
+        low, high = length["ci95"]
+        inside = _inside(length["mean"], bounds)
+        mean = f"{length['mean']:.2f}" if inside is None else f"[{'green' if inside else 'red'}]{length['mean']:.2f}[/]"
+        cells = [label, mean, f"{low:.2f} to {high:.2f}", *(f"{length[name]:.0f}" for name in ("p5", "p50", "p95"))]
+        cells += [f"{100 * summary['ended']:.1f}%", _number(summary.get("perplexity"), ".3f")]
+        rewards = summary.get("constraints", {})
+        cells += [_number((rewards.get(name) or {}).get("mean"), ".3g") for name in extra]
+        table.add_row(*cells)
+    samples = next((report[key]["samples"] for key in MODELS if report.get(key)), None)
+    if samples:
+        table.caption = f"{samples} fresh samples on held-out prompts; lengths in tokens"
+    return table
+
+
+def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
+    """Responses to the same prompts side by side: `{"prompt", <model key>: response, ...}` per example."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(examples)
+    keys = [key for key in MODELS if any(key in row for row in rows)]
+    table = Table(title="Examples", title_style="bold", header_style="bold", show_lines=True, title_justify="left")
+    for heading in ("prompt", *(MODELS[key] for key in keys)):
+        table.add_column(heading, overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(*(Text(_clip(row.get(key, ""))) for key in ("prompt", *keys)))
+    return table
+
+
+def bounds_text(minimum: float | None, maximum: float | None) -> str:
+    """`in [12, 16]`, `>= 12` or `<= 16`; empty without bounds."""
+    if minimum is not None and maximum is not None:
+        return f"in [{minimum:g}, {maximum:g}]"
+    if minimum is not None:
+        return f">= {minimum:g}"
+    return f"<= {maximum:g}" if maximum is not None else ""
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    constraints = report.get("constraints") or [{"name": "length", **(report.get("bounds") or {})}]
+    wanted = ", ".join(f"{item['name']} {bounds_text(item.get('min'), item.get('max'))}".strip() for item in constraints)
+    return f"Wanted: {wanted}".replace("[", r"\[")
+
+
+def _inside(value: float, bounds: Mapping[str, float | None]) -> bool | None:
+    low, high = bounds.get("min"), bounds.get("max")
+    if low is None and high is None:
+        return None
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _clip(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,91 @@
+"""Safe YAML for configurations: plain values only, numbers are numbers, and a repeated key is an error.
+
+YAML 1.1 reads `1e-6` as text and silently keeps the last of two equal keys; both have ruined runs. Tags (`!!python/...`)
+are refused by `SafeLoader`; anchors are refused here, since a few lines of nested aliases expand to gigabytes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+
+
+class ConfigError(ValueError):
+    """Bad input of the user's: `field` is the dotted field (or the file), the text says what was wanted and what came."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+def _refuse(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+class _Loader(yaml.SafeLoader):
+    """`SafeLoader` with JSON's floats, without aliases, and with an eye for repeated keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise _refuse("aliases are not supported", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _refuse(f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise _refuse(f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, name: str = "value") -> Any:
+    """The plain value `text` stands for; `ConfigError(name, ...)` with the line when it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(name, f"{line}{error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(name, f"is not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(name, "is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # an impossible date, an integer of thousands of digits
+        raise ConfigError(name, f"holds a value that cannot be read: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the file at `path`. Raises `ConfigError` naming the file."""
+    name = str(path)
+    try:
+        size = path.stat().st_size if path.is_file() else -1
+        if size > MAX_BYTES:
+            raise ConfigError(name, f"is larger than a configuration ({size} bytes)")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(name, "no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(name, f"cannot be read: {reason}") from None
+    values = parse_yaml(text, name)
+    if values is None:
+        raise ConfigError(name, "is empty; it needs at least model, output and data")
+    if not isinstance(values, dict):
+        raise ConfigError(name, f"must be a mapping of fields, got {type(values).__name__}")
+    return values
