@@ -1,0 +1,25 @@
+"""Fused kernels for constrained fine-tuning of language models (L3Ms): tensors in, tensors out.
+
+`python -m l3m_kernels` says what runs on this machine.
+"""
+
+from l3m_kernels.backends import backends, set_workspace
+from l3m_kernels.barrier import Bounds, barrier_multiplier, barrier_weights, initial_state, relaxed_log_barrier
+from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
+from l3m_kernels.reference import BarrierWeights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BarrierWeights",
+    "Bounds",
+    "LogLikelihood",
+    "backends",
+    "barrier_multiplier",
+    "barrier_weights",
+    "initial_state",
+    "log_likelihood",
+    "relaxed_log_barrier",
+    "set_workspace",
+    "weighted_log_likelihood",
+]

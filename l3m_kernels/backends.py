@@ -1,0 +1,124 @@
+"""One table of backends: which functions each has, for which devices, and why not where not.
+
+An op is a name; a backend implements it by a function of the signature that `reference`/`chunked` has. `auto` takes the first backend
+in the table's order that is available on the device and has the op.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from l3m_kernels import _native, chunked, reference
+
+NATIVE = _native.load()
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    devices: tuple[str, ...]  # torch device types; ("*",) is any
+    ops: Mapping[str, Callable] = field(default_factory=dict)
+    missing: str | None = None  # why it cannot be used here
+
+    def problem(self, op: str, device: str) -> str | None:
+        """Why this backend cannot run `op` on `device`, or None."""
+        if self.missing:
+            return self.missing
+        if self.devices != ("*",) and device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device}"
+        if op not in self.ops:
+            return f"does not implement {op} (it has: {', '.join(self.ops)})"
+        return None
+
+
+def _native_ops() -> dict[str, Callable]:
+    return {"barrier_weights": torch.ops.l3m_kernels.cpp_barrier_weights} if NATIVE.module else {}
+
+
+# Fastest first: `auto` goes down this list.
+TABLE: tuple[Backend, ...] = (
+    Backend("cuda", ("cuda",), missing="this version has no CUDA C++ kernels"),
+    Backend("triton", ("cuda",), missing="this version has no Triton kernels"),
+    Backend("cpp", ("cpu",), _native_ops(), None if NATIVE.module else NATIVE.reason),
+    Backend(
+        "reference",
+        ("*",),
+        {
+            "log_likelihood": chunked.log_likelihood,
+            "log_likelihood_backward": chunked.log_likelihood_backward,
+            "weighted_log_likelihood": chunked.weighted_log_likelihood,
+            "barrier_weights": reference.barrier_weights,
+        },
+    ),
+)
+
+
+def select(op: str, backend: str, device: str) -> Callable:
+    """The function that runs `op` on `device`; `backend` is "auto" or a name.
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: it is not available here, and why.
+    """
+    if backend == "auto":
+        return next(row.ops[op] for row in TABLE if row.problem(op, device) is None)
+    for row in TABLE:
+        if row.name == backend:
+            if problem := row.problem(op, device):
+                raise RuntimeError(f"{op}: backend {backend!r} cannot be used: {problem}; backend=None picks one that can")
+            return row.ops[op]
+    raise ValueError(f"{op}: backend must be one of {', '.join(row.name for row in TABLE)} or None (automatic), got {backend!r}")
+
+
+# Bytes held beyond inputs, outputs and the accumulators of the gradients. On a GPU large chunks amortise the traffic of the weight gradient.
+DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
+_workspace: int | None = None
+
+
+def set_workspace(bytes: int | None) -> None:
+    """Bound the memory that the head's ops hold beyond inputs, outputs and gradient accumulators, in bytes.
+
+    None restores the default: 64 MiB on a CPU, 512 MiB on a GPU. At least one row of logits (4 V bytes) is always held.
+
+    Raises:
+        ValueError: not a positive number of bytes.
+    """
+    global _workspace
+    if bytes is not None and bytes <= 0:
+        raise ValueError(f"set_workspace: bytes must be positive or None, got {bytes}")
+    _workspace = bytes
+
+
+def workspace(device: str) -> int:
+    """The bound in force on a device type, in bytes."""
+    return _workspace or DEFAULT_WORKSPACE.get(device, DEFAULT_WORKSPACE["cuda"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs here. `str()` of it is what `python -m l3m_kernels` prints."""
+
+    torch: str
+    python: str
+    devices: tuple[str, ...]
+    backends: tuple[Backend, ...]
+    native: str  # how the native library was built, or why it was not
+
+    def __str__(self) -> str:
+        lines = [f"torch {self.torch}, Python {self.python}, devices: {', '.join(self.devices)}", f"native library: {self.native}"]
+        for row in self.backends:
+            state = f"not available: {row.missing}" if row.missing else f"available: {', '.join(row.ops)}"
+            where = "any device" if row.devices == ("*",) else ", ".join(row.devices)
+            lines.append(f"  {row.name:<10} {where:<11} {state}")
+        for op in TABLE[-1].ops:
+            chosen = (f"{next(b.name for b in TABLE if b.problem(op, d) is None)} on {d}" for d in self.devices)
+            lines.append(f"  {op}: {', '.join(chosen)}")
+        return "\n".join(lines)
+
+
+def backends() -> Report:
+    """What is available here, for which device, and why not where not."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return Report(torch.__version__, sys.version.split()[0], devices, TABLE, NATIVE.reason)

@@ -1,0 +1,206 @@
+"""The barrier's ops: the relaxed logarithmic barrier, its derivative, and the step from rewards to sequence weights.
+
+Letters: N sequences, R rewards, K one-sided constraints. All scalars are float64; mu is a 0-dim tensor or a number, never part of a schema.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3m_kernels import reference
+from l3m_kernels.backends import select
+from l3m_kernels.reference import BOUNDS, STATE, BarrierWeights
+
+
+def relaxed_log_barrier(z: Tensor | float, mu: Tensor | float, s: Tensor | float | None = None) -> Tensor:
+    """B(z) = -mu log(-z) if -z >= s, else mu/2 (((z + 2s)/s)^2 - 1) - mu log(s); s defaults to mu^2 (arXiv 2410.21533).
+
+    For display and for convex problems: a loss must not contain B, whose size drowns everything else once violated; backpropagate
+    `barrier_multiplier` as a weight instead.
+
+    Args:
+        z: any shape, the constraint's value; feasible is z <= 0.
+        mu: 0-dim, positive; s: 0-dim, positive.
+
+    Returns:
+        float64, z's shape; differentiable (twice) in z.
+
+    Raises:
+        ValueError: mu or s is not 0-dim, not positive (seen on a CPU), or requires a gradient.
+    """
+    return _relaxed_log_barrier(*_barrier_arguments("relaxed_log_barrier", z, mu, s))
+
+
+def barrier_multiplier(z: Tensor | float, mu: Tensor | float, s: Tensor | float | None = None) -> Tensor:
+    """lambda = B'(z) = mu / -z if -z >= s, else (mu/s) ((z + 2s)/s): arguments, result and errors as `relaxed_log_barrier`."""
+    return _barrier_multiplier(*_barrier_arguments("barrier_multiplier", z, mu, s))
+
+
+class Bounds(NamedTuple):
+    """K one-sided constraints on R rewards, as tensors. Built by `Bounds.of`."""
+
+    reward_index: Tensor  # (K,) int64
+    table: Tensor  # (K, 6) float64, columns reference.BOUNDS
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, float, float, float, float, float, float]], device: torch.device | str = "cpu") -> "Bounds":
+        """rows: (reward, sign, bound, scale, margin, margin_stderrs, margin_max); sign +1 is an upper bound, -1 a lower one.
+
+        C = (sign * (estimate - bound) + min(margin + margin_stderrs * stderr, margin_max)) / scale, bound and margins in native units.
+
+        Raises:
+            ValueError: a sign that is not +-1, a scale that is not positive, a bound that is not finite, a negative margin.
+        """
+        for row in rows:
+            _, sign, bound, scale, *margins = row
+            if sign not in (-1, 1) or not scale > 0 or not abs(bound) < float("inf") or not min(margins) >= 0:
+                raise ValueError(f"Bounds.of: wanted sign +-1, finite bound, scale > 0, margins >= 0, got {row}")
+        index = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device)
+        table = torch.tensor([row[1:] for row in rows], dtype=torch.float64, device=device).reshape(-1, len(BOUNDS))
+        return cls(index, table)
+
+
+def initial_state(rewards: int, device: torch.device | str = "cpu") -> Tensor:
+    """(R, 5) float64, the state of moving averages that have seen nothing."""
+    return torch.zeros(rewards, len(STATE), dtype=torch.float64, device=device)
+
+
+def barrier_weights(
+    rewards: Tensor,
+    state: Tensor,
+    bounds: Bounds,
+    mu: Tensor | float,
+    *,
+    s: Tensor | float | None = None,
+    smoothing: float = 0.1,
+    norm: Tensor | None = None,
+    sums: Tensor | None = None,
+    leave_one_out: bool = True,
+    backend: str | None = None,
+) -> BarrierWeights:
+    """Rewards -> moving averages -> multipliers -> one signed weight per sequence. No host sync; the state is not modified.
+
+    Args:
+        rewards: (N, R) float64, native units, NaN where a response is excluded from a constraint.
+        state: (R, 5) float64 from `initial_state` or the previous step.
+        bounds: the K constraints.
+        mu: 0-dim float64 tensor or number, positive; s: relaxation, default mu^2.
+        smoothing: weight of the new batch mean in the moving average, in (0, 1].
+        norm: (N,) length normalisation that divides each weight; None is 1.
+        sums: (R, 3) count, sum and sum of squares over all ranks and micro-batches; None: those of `rewards`.
+        leave_one_out: baseline is the mean of the other responses; else the moving average.
+        backend: "reference", "cpp", ...; None takes the fastest that is available.
+
+    Returns:
+        `BarrierWeights`. seq_weight_n = sum_k (lambda_k / S) (b_k - c_k(y_n)) / (n norm_n); 0 for n = 1, for rewards without variance,
+        and for excluded responses. A reward with no sample in the batch keeps its state.
+
+    Raises:
+        ValueError: a shape or dtype is wrong (named), or smoothing, mu or s is out of range.
+    """
+    op = "barrier_weights"
+    mu, s = _constants(op, rewards.device, mu, s)
+    if rewards.ndim != 2 or rewards.dtype != torch.float64:
+        raise ValueError(f"{op}: rewards must be (N, R) float64, got {tuple(rewards.shape)} {rewards.dtype}")
+    count, columns = rewards.shape
+    norm = rewards.new_ones(count) if norm is None else norm.double()
+    tensors = [("norm", norm, (count,)), ("state", state, (columns, len(STATE)))]
+    if sums is not None:
+        tensors.append(("sums", sums, (columns, 3)))
+    for name, tensor, wanted in tensors:
+        if tensor.shape != wanted or tensor.dtype != torch.float64 or tensor.device != rewards.device:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{op}: {name} must be {wanted} float64 on {rewards.device}, got {got}")
+    if not 0 < smoothing <= 1:
+        raise ValueError(f"{op}: smoothing must be in (0, 1], got {smoothing}")
+    arguments = (rewards, norm, sums, state, bounds.reward_index, bounds.table, mu, s, float(smoothing), leave_one_out)
+    return BarrierWeights(*_barrier_weights(*arguments, backend or "auto"))
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def _constants(op: str, device: torch.device, mu: Tensor | float, s: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    mu = torch.as_tensor(mu, dtype=torch.float64, device=device)
+    s = mu * mu if s is None else torch.as_tensor(s, dtype=torch.float64, device=device)
+    for name, value in (("mu", mu), ("s", s)):
+        if value.ndim != 0 or value.requires_grad:
+            raise ValueError(f"{op}: {name} must be a 0-dim constant, got shape {tuple(value.shape)}, requires_grad={value.requires_grad}")
+    return mu, s
+
+
+def _barrier_arguments(op: str, z: Tensor | float, mu: Tensor | float, s: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    z = torch.as_tensor(z, dtype=torch.float64)
+    return z, *_constants(op, z.device, mu, s)
+
+
+def _check_positive(op: str, mu: Tensor, s: Tensor) -> None:
+    """On a CPU only: looking at a value on a GPU stops the stream."""
+    for name, value in (("mu", mu), ("s", s)):
+        if value.device.type == "cpu" and not 0 < value.item() < float("inf"):
+            raise ValueError(f"{op}: {name} must be positive and finite, got {value.item()}")
+
+
+@torch.library.custom_op("l3m_kernels::relaxed_log_barrier", mutates_args=())
+def _relaxed_log_barrier(z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    _check_positive("relaxed_log_barrier", mu, s)
+    return reference.relaxed_log_barrier(z, mu, s)
+
+
+@torch.library.custom_op("l3m_kernels::barrier_multiplier", mutates_args=())
+def _barrier_multiplier(z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    _check_positive("barrier_multiplier", mu, s)
+    return reference.barrier_multiplier(z, mu, s)
+
+
+@torch.library.custom_op("l3m_kernels::barrier_curvature", mutates_args=())
+def _barrier_curvature(z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    return reference.barrier_curvature(z, mu, s)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _refuse(ctx, grad):
+    raise RuntimeError("l3m_kernels::barrier_curvature: the barrier has two derivatives (C2), a third is not supported")
+
+
+_relaxed_log_barrier.register_autograd(
+    lambda ctx, grad: (grad * _barrier_multiplier(*ctx.saved_tensors), None, None), setup_context=_save
+)
+_barrier_multiplier.register_autograd(
+    lambda ctx, grad: (grad * _barrier_curvature(*ctx.saved_tensors), None, None), setup_context=_save
+)
+_barrier_curvature.register_autograd(_refuse)
+for _op in (_relaxed_log_barrier, _barrier_multiplier, _barrier_curvature):
+    _op.register_fake(lambda z, mu, s: torch.empty_like(z))
+
+
+@torch.library.custom_op("l3m_kernels::barrier_weights", mutates_args=())
+def _barrier_weights(
+    rewards: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    state: Tensor,
+    reward_index: Tensor,
+    bounds: Tensor,
+    mu: Tensor,
+    s: Tensor,
+    smoothing: float,
+    leave_one_out: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_positive("barrier_weights", mu, s)
+    run = select("barrier_weights", backend, rewards.device.type)
+    return run(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_one_out)
+
+
+@_barrier_weights.register_fake
+def _(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_one_out, backend):
+    seq_weight = norm.new_empty(norm.shape, dtype=torch.float32)
+    per_reward, per_bound = state.new_empty(state.shape[0]), state.new_empty(bounds.shape[0])
+    multiplier, violation = torch.empty_like(per_bound), torch.empty_like(per_bound)
+    return seq_weight, multiplier, torch.empty_like(mu), violation, per_reward, torch.empty_like(per_reward), torch.empty_like(state)

@@ -1,0 +1,125 @@
+"""Arguments of the head's ops: what can be checked from shapes and dtypes (at the call), and from values (inside the op, on a CPU).
+
+On a GPU the values are not looked at, since that would stop the stream: a target outside the vocabulary makes its row NaN.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+class Batch(NamedTuple):
+    """A batch in the packed layout, T = N * L for a padded one."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (N + 1,)
+    bias: Tensor | None  # (V,)
+
+
+def packed_batch(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+) -> Batch:
+    """Check the arguments of `op`, apply autocast, and bring a padded batch (N, L, D) into the packed layout."""
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight must be (V, D), the head's matrix, got shape {tuple(weight.shape)}")
+    if weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight must have at least one row (V >= 1), got shape {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"{op}: weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; cast one, or use autocast")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias must be (V,) = {tuple(weight.shape[:1])}, got shape {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise ValueError(f"{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+    if targets.dtype not in INTEGERS:
+        raise ValueError(f"{op}: targets must be int64 token ids, got {targets.dtype}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"{op}: softcap must be a positive number or None, got {softcap}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature must be a positive number, got {temperature}")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{op}: {name} must be on hidden's device {hidden.device}, got {tensor.device}")
+
+    if cu_seqlens is None:
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"{op}: hidden must be padded (N, L, D), or packed (T, D) with cu_seqlens (N + 1,); "
+                f"got shape {tuple(hidden.shape)} and no cu_seqlens"
+            )
+        sequences, length = hidden.shape[:2]
+        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * length
+    else:
+        if hidden.ndim != 2:
+            raise ValueError(f"{op}: with cu_seqlens, hidden must be packed (T, D), got shape {tuple(hidden.shape)}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in INTEGERS:
+            raise ValueError(
+                f"{op}: cu_seqlens must be (N + 1,) int32 or int64, got shape {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"{op}: targets must be {tuple(hidden.shape[:-1])} like hidden, got shape {tuple(targets.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: weight must be (V, D) with D = {hidden.shape[-1]} as in hidden, got shape {tuple(weight.shape)}"
+        )
+    return Batch(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), cu_seqlens, bias)
+
+
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `F.linear` does under autocast: 32- and 16-bit inputs in the autocast dtype, float64 as it is."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_values(op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Bounds of the targets and order of cu_seqlens, for tensors on a CPU.
+
+    Raises:
+        IndexError: a target outside [0, V) that is not `ignore_index`, naming row and value.
+        ValueError: cu_seqlens does not start at 0, end at T and never decrease.
+    """
+    if cu_seqlens.device.type == "cpu":
+        total = len(targets)
+        steps = cu_seqlens.diff()
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((steps < 0).any()):
+            raise ValueError(
+                f"{op}: cu_seqlens must start at 0, never decrease and end at T = {total} (the rows of hidden); "
+                f"got {shorten(cu_seqlens.tolist())}"
+            )
+    if targets.device.type == "cpu":
+        outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0, 0])
+            raise IndexError(
+                f"{op}: targets[{row}] = {int(targets[row])} is outside the vocabulary [0, {vocabulary}) "
+                f"and is not ignore_index ({ignore_index})"
+            )
+
+
+def shorten(values: list) -> str:
+    """A list as text, its middle left out where it is long."""
+    if len(values) <= 8:
+        return str(values)
+    head, tail = ", ".join(map(str, values[:4])), ", ".join(map(str, values[-3:]))
+    return f"[{head}, ..., {tail}]"

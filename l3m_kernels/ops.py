@@ -1,0 +1,302 @@
+"""The head's ops: hidden states, vocabulary matrix and targets to log-likelihoods and gradients, without the (T, V) logits.
+
+Letters: T tokens of a packed batch, N sequences, L padded length, D hidden size, V vocabulary.
+
+Each op is defined once with torch.library: what runs is chosen by `backends.select` when it runs, so that `torch.compile`, autocast
+and autograd see one opaque op whatever the backend. The public functions check arguments and bring batches into the packed layout.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3m_kernels.backends import select, workspace
+from l3m_kernels.checks import check_values, packed_batch
+from l3m_kernels.chunked import Head
+
+NEEDS = tuple[bool, bool, bool]  # gradients wanted for hidden, weight, bias
+
+
+class LogLikelihood(NamedTuple):
+    """log pi of each sequence and token; fp32, or fp64 for fp64 inputs."""
+
+    sequence: Tensor  # (N,) sum over the sequence's scored tokens of log pi(token)
+    length: Tensor  # (N,) int64, scored tokens
+    token: Tensor  # (T,) or (N, L), log pi(token); 0 where not scored
+
+
+def log_likelihood(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> LogLikelihood:
+    """Log-likelihoods of the target tokens under softmax(softcap(hidden @ weight.T + bias) / temperature).
+
+    Differentiable in `hidden`, `weight` and `bias`, with any upstream gradient on `.sequence` and `.token`; the backward recomputes
+    the logits of the rows that have one (2 n D V FLOPs forward, 6 n D V backward for n scored rows).
+    Use `weighted_log_likelihood` where the gradient of each sequence is known in advance: it needs 6 n D V in all.
+
+    Args:
+        hidden: (T, D) packed, with `cu_seqlens`, or (N, L, D) padded; fp32, bf16, fp16 or fp64.
+        weight: (V, D), the head's matrix, in hidden's dtype.
+        targets: (T,) or (N, L) integers: targets[t] is the token that hidden[t] predicts (already shifted).
+        cu_seqlens: (N + 1,) int32 or int64, starts of the sequences and T.
+        bias: (V,), in weight's dtype.
+        softcap: logits become softcap * tanh(logits / softcap), before the temperature.
+        temperature: divides the logits; log pi is that of the distribution sampled at this temperature.
+        ignore_index: targets of this value are not scored; their rows are dropped before the first product.
+        backend: "reference", "cpp", "triton" or "cuda"; None takes the fastest that is available.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong (named), or cu_seqlens is not ordered.
+        IndexError: a target outside [0, V) that is not `ignore_index` (CPU; on a GPU its row is NaN).
+        RuntimeError: the named backend is not available here, or a second derivative is asked for.
+    """
+    batch = packed_batch("log_likelihood", hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
+    sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, backend or "auto")
+    return LogLikelihood(sequence, length, token.view(targets.shape))
+
+
+def weighted_log_likelihood(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    seq_weight: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> tuple[Tensor, LogLikelihood]:
+    """loss = -sum_n seq_weight[n] * log pi(sequence n), gradients formed in the forward pass; arguments as in `log_likelihood`.
+
+    `seq_weight` (N,) holds constants of either sign: 1 / (N |y_n|) is the length-normalised task loss, `barrier_weights` gives those
+    of constraints, advantages those of policy gradients. `.backward()` on the loss only scales what the forward found (6 n D V FLOPs
+    in all). Rows of weight 0 cost the forward alone. Frozen inputs (`requires_grad=False`) skip their product.
+
+    Returns:
+        loss: () fp32, or fp64 for fp64 inputs. A sequence of weight 0 contributes 0, whatever its likelihood.
+        LogLikelihood: detached.
+
+    Raises:
+        as `log_likelihood`; ValueError also where seq_weight requires a gradient: it is a constant.
+    """
+    op = "weighted_log_likelihood"
+    batch = packed_batch(op, hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
+    if seq_weight.shape != (batch.cu_seqlens.shape[0] - 1,) or not seq_weight.is_floating_point():
+        wanted = (batch.cu_seqlens.shape[0] - 1,)
+        raise ValueError(f"{op}: seq_weight must be floating, {wanted}, got {tuple(seq_weight.shape)} {seq_weight.dtype}")
+    if seq_weight.device != hidden.device:
+        raise ValueError(f"{op}: seq_weight must be on hidden's device {hidden.device}, got {seq_weight.device}")
+    if seq_weight.requires_grad:
+        raise ValueError(f"{op}: seq_weight is a constant, got one that requires a gradient; detach it, or use log_likelihood")
+    needs = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (batch.hidden, batch.weight, batch.bias)
+    ]
+    loss, sequence, length, token, *_ = _weighted_log_likelihood(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        seq_weight,
+        batch.cu_seqlens,
+        batch.bias,
+        softcap,
+        temperature,
+        ignore_index,
+        backend or "auto",
+        *needs,
+    )
+    return loss, LogLikelihood(sequence, length, token.view(targets.shape))
+
+
+# ---- log_likelihood --------------------------------------------------------------------------------------------------
+
+
+def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Head:
+    return Head(weight, bias, softcap, temperature, workspace(weight.device.type))
+
+
+def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake sequence (N,), length (N,) and token (T,)."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sequences = cu_seqlens.shape[0] - 1
+    return (
+        hidden.new_empty(sequences, dtype=dtype),
+        hidden.new_empty(sequences, dtype=torch.int64),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
+    )
+
+
+def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: NEEDS) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake gradients, empty where not needed."""
+    like = (hidden, weight, weight.new_empty(0) if bias is None else bias)
+    d_hidden, d_weight, d_bias = (t.new_empty(t.shape if need else (0,)) for t, need in zip(like, needs, strict=True))
+    return d_hidden, d_weight, d_bias
+
+
+def _refuse_double(ctx, *grads):
+    raise RuntimeError(
+        "l3m_kernels: log_likelihood and weighted_log_likelihood have no second derivative (double backward); "
+        "l3m_kernels.reference.eager_log_likelihood has one, and holds the logits"
+    )
+
+
+@torch.library.custom_op("l3m_kernels::log_likelihood", mutates_args=())
+def _log_likelihood(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_values("log_likelihood", targets, cu_seqlens, len(weight), ignore_index)
+    run = select("log_likelihood", backend, hidden.device.type)
+    return run(hidden, targets, cu_seqlens.to(hidden.device), _head(weight, bias, softcap, temperature), ignore_index)
+
+
+@_log_likelihood.register_fake
+def _(hidden, weight, targets, cu_seqlens, bias, softcap, temperature, ignore_index, backend):
+    sequence, length, token = _statistics(hidden, cu_seqlens)
+    return sequence, length, token, torch.empty_like(token)
+
+
+@torch.library.custom_op("l3m_kernels::log_likelihood_backward", mutates_args=())
+def _log_likelihood_backward(
+    grad_sequence: Tensor,
+    grad_token: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = select("log_likelihood_backward", backend, hidden.device.type)
+    head = _head(weight, bias, softcap, temperature)
+    needs = (need_hidden, need_weight, need_bias)
+    return run(grad_sequence, grad_token, hidden, targets, cu_seqlens.to(hidden.device), lse, head, ignore_index, needs)
+
+
+@_log_likelihood_backward.register_fake
+def _(grad_sequence, grad_token, hidden, weight, targets, cu_seqlens, bias, lse, softcap, temperature, ignore_index, backend, *needs):
+    return _gradients(hidden, weight, bias, needs)
+
+
+_log_likelihood_backward.register_autograd(_refuse_double)
+
+
+def _setup(ctx, inputs, output):
+    hidden, weight, targets, cu_seqlens, bias, *ctx.options = inputs
+    _, length, token, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(length, lse)
+    ctx.sequences, ctx.tokens = len(length), len(token)
+    ctx.save_for_backward(hidden, weight, targets, cu_seqlens, bias, lse)
+
+
+def _backward(ctx, grad_sequence, grad_length, grad_token, grad_lse):
+    hidden, weight, targets, cu_seqlens, bias, lse = ctx.saved_tensors
+    grad_sequence = lse.new_zeros(ctx.sequences) if grad_sequence is None else grad_sequence
+    grad_token = lse.new_zeros(ctx.tokens) if grad_token is None else grad_token
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[4])
+    arguments = (grad_sequence, grad_token, hidden, weight, targets, cu_seqlens, bias, lse)
+    gradients = _log_likelihood_backward(*arguments, *ctx.options, *needs)
+    d_hidden, d_weight, d_bias = (grad if need else None for grad, need in zip(gradients, needs, strict=True))
+    return d_hidden, d_weight, None, None, d_bias, None, None, None, None
+
+
+_log_likelihood.register_autograd(_backward, setup_context=_setup)
+
+
+# ---- weighted_log_likelihood -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("l3m_kernels::weighted_log_likelihood", mutates_args=())
+def _weighted_log_likelihood(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    seq_weight: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_values("weighted_log_likelihood", targets, cu_seqlens, len(weight), ignore_index)
+    run = select("weighted_log_likelihood", backend, hidden.device.type)
+    head = _head(weight, bias, softcap, temperature)
+    needs = (need_hidden, need_weight, need_bias)
+    return run(hidden, targets, seq_weight, cu_seqlens.to(hidden.device), head, ignore_index, needs)
+
+
+@_weighted_log_likelihood.register_fake
+def _(hidden, weight, targets, seq_weight, cu_seqlens, bias, softcap, temperature, ignore_index, backend, *needs):
+    sequence, length, token = _statistics(hidden, cu_seqlens)
+    return sequence.new_empty(()), sequence, length, token, *_gradients(hidden, weight, bias, needs)
+
+
+def _weighted_setup(ctx, inputs, output):
+    hidden, weight, *_ = inputs
+    ctx.needs = inputs[-3:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, inputs[5], *output[4:])
+
+
+def _weighted_backward(ctx, grad_loss, *_):
+    inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    scaled: list[Tensor | None] = [None] * 3
+    if grad_loss is not None:
+        for i, need in enumerate(ctx.needs):
+            if need:
+                gradient = _once_differentiable(gradients[i], inputs[i]) if torch.is_grad_enabled() else gradients[i]
+                scaled[i] = _scaled(gradient, grad_loss)
+    return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 7
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream, without the copy (V x D for a weight) where the loss itself is differentiated and looking costs nothing."""
+    real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
+    if real and upstream.device.type == "cpu" and not torch.is_grad_enabled() and upstream.item() == 1:
+        return gradient
+    return gradient * upstream.to(gradient.dtype)
+
+
+_weighted_log_likelihood.register_autograd(_weighted_backward, setup_context=_weighted_setup)
+
+
+@torch.library.custom_op("l3m_kernels::once_differentiable", mutates_args=())
+def _once_differentiable(gradient: Tensor, source: Tensor) -> Tensor:
+    """The gradient that the forward formed for `source`, tied to it so that differentiating it again is refused and not silently 0."""
+    return gradient.clone()
+
+
+_once_differentiable.register_fake(lambda gradient, source: torch.empty_like(gradient))
+_once_differentiable.register_autograd(_refuse_double)
