@@ -1,0 +1,56 @@
+// Rewards -> estimates -> multipliers -> one signed weight per sequence, on plain float64 arrays.
+// Letters: N sequences, R rewards, K one-sided constraints. Matrices are row-major.
+#pragma once
+
+#include <cstdint>
+
+namespace l3m::cpu {
+
+// A row of the moving averages' state, in the order of reference.STATE.
+struct Average {
+  double weight, estimate, squares, dof, spread;
+};
+
+// A row of the sums over a batch, in the order of reference.reward_sums.
+struct Sums {
+  double count, total, squares;
+};
+
+// A row of the table of constraints, in the order of reference.BOUNDS.
+struct Bound {
+  double sign, bound, scale, margin, margin_stderrs, margin_max;
+};
+
+// The rows are read in place from the memory of float64 tensors.
+static_assert(sizeof(Average) == 5 * sizeof(double));
+static_assert(sizeof(Sums) == 3 * sizeof(double));
+static_assert(sizeof(Bound) == 6 * sizeof(double));
+
+struct Problem {
+  int64_t sequences, reward_count, constraints;  // N, R, K
+  const double* rewards;                         // (N, R), NaN where a response is excluded
+  const double* norm;                            // (N,)
+  const Average* state;                          // (R,)
+  const int64_t* reward_index;                   // (K,), each in [0, R)
+  const Bound* bounds;                           // (K,)
+  double mu, s, smoothing;
+  bool leave_one_out;
+};
+
+struct Result {
+  float* seq_weight;   // (N,)
+  double* multiplier;  // (K,)
+  double* total;       // (1,)
+  double* violation;   // (K,)
+  double* estimate;    // (R,)
+  double* stderr_;     // (R,); `stderr` is a macro of the C library
+  Average* state;      // (R,), may not overlap Problem::state
+};
+
+// Adds up the rewards that are present, row after row, into sums (R,).
+void reward_sums(const double* rewards, int64_t sequences, int64_t reward_count, Sums* sums);
+
+// The same bits as reference.barrier_weights: every sum and product in its order, none fused.
+void barrier_weights(const Problem& problem, const Sums* sums, const Result& result);
+
+}  // namespace l3m::cpu

@@ -1,0 +1,62 @@
+"""Loads the compiled part, `l3m_kernels._C`, if it was built and built against the torch that is running.
+
+The C++ interface of torch is not stable between releases: a library compiled against another torch may crash or compute nonsense. So what
+`setup.py` recorded in `_build.json` is compared with the running torch before the library is touched.
+"""
+
+import functools
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class NativeStatus(NamedTuple):
+    module: ModuleType | None  # l3m_kernels._C; importing it registered its ops under torch.ops.l3m_kernels
+    reason: str  # what it was built with, or why there is none and the command that adds it
+
+
+def _missing(why: str) -> NativeStatus:
+    source = FOLDER.parent
+    if (source / "setup.py").exists():
+        return NativeStatus(None, f"{why}; to build it: pip install --no-build-isolation --no-deps -e {source}")
+    return NativeStatus(None, f"{why}; to build it, in the source tree: pip install --no-build-isolation --no-deps .")
+
+
+def _unusable(why: str) -> NativeStatus:
+    status = _missing(why)
+    warnings.warn(f"l3m_kernels runs without its native part: {status.reason}", RuntimeWarning, stacklevel=2)
+    return status
+
+
+def _identity(version: str, git_version: str, cxx11_abi: bool) -> str:
+    """One string per C++ interface. The CPU and CUDA builds of a release share theirs: the local part, +cpu or +cu130, is left out."""
+    return f"{version.partition('+')[0]} (git {git_version[:12]}, C++11 ABI {'on' if cxx11_abi else 'off'})"
+
+
+@functools.cache
+def load() -> NativeStatus:
+    """The native module or why there is none. Warns, once, if there is one that cannot be used."""
+    try:
+        record = json.loads((FOLDER / "_build.json").read_text())
+    except FileNotFoundError:
+        return _missing("not built: this source tree was never installed")
+    if "cpu" not in record["built"]:
+        return _missing(f"not built: {record['missing']['cpu']}")
+    built = record["torch"]
+    then = _identity(built["version"], built["git_version"], built["cxx11_abi"])
+    now = _identity(torch.__version__, torch.version.git_version or "", torch.compiled_with_cxx11_abi())
+    if then != now:
+        return _unusable(f"built against torch {then}, running torch {now}")
+    try:
+        module = importlib.import_module("l3m_kernels._C")
+    except ImportError as error:
+        return _unusable(f"l3m_kernels._C does not load: {error}")
+    without = "; ".join(f"no {part}: {why}" for part, why in record["missing"].items())
+    return NativeStatus(module, f"built against torch {then} by {record['compiler']} as C++{built['cpp_standard']} ({without})")
