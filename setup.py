@@ -1,4 +1,4 @@
-"""Finds torch, reads L3M_BUILD, calls CMake. Sources and flags are in CMakeLists.txt, everything else is in pyproject.toml.
+"""Finds torch, reads L3M_BUILD, calls CMake. Sources and flags are in CMakeLists.txt, the rest is in pyproject.toml.
 
 L3M_BUILD=auto  compile what can be compiled here and record why the rest cannot (default)
 L3M_BUILD=off   compile nothing
@@ -37,8 +37,10 @@ def find_torch() -> tuple[dict, list[str]]:
     try:
         import torch
         from torch.utils import cpp_extension
+    except ModuleNotFoundError as error:
+        raise NotBuilt(NO_TORCH) from error
     except Exception as error:  # a broken torch fails to import in many ways
-        raise NotBuilt(NO_TORCH if isinstance(error, ModuleNotFoundError) else f"torch failed to import: {error}") from error
+        raise NotBuilt(f"torch failed to import: {error}") from error
     standard = re.search(r"C\+\+ Version: 20(\d\d)", torch.__config__.show())
     if standard is None:
         raise NotBuilt("torch.__config__.show() does not tell the C++ standard that torch was compiled with")
@@ -64,14 +66,19 @@ def run_cmake(*arguments: str) -> None:
         raise NotBuilt("cmake was not found (pip install cmake ninja)")
     command = [cmake, *arguments]
     print(*command, flush=True)
-    environment = {**os.environ, "PATH": SEARCH_PATH}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PATH": SEARCH_PATH},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     print(done.stdout, flush=True)
     if done.returncode:
-        _, found, message = done.stdout.partition("CMake Error")
-        lines = (found + message).splitlines() if found else [line for line in done.stdout.splitlines() if "error:" in line]
-        summary = " ".join(" ".join(lines[:8]).split())[:300]
-        raise NotBuilt(f"cmake {arguments[0]} failed with exit code {done.returncode}: {summary}")
+        first_error = re.search(r"(CMake Error|.*error:).*(\n.*){0,7}", done.stdout)
+        summary = " ".join(first_error[0].split())[:300] if first_error else "no error message"
+        raise NotBuilt(f"cmake failed with exit code {done.returncode}: {summary}")
 
 
 class CMakeBuild(build_ext):
@@ -105,8 +112,8 @@ class CMakeBuild(build_ext):
         """-> the compiler. One folder per Python and torch: objects made with other headers are never reused."""
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch-{torch_version}"
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=SEARCH_PATH) else []
-        python = f"-DPython_EXECUTABLE={sys.executable}"
-        run_cmake("-S", str(ROOT), "-B", str(folder), "--fresh", *generator, "-DCMAKE_BUILD_TYPE=Release", python, *settings)
+        settings = ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", *settings]
+        run_cmake("-S", str(ROOT), "-B", str(folder), "--fresh", *generator, *settings)
         run_cmake("--build", str(folder), "--parallel")
         run_cmake("--install", str(folder), "--prefix", str(package))
         return (folder / "compiler.txt").read_text().strip()
@@ -118,5 +125,5 @@ class CMakeBuild(build_ext):
         return {}
 
 
-# The extension is named so that the wheel is tagged for this Python and platform; what it consists of is CMake's business.
+# The extension is named so that the wheel is tagged for this Python and platform; what is in it is CMake's business.
 setup(ext_modules=[Extension("l3m_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

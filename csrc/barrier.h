@@ -1,4 +1,5 @@
-// The relaxed logarithmic barrier, once for C++ and CUDA C++ (arXiv 2410.21533; the derivation is in l3m_kernels/reference.py).
+// The relaxed logarithmic barrier, once for C++ and CUDA C++ (arXiv 2410.21533; the derivation is in
+// l3m_kernels/reference.py).
 #pragma once
 
 #ifdef __CUDACC__

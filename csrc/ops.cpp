@@ -1,8 +1,8 @@
-// Registers the native ops with torch. The public contract (checks of values, fakes, autograd) is l3m_kernels/ops.py; what is checked
-// here is what keeps memory access in bounds.
+// Registers the native ops with torch. The public contract (checks of values, fakes, autograd) is l3m_kernels/ops.py;
+// what is checked here is what keeps memory access in bounds.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -16,8 +16,10 @@ namespace {
 using at::Tensor;
 
 Tensor checked(const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "barrier_weights: ", name, " must be ", dtype, ", got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, "barrier_weights: ", name, " must have shape ", shape, ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "barrier_weights: ", name, " must be ", dtype, ", got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "barrier_weights: ", name, " must have shape ", shape, ", got ",
+                    tensor.sizes());
   return tensor.contiguous();
 }
 
@@ -27,9 +29,12 @@ Row* rows(const Tensor& matrix) {
   return reinterpret_cast<Row*>(matrix.data_ptr<double>());
 }
 
+void square_root(double* values, int64_t count) { at::from_blob(values, {count}, at::kDouble).sqrt_(); }
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weights(
-    const Tensor& rewards, const Tensor& norm, const std::optional<Tensor>& sums, const Tensor& state, const Tensor& reward_index,
-    const Tensor& bounds, const Tensor& mu, const Tensor& s, double smoothing, bool leave_one_out) {
+    const Tensor& rewards, const Tensor& norm, const std::optional<Tensor>& sums, const Tensor& state,
+    const Tensor& reward_index, const Tensor& bounds, const Tensor& mu, const Tensor& s, double smoothing,
+    bool leave_one_out) {
   TORCH_CHECK_VALUE(rewards.dim() == 2, "barrier_weights: rewards must have shape (N, R), got ", rewards.sizes());
   const int64_t N = rewards.size(0), R = rewards.size(1), K = reward_index.numel();
   const Tensor rewards_ = checked("rewards", rewards, at::kDouble, {N, R});
@@ -41,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weigh
   const double s_ = *checked("s", s, at::kDouble, {}).const_data_ptr<double>();
   const int64_t* index = index_.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < K; ++k) {
-    TORCH_CHECK_INDEX(0 <= index[k] && index[k] < R, "barrier_weights: reward_index[", k, "] must be in [0, ", R, "), got ", index[k]);
+    TORCH_CHECK_INDEX(0 <= index[k] && index[k] < R, "barrier_weights: reward_index[", k, "] must be in [0, ", R,
+                      "), got ", index[k]);
   }
 
   const auto options = rewards.options();
@@ -73,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weigh
       .s = s_,
       .smoothing = smoothing,
       .leave_one_out = leave_one_out,
+      .square_root = &square_root,
   };
   const cpu::Result result{
       .seq_weight = seq_weight.data_ptr<float>(),
@@ -91,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weigh
 
 TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
   m.def(
-      "cpp_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor bounds, Tensor mu, "
+      "cpp_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor "
+      "bounds, Tensor mu, "
       "Tensor s, float smoothing, bool leave_one_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

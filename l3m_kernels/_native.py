@@ -1,7 +1,7 @@
 """Loads the compiled part, `l3m_kernels._C`, if it was built and built against the torch that is running.
 
-The C++ interface of torch is not stable between releases: a library compiled against another torch may crash or compute nonsense. So what
-`setup.py` recorded in `_build.json` is compared with the running torch before the library is touched.
+The C++ interface of torch is not stable between releases: a library compiled against another torch may crash or compute
+nonsense. So what `setup.py` recorded in `_build.json` is compared with the running torch before the library is touched.
 """
 
 import functools
@@ -36,7 +36,7 @@ def _unusable(why: str) -> NativeStatus:
 
 
 def _identity(version: str, git_version: str, cxx11_abi: bool) -> str:
-    """One string per C++ interface. The CPU and CUDA builds of a release share theirs: the local part, +cpu or +cu130, is left out."""
+    """One string per C++ interface: without +cpu or +cu130, because the builds of one release share theirs."""
     return f"{version.partition('+')[0]} (git {git_version[:12]}, C++11 ABI {'on' if cxx11_abi else 'off'})"
 
 
@@ -59,4 +59,5 @@ def load() -> NativeStatus:
     except ImportError as error:
         return _unusable(f"l3m_kernels._C does not load: {error}")
     without = "; ".join(f"no {part}: {why}" for part, why in record["missing"].items())
-    return NativeStatus(module, f"built against torch {then} by {record['compiler']} as C++{built['cpp_standard']} ({without})")
+    how = f"{record['compiler']} as C++{built['cpp_standard']}"
+    return NativeStatus(module, f"built against torch {then} by {how} ({without})")

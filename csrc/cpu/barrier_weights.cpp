@@ -39,10 +39,10 @@ Average advance(const Average& old, const Sums& sums, double smoothing) {
           keep * keep * old.spread + divide_number(smoothing * smoothing, n)};
 }
 
-double standard_error(const Average& average) {
-  if (!(average.weight > 0.0 && average.dof > 0.0)) return kInfinity;
+// The square of the estimate's standard error times the weight.
+double scaled_variance(const Average& average) {
   const double variance = average.squares / clamp_min(average.dof, std::numeric_limits<double>::min());
-  return std::sqrt(variance * average.spread) / average.weight;
+  return variance * average.spread;
 }
 
 // C_k, scaled, with the margin of a number of standard errors.
@@ -55,13 +55,11 @@ double violation(const Bound& bound, double estimate, double error) {
 // How far a response's reward is from the baseline, per response of the batch.
 class Advantage {
  public:
-  Advantage(const Sums& sums, double estimate, bool leave_one_out)
+  Advantage(const Sums& sums, double root_mean_square, double estimate, bool leave_one_out)
       : count_(clamp_min(sums.count, 1.0)),
         baseline_(leave_one_out ? sums.total / count_ : estimate),
-        correction_(!leave_one_out       ? 1.0
-                    : sums.count > 1.0 ? sums.count / clamp_min(sums.count - 1.0, 1.0)
-                                       : 0.0),
-        rounding_(sums.count * std::numeric_limits<double>::epsilon() * std::sqrt(sums.squares / count_)) {}
+        correction_(leave_one_out ? others(sums.count) : 1.0),
+        rounding_(sums.count * std::numeric_limits<double>::epsilon() * root_mean_square) {}
 
   double operator()(double reward) const {
     const double difference = reward - baseline_;
@@ -70,6 +68,9 @@ class Advantage {
   }
 
  private:
+  // r - mean of the others = (r - mean) n / (n - 1)
+  static double others(double count) { return count > 1.0 ? count / clamp_min(count - 1.0, 1.0) : 0.0; }
+
   double count_, baseline_, correction_, rounding_;
 };
 
@@ -90,14 +91,23 @@ void reward_sums(const double* rewards, int64_t sequences, int64_t reward_count,
 }
 
 void barrier_weights(const Problem& problem, const Sums* sums, const Result& result) {
+  const int64_t R = problem.reward_count;
+  std::vector<double> root_mean_square(R);
+  for (int64_t r = 0; r < R; ++r) {
+    result.state[r] = advance(problem.state[r], sums[r], problem.smoothing);
+    result.estimate[r] = result.state[r].estimate;
+    result.stderr_[r] = scaled_variance(result.state[r]);
+    root_mean_square[r] = sums[r].squares / clamp_min(sums[r].count, 1.0);
+  }
+  problem.square_root(result.stderr_, R);
+  problem.square_root(root_mean_square.data(), R);
   std::vector<Advantage> advantages;
-  advantages.reserve(problem.reward_count);
-  for (int64_t r = 0; r < problem.reward_count; ++r) {
-    const Average average = advance(problem.state[r], sums[r], problem.smoothing);
-    result.state[r] = average;
-    result.estimate[r] = average.estimate;
-    result.stderr_[r] = standard_error(average);
-    advantages.emplace_back(sums[r], average.estimate, problem.leave_one_out);
+  advantages.reserve(R);
+  for (int64_t r = 0; r < R; ++r) {
+    const Average& average = result.state[r];
+    const bool known = average.weight > 0.0 && average.dof > 0.0;
+    result.stderr_[r] = known ? result.stderr_[r] / average.weight : kInfinity;
+    advantages.emplace_back(sums[r], root_mean_square[r], average.estimate, problem.leave_one_out);
   }
 
   double total = 0.0;
@@ -120,7 +130,7 @@ void barrier_weights(const Problem& problem, const Sums* sums, const Result& res
     double weight = 0.0;
     for (int64_t k = 0; k < problem.constraints; ++k) {
       const int64_t r = problem.reward_index[k];
-      weight += factors[k] * advantages[r](problem.rewards[n * problem.reward_count + r]);
+      weight += factors[k] * advantages[r](problem.rewards[n * R + r]);
     }
     result.seq_weight[n] = static_cast<float>(weight / problem.norm[n]);
   }

@@ -35,6 +35,8 @@ struct Problem {
   const Bound* bounds;                           // (K,)
   double mu, s, smoothing;
   bool leave_one_out;
+  // torch's square root, in place: its vector library is an ulp off now and then, and the reference's bits are torch's.
+  void (*square_root)(double* values, int64_t count);
 };
 
 struct Result {

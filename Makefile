@@ -1,0 +1,64 @@
+# `make demo` and `make test` do all the set-up: .venv with the locked packages, then the native part compiled against that torch.
+# A newer lock file or native source makes the next call redo what depends on it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Passed on: make demo ARGS="--seed 3", make test ARGS="tests/build -x"
+ARGS ?=
+# Processes that run tests, each with one thread
+JOBS ?= 2
+
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: help demo test test-full bench lint type format dev clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: dev ## fine-tune a tiny model under a length constraint, on a CPU, in minutes
+	$(BIN)/l3ms demo $(ARGS)
+
+test: dev ## the tests, without the slow ones
+	$(PYTEST) --durations 10 $(ARGS)
+
+test-full: dev ## all tests
+	$(PYTEST) --durations 20 -m "slow or not slow" $(ARGS)
+
+bench: dev ## the benchmarks
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: dev ## style: ruff and clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(CLANG_FORMAT) --dry-run --Werror
+
+type: dev ## types: pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: dev ## rewrite the files as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(CLANG_FORMAT) -i
+
+dev: $(VENV)/installed ## the environment in .venv, this source tree installed in it (editable)
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info l3m_kernels/_build.json l3m_kernels/_C.*
+
+# torch before what depends on it: pip then keeps the build that is here, instead of looking for another with CUDA's packages.
+$(VENV)/locked: requirements.lock
+	@echo "Installing the packages of requirements.lock into $(VENV) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the locked packages need Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install -q -r requirements.lock
+	@touch $@
+
+$(VENV)/installed: $(VENV)/locked $(NATIVE)
+	@echo "Compiling and installing l3m-kernels ..."
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
