@@ -119,10 +119,8 @@ def _dataset_rows(config: DataConfig, name: str, source: str, split: str) -> Ite
     path = Path(source)
     if path.is_absolute() and not path.exists():
         raise ConfigError(name, f"no such file or folder: {path}")
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(name, f"{source!r} is not a .jsonl file, and `datasets` is not installed") from None
+    import datasets
+
     try:
         if path.is_file():
             loaded = datasets.load_dataset(path.suffix.lstrip("."), data_files=str(path), split=split)

@@ -119,13 +119,15 @@ def _measured(report: Mapping[str, Any], key: str, name: str) -> tuple[float, fl
     return found["mean"], min(low, found["mean"]), max(high, found["mean"])
 
 
-def _shade(span: Any, line: Any, low: float | None, high: float | None, limits: tuple[float, float]) -> None:
+def _shade(
+    span: Any, line: Any, low: float | None, high: float | None, limits: tuple[float, float], label: str = "bounds"
+) -> None:
     """The allowed range in green, a line at each bound."""
     if low is None and high is None:
         return
     span(limits[0] if low is None else low, limits[1] if high is None else high, color=GREEN, alpha=0.13, linewidth=0)
     for index, bound in enumerate(value for value in (low, high) if value is not None):
-        line(bound, color=GREEN, linewidth=1.1, label="bounds" if index == 0 else None)
+        line(bound, color=GREEN, linewidth=1.1, label=label if index == 0 else None)
 
 
 def _multipliers(axes: Axes, metrics: Rows, constraints: Sequence[Mapping[str, Any]]) -> None:
@@ -180,7 +182,7 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     counts = {key: (report.get(key) or {}).get("length", {}).get("histogram") for key, _, _ in _models()}
     counts = {key: value for key, value in counts.items() if value and sum(value)}
     low, high = ((report.get("bounds") or {}).get(side) for side in ("min", "max"))
-    _style(axes, "Length of responses", "share of responses", "tokens")
+    _style(axes, "Length of responses", "% of responses", "tokens")
     if not counts:
         axes.text(0.5, 0.5, "no samples yet", ha="center", va="center", transform=axes.transAxes, color=GREY, fontsize=9)
         axes.set_xticks([])
@@ -190,16 +192,17 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     edge = max(edge, 1.1 * (high or low or 0))
     width = max(1, round(edge / 30))
     edges = np.arange(0, edge + width, width)
-    _shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])))
+    _shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])), label="bounds on the mean")
     for key, label, colour in _models():
         if key in counts:
             value = np.array(counts[key], dtype=float)
-            ends = np.clip(np.arange(len(value)), None, edges[-1] - 1e-6)
-            share = np.histogram(ends, bins=edges, weights=value / value.sum())[0]
-            axes.stairs(share, edges, color=colour, fill=True, alpha=0.25)
-            axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)
+            tokens = np.arange(len(value))
+            share = np.histogram(np.minimum(tokens, edges[-1] - 0.5), bins=edges, weights=100 * value / value.sum())[0]
+            mean = float((tokens * value).sum() / value.sum())
+            axes.stairs(share, edges, color=colour, fill=True, alpha=0.22)
+            axes.stairs(share, edges, color=colour, linewidth=1.4, label=f"{label}, mean {mean:.1f}")
+            axes.axvline(mean, color=colour, linewidth=1.2, linestyle="--")
     axes.set_xlim(0, edges[-1])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     axes.legend(fontsize=8, frameon=False)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l3ms.yaml_reader import ConfigError
+from l3ms.yaml_reader import ConfigError, read_yaml
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +30,7 @@ def write_report(folder: str | Path, report: Mapping[str, Any], lengths: Mapping
     report as `length.histogram`, a list whose entry n is the number of responses of n tokens.
     """
     folder = Path(folder)
-    report = json.loads(json.dumps(_finite(report)))
+    report = json.loads(json.dumps(finite(report)))
     for key, values in (lengths or {}).items():
         report.setdefault(key, {}).setdefault("length", {})["histogram"] = histogram(values)
     write_json(folder / "report.json", report)
@@ -51,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(_finite(value), file, indent=2, allow_nan=False, ensure_ascii=False)
+            json.dump(finite(value), file, indent=2, allow_nan=False, ensure_ascii=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -60,11 +60,12 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with plain Python numbers, and None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if hasattr(value, "item"):  # numpy and torch scalars
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -100,7 +101,7 @@ def plot_run(folder: str | Path) -> Path:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        report = {}
+        report = {"constraints": _configured_bounds(folder / "config.yaml")}
     except json.JSONDecodeError as error:
         raise ConfigError(str(folder / "report.json"), f"is not JSON: {error.msg} at line {error.lineno}") from None
     baseline = read_metrics(folder / "sft.jsonl") if (folder / "sft.jsonl").exists() else []
@@ -112,6 +113,12 @@ def plot_run(folder: str | Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _configured_bounds(path: Path) -> list[dict[str, Any]]:
+    """`{name, min, max}` of the constraints a run was started with, for the picture of one that did not end."""
+    items = read_yaml(path).get("constraints", []) if path.exists() else []
+    return [{"name": item["name"], "min": item["min"], "max": item["max"]} for item in items]
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:

@@ -1,0 +1,74 @@
+"""Reward functions named in a configuration: importing one runs somebody's code, so it takes `--allow-code` and is echoed."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from l3ms.yaml_reader import ConfigError
+
+Reward = Callable[..., list[float | None]]
+
+
+def load_reward(field: str, spec: str) -> tuple[Reward, str]:
+    """(function, where it came from) for `file.py:name` or `module:name`; `field` is blamed in a `ConfigError`.
+
+    The caller has checked that running code is allowed.
+    """
+    source, _, name = spec.rpartition(":")
+    try:
+        module = _import_file(field, Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(field, f"importing {source} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if function is None:
+        near = difflib.get_close_matches(name, dir(module), 1)
+        raise ConfigError(field, f"{source} has no {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    if not callable(function):
+        raise ConfigError(field, f"{spec} is a {type(function).__name__}, not a function")
+    return function, str(getattr(module, "__file__", None) or source)
+
+
+def _import_file(field: str, path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(field, f"no such file: {path}")
+    name = f"l3ms_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(field, f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def probe_reward(field: str, function: Reward, prompts: Sequence[Any], completions: Sequence[str]) -> None:
+    """Call the reward once on a few reference answers, before anything is written, so that a broken one costs no run."""
+    name = getattr(function, "__name__", "reward")
+    try:
+        rewards = function(prompts=list(prompts), completions=list(completions))
+    except Exception as error:
+        raise ConfigError(field, f"{name} raised {type(error).__name__} on a trial call: {error}") from error
+    try:
+        values = list(rewards)
+    except TypeError:
+        raise ConfigError(field, f"{name} must return a list of numbers, got {type(rewards).__name__}") from None
+    if len(values) != len(completions):
+        raise ConfigError(field, f"{name} must return one reward per response: wanted {len(completions)}, got {len(values)}")
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(field, f"{name} must return numbers or None, got {value!r:.60} in row {row}") from None
+        if not math.isfinite(number):
+            raise ConfigError(field, f"{name} returned {number} in row {row}; None leaves a sample out")
