@@ -118,9 +118,9 @@ def demo(
 ) -> None:
     """Teach a small model to write docstrings of 12 to 16 tokens on average, on this machine, in a few minutes.
 
-    Nothing is downloaded: the task is mined from the docstrings of the installed Python packages, and a 1M-parameter \
-    Llama is pre-trained on them once and cached. Plain fine-tuning (SFT) and the constrained one (L3M) then start from \
-    the same weights, and a table and a picture compare them.
+    Nothing is downloaded: the task is mined from the docstrings of the installed Python packages, and a small Llama \
+    is pre-trained on them once and cached. Plain fine-tuning (SFT) and the constrained one (L3M) then start from the \
+    same weights, and a table and a picture compare them.
 
     [bold]l3ms demo --min 40 --max 50 --output out/long[/bold]
     """

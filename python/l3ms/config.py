@@ -1,8 +1,8 @@
 """The YAML of `l3ms train`, as frozen pydantic models.
 
 `load_config(path, overrides)` reads the file, applies `--train.learning-rate 1e-5` style overrides, resolves paths and
-returns a `RunConfig`. Whatever is wrong comes out as one `ConfigError` that names the full dotted field. Paths written in
-the file are relative to the file's folder; paths given by a flag are relative to the current folder.
+returns a `RunConfig`. Whatever is wrong comes out as one `ConfigError` that names the full dotted field. Paths written
+in the file are relative to the file's folder; paths given by a flag are relative to the current folder.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class LoraConfig(Section):
     """Low-rank adapters instead of the full weights (needs `peft`)."""
 
     r: Count = 16
-    alpha: Positive = 32
+    alpha: Count = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[Text] = "all-linear"
 
@@ -166,8 +166,10 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None) -> RunConfig:
-    """Read, override, resolve and validate. `overrides` are (dotted field, value) pairs; a `str` value of a dotted flag is
-    parsed as YAML by `parse_override` before. Raises `ConfigError` naming the field (or the file)."""
+    """Read, override, resolve and validate; `overrides` are (dotted field, value) pairs, as from `parse_override`.
+
+    Raises `ConfigError` naming the field (or the file).
+    """
     path = Path(path)
     values = _resolve_paths(read_yaml(path), path.resolve().parent)
     for field, value in overrides or []:
@@ -182,7 +184,7 @@ def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None
 
 
 def parse_override(flag: str, text: str) -> tuple[str, Any]:
-    """`--train.learning-rate`, `1e-5` -> (`train.learning_rate`, 1e-05). The text is read as YAML, else taken as it is."""
+    """`--train.learning-rate`, `1e-5` -> (`train.learning_rate`, 1e-05): YAML if it can be read so, else text."""
     field = flag.removeprefix("--").replace("-", "_")
     try:
         return field, parse_yaml(text)

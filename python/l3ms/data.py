@@ -1,8 +1,8 @@
 """Task data: rows of text or messages -> token rows for the trainer -> padded batches.
 
 A row is `{"prompt": str, "completion": str}` or `{"messages": [{"role", "content"}, ...]}`. Of a conversation the last
-assistant turn is scored and everything before it is the prompt, because that is what a rollout can sample again. When the
-tokenizer has a chat template, a text prompt becomes one user turn (`data.chat_template: false` keeps it as plain text).
+assistant turn is scored and everything before it is the prompt, because that is what a rollout can sample again. When
+the tokenizer has a chat template, a text prompt becomes one user turn (`data.chat_template: false` keeps it plain).
 """
 
 from __future__ import annotations
@@ -173,12 +173,17 @@ def _check_text(name: str, spot: str, value: Any) -> None:
 
 
 def encode(
-    examples: list[Example], tokenizer: Any, *, max_length: int, max_prompt: int | None = None, chat_template: bool = True
+    examples: list[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_prompt: int | None = None,
+    chat_template: bool = True,
 ) -> Encoded:
     """Tokenise for the trainer: prompt masked with -100, end-of-sequence token appended to the completion.
 
-    `max_length` counts prompt and completion; a prompt of more than `max_prompt` tokens (default `max_length - 1`) leaves
-    no room for an answer, and its row is dropped.
+    `max_length` counts prompt and completion; a prompt of more than `max_prompt` tokens (default `max_length - 1`)
+    leaves no room for an answer, and its row is dropped.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("model", "the tokenizer has no end-of-sequence token, so responses could never end")
@@ -223,7 +228,7 @@ def _tokens(tokenizer: Any, prompt: Prompt, completion: str) -> tuple[list[int],
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> `input_ids`, `attention_mask`, `labels` of (N, L), right-padded to a multiple of 8, and the `prompt` list."""
+    """Rows -> `input_ids`, `attention_mask`, `labels` of (N, L), right-padded to a multiple of 8, and `prompt`."""
 
     pad_token_id: int
     multiple: int = 8

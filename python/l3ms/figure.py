@@ -46,7 +46,8 @@ def _constraints(metrics: Rows, report: Mapping[str, Any]) -> list[dict[str, Any
             if key.startswith("constraints/") and key.endswith("/estimate"):
                 name = key.removeprefix("constraints/").removesuffix("/estimate")
                 known.setdefault(name, {"name": name})
-    return [item for name, item in known.items() if not np.isnan(_series(metrics, f"constraints/{name}/estimate")).all()]
+    measured = {name: _series(metrics, f"constraints/{name}/estimate") for name in known}
+    return [item for name, item in known.items() if not np.isnan(measured[name]).all()]
 
 
 def _series(metrics: Rows, key: str) -> np.ndarray:
@@ -76,10 +77,10 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
     name, low, high = item["name"], item.get("min"), item.get("max")
     x, y = _iterations(metrics), _series(metrics, f"constraints/{name}/estimate")
     band = Z95 * np.nan_to_num(_series(metrics, f"constraints/{name}/stderr"))
-    points = [(key, label, colour, _measured(report, key, name)) for key, label, colour in _models()]
-    points = [point for point in points if point[3] is not None]
+    found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models()]
+    points = [(label, colour, *measured) for label, colour, measured in found if measured is not None]
     shown = [value for value in (low, high) if value is not None]
-    shown += [value for point in points for value in point[3][1:]]
+    shown += [value for point in points for value in point[3:]]
     bottom = min([*shown, np.nanmin(y - np.minimum(band, np.nanmax(np.abs(y))))])
     top = max([*shown, np.nanmax(y + np.minimum(band, np.nanmax(np.abs(y))))])
     pad = 0.06 * (top - bottom) or 1.0
@@ -95,7 +96,7 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
             textcoords="offset points", fontsize=7.5, color=GREY,
         )  # fmt: skip
     span = max(x[-1] - x[0], 1.0)
-    for index, (_, label, colour, (mean, below, above)) in enumerate(points):
+    for index, (label, colour, mean, below, above) in enumerate(points):
         axes.errorbar(
             x[-1] + span * 0.03 * (index + 1), mean, yerr=[[mean - below], [above - mean]],
             fmt="o", markersize=4.5, capsize=3, color=colour, label=f"{label}: fresh samples",
@@ -184,7 +185,7 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     low, high = ((report.get("bounds") or {}).get(side) for side in ("min", "max"))
     _style(axes, "Length of responses", "% of responses", "tokens")
     if not counts:
-        axes.text(0.5, 0.5, "no samples yet", ha="center", va="center", transform=axes.transAxes, color=GREY, fontsize=9)
+        axes.text(0.5, 0.5, "no samples yet", ha="center", va="center", transform=axes.transAxes, color=GREY)
         axes.set_xticks([])
         axes.set_yticks([])
         return

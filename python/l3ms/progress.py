@@ -20,8 +20,8 @@ Z95 = 1.959964
 class ProgressCallback(TrainerCallback):
     """Shows iteration, task loss, mu, and each constraint's estimate (with 95% half-width) beside its bounds.
 
-    `bounds` holds `{"name", "min", "max"}` per constraint. Without a terminal, about `lines` plain lines are printed over
-    the run, and at least one every `every` seconds.
+    `bounds` holds `{"name", "min", "max"}` per constraint. Without a terminal, about `lines` plain lines are printed
+    over the run, and at least one every `every` seconds.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), console=self.console,
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
+            console=self.console,
         )  # fmt: skip
         self._task = self._progress.add_task(escape(self.title), total=state.max_steps, status="")
         self._progress.start()
@@ -59,8 +60,8 @@ class ProgressCallback(TrainerCallback):
             self._progress.update(self._task, completed=state.global_step, status=escape(text))
             return
         now = time.monotonic()
-        step = max(1, state.max_steps // self.lines)
-        if state.global_step in {1, state.max_steps} or state.global_step % step == 0 or now - self._last_line > self.every:
+        step, total = state.global_step, state.max_steps
+        if step in {1, total} or step % max(1, total // self.lines) == 0 or now - self._last_line > self.every:
             self._last_line = now
             line = f"{self.title} {state.global_step}/{state.max_steps}  {text}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

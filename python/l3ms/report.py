@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 MODELS = {"sft": "SFT", "initial": "before", "last": "L3M, last iterate", "average": "L3M, averaged"}
 
 
-def write_report(folder: str | Path, report: Mapping[str, Any], lengths: Mapping[str, Iterable[int]] | None = None) -> Path:
+def write_report(
+    folder: str | Path, report: Mapping[str, Any], lengths: Mapping[str, Iterable[int]] | None = None
+) -> Path:
     """Write `report.json` and draw `report.png` in `folder`; returns the picture's path.
 
-    `lengths` maps a model's key ("sft", "average", ...) to the token counts of its sampled responses; they are kept in the
-    report as `length.histogram`, a list whose entry n is the number of responses of n tokens.
+    `lengths` maps a model's key ("sft", "average", ...) to the token counts of its sampled responses; they are kept in
+    the report as `length.histogram`, a list whose entry n is the number of responses of n tokens.
     """
     folder = Path(folder)
-    report = json.loads(json.dumps(finite(report)))
+    written = finite(report)
     for key, values in (lengths or {}).items():
-        report.setdefault(key, {}).setdefault("length", {})["histogram"] = histogram(values)
-    write_json(folder / "report.json", report)
+        written.setdefault(key, {}).setdefault("length", {})["histogram"] = histogram(values)
+    write_json(folder / "report.json", written)
     return plot_run(folder)
 
 
@@ -47,7 +49,7 @@ def histogram(lengths: Iterable[int]) -> list[int]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (NaN and infinity become null) so that a reader sees the old file or the new one, never half."""
+    """Write strict JSON (NaN and infinity become null); a reader sees the old file or the new one, never half."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -179,8 +181,8 @@ def bounds_text(minimum: float | None, maximum: float | None) -> str:
 
 def _title(report: Mapping[str, Any]) -> str:
     constraints = report.get("constraints") or [{"name": "length", **(report.get("bounds") or {})}]
-    wanted = ", ".join(f"{item['name']} {bounds_text(item.get('min'), item.get('max'))}".strip() for item in constraints)
-    return f"Wanted: {wanted}".replace("[", r"\[")
+    wanted = [f"{item['name']} {bounds_text(item.get('min'), item.get('max'))}".strip() for item in constraints]
+    return f"Wanted: {', '.join(wanted)}".replace("[", r"\[")
 
 
 def _inside(value: float, bounds: Mapping[str, float | None]) -> bool | None:

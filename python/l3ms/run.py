@@ -13,19 +13,20 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l3ms.config import FunctionConfig, RunConfig
 from l3ms.constraints import Constraint, Length
-from l3ms.data import Collator, Encoded, Example, encode, load_examples
+from l3ms.data import IGNORE_INDEX, Collator, Encoded, Example, encode, load_examples
 from l3ms.evaluation import evaluate
 from l3ms.progress import ProgressCallback
 from l3ms.report import summary_table, write_report
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.trainer import L3MConfig, L3MTrainer
-from l3ms.user_rewards import load_reward, probe_reward
+from l3ms.user_rewards import load_reward, try_reward
 from l3ms.yaml_reader import ConfigError
 
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,10 +42,11 @@ def execute(
     check_output(folder, overwrite=overwrite, inputs=_local_inputs(config))
     _check_code(config, allow_code)
     train_examples, held_out = load_examples(config.data, seed=config.seed)
-    constraints = _constraints(config, train_examples, console)
+    constraints = _constraints(config, console)
     transformers.set_seed(config.seed)
     tokenizer, model = load_model(config, console)
     train, evaluation = _encode(config, tokenizer, model, train_examples, held_out, console)
+    _try_rewards(config, constraints, tokenizer, train.rows[:4])
     arguments = training_arguments(config)
 
     prepare_output(folder)
@@ -106,24 +108,36 @@ def _check_code(config: RunConfig, allow_code: bool) -> None:
         raise ConfigError(field, f"{what} would run code; add --allow-code if you trust it")
 
 
-def _constraints(config: RunConfig, examples: list[Example], console: Console) -> list[Constraint | Length]:
-    """The constraints, each reward function imported, echoed and tried on the first few rows."""
-    built: list[Constraint | Length] = []
+def _constraints(config: RunConfig, console: Console) -> list[Constraint]:
+    """The constraints; each reward function is imported, and said to be."""
+    built: list[Constraint] = []
     for index, item in enumerate(config.constraints):
         options = {"min": item.min, "max": item.max, "scale": item.scale, "margin": item.margin}
-        if not isinstance(item, FunctionConfig):
-            built.append(Length(**options))
-            continue
-        field = f"constraints.{index}.function"
-        function, source = load_reward(field, item.function)
-        console.print(f"Running code for constraint {item.name}: {source}", markup=False, highlight=False, soft_wrap=True)
-        few = examples[:4]
-        probe_reward(field, function, [row.prompt for row in few], [row.completion for row in few])
-        built.append(Constraint(item.name, function, **options))
+        field = f"constraints.{index}"
+        try:
+            if isinstance(item, FunctionConfig):
+                function, source = load_reward(f"{field}.function", item.function)
+                console.print(f"Running code for constraint {item.name}: {source}", **PLAIN)
+                built.append(Constraint(item.name, function, **options))
+            else:
+                built.append(Length(name=item.name, **options))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(field, str(error)) from error
     return built
 
 
-def load_model(config: RunConfig, console: Console) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    """Each reward function gets the first reference answers, as it will get the sampled ones."""
+    scored = [[token for token in row["labels"] if token != IGNORE_INDEX] for row in rows]
+    completions = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in scored]
+    for index, (item, constraint) in enumerate(zip(config.constraints, constraints, strict=True)):
+        if isinstance(item, FunctionConfig):
+            try_reward(f"constraints.{index}.function", constraint, [row["prompt"] for row in rows], completions)
+
+
+def load_model(config: RunConfig, console: Console) -> tuple[Any, Any]:
     """Tokenizer and model, with adapters when asked for. Raises `ConfigError("model", ...)` in one line."""
     source = config.model
     if Path(source).is_absolute() and not Path(source).is_dir():
@@ -131,12 +145,12 @@ def load_model(config: RunConfig, console: Console) -> tuple[PreTrainedTokenizer
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.train.dtype], **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.train.dtype], **options)
     except Exception as error:  # transformers, the hub client and safetensors raise many kinds
         reason = " ".join(str(error).split())
         raise ConfigError("model", f"cannot load {source!r}: {reason[:300] or type(error).__name__}") from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError("model", f"the tokenizer of {source!r} has no end-of-sequence token; responses could never end")
+        raise ConfigError("model", f"the tokenizer of {source!r} has no end-of-sequence token, so no end to a response")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         console.print(f"The tokenizer has no padding token; using {tokenizer.eos_token!r}.", markup=False)
@@ -174,7 +188,7 @@ def _encode(
             chat_template=config.data.chat_template,
         )  # fmt: skip
         for note in encoded.notes(name):
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            console.print(note, **PLAIN)
         if not encoded.rows:
             limit = min(config.data.max_length - 1, room)
             raise ConfigError(name if name == "data.train" else "data.evaluation", f"no prompt fits in {limit} tokens")
@@ -236,7 +250,7 @@ def _tensorboard(config: RunConfig, folder: Path) -> list[Any]:
     if not config.logging.tensorboard:
         return []
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]
 

@@ -1,19 +1,17 @@
-"""Reward functions named in a configuration: importing one runs somebody's code, so it takes `--allow-code` and is echoed."""
+"""Reward functions named in a configuration: importing one runs somebody's code, so it takes `--allow-code`."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from l3ms.constraints import Constraint, Reward
 from l3ms.yaml_reader import ConfigError
-
-Reward = Callable[..., list[float | None]]
 
 
 def load_reward(field: str, spec: str) -> tuple[Reward, str]:
@@ -34,7 +32,8 @@ def load_reward(field: str, spec: str) -> tuple[Reward, str]:
         raise ConfigError(field, f"{source} has no {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     if not callable(function):
         raise ConfigError(field, f"{spec} is a {type(function).__name__}, not a function")
-    return function, str(getattr(module, "__file__", None) or source)
+    reward: Any = function
+    return reward, str(getattr(module, "__file__", None) or source)
 
 
 def _import_file(field: str, path: Path) -> Any:
@@ -50,25 +49,10 @@ def _import_file(field: str, path: Path) -> Any:
     return module
 
 
-def probe_reward(field: str, function: Reward, prompts: Sequence[Any], completions: Sequence[str]) -> None:
-    """Call the reward once on a few reference answers, before anything is written, so that a broken one costs no run."""
-    name = getattr(function, "__name__", "reward")
+def try_reward(field: str, constraint: Constraint, prompts: Sequence[Any], completions: Sequence[str]) -> None:
+    """Call the reward once on a few reference answers, before anything is written: a broken one costs no run."""
     try:
-        rewards = function(prompts=list(prompts), completions=list(completions))
+        constraint.rewards(prompts, completions, [1] * len(completions))
     except Exception as error:
-        raise ConfigError(field, f"{name} raised {type(error).__name__} on a trial call: {error}") from error
-    try:
-        values = list(rewards)
-    except TypeError:
-        raise ConfigError(field, f"{name} must return a list of numbers, got {type(rewards).__name__}") from None
-    if len(values) != len(completions):
-        raise ConfigError(field, f"{name} must return one reward per response: wanted {len(completions)}, got {len(values)}")
-    for row, value in enumerate(values):
-        if value is None:
-            continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(field, f"{name} must return numbers or None, got {value!r:.60} in row {row}") from None
-        if not math.isfinite(number):
-            raise ConfigError(field, f"{name} returned {number} in row {row}; None leaves a sample out")
+        kind = "" if isinstance(error, ValueError) else f"raised {type(error).__name__} on a trial call: "
+        raise ConfigError(field, f"{kind}{error}") from error

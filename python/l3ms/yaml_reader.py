@@ -1,7 +1,7 @@
 """Safe YAML for configurations: plain values only, numbers are numbers, and a repeated key is an error.
 
-YAML 1.1 reads `1e-6` as text and silently keeps the last of two equal keys; both have ruined runs. Tags (`!!python/...`)
-are refused by `SafeLoader`; anchors are refused here, since a few lines of nested aliases expand to gigabytes.
+YAML 1.1 reads `1e-6` as text and silently keeps the last of two equal keys; both have ruined runs. Tags such as
+`!!python/name` are refused by `SafeLoader`; aliases are refused here, since a few nested ones expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 20
 
 
 class ConfigError(ValueError):
-    """Bad input of the user's: `field` is the dotted field (or the file), the text says what was wanted and what came."""
+    """Bad input: `field` is the dotted field (or the file), the text says what was wanted and what came."""
 
     def __init__(self, field: str, message: str):
         super().__init__(f"{field}: {message}")

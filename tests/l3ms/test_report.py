@@ -1,0 +1,124 @@
+"""A report is strict JSON, its picture can be drawn again from the folder alone, and the tables say what is in it."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from l3ms.progress import status
+from l3ms.report import bounds_text, examples_table, histogram, plot_run, read_metrics, summary_table, write_report
+from l3ms.yaml_reader import ConfigError
+
+
+def summary(mean, **extra):
+    length = {"mean": mean, "ci95": [mean - 0.5, mean + 0.5], "p5": 3.0, "p50": mean, "p95": 2 * mean}
+    return {"length": length, "ended": 0.995, "perplexity": 12.3456, "samples": 64, **extra}
+
+
+def report():
+    models = {"sft": summary(23.0), "last": summary(14.0), "average": summary(14.2)}
+    return {"seed": 0, "seconds": 1.5, "bounds": {"min": 12, "max": 16}, "skipped_steps": 0, "mu_end": 0.1, **models}
+
+
+def rows(*names, count=30):
+    for step in range(1, count + 1):
+        row = {"iteration": step, "loss": 3.0 - step / count, "l3m/mu": 0.9**step}
+        for name in names:
+            values = {"estimate": 20 - step / 5, "stderr": 0.4, "lambda": 1 / step, "slack": 0.1}
+            row |= {f"constraints/{name}/{key}": value for key, value in values.items()}
+        yield row
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows("length")))
+    return tmp_path
+
+
+def shown(table):
+    console = Console(file=io.StringIO(), width=140)
+    console.print(table)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_picture(path):
+    data = path.read_bytes()
+    return data.startswith(b"\x89PNG") and len(data) > 20_000
+
+
+def test_write_report_then_draw_again(folder):
+    picture = write_report(folder, report(), {"sft": [20, 26, 23], "average": [13, 14, 15, 14]})
+    assert is_picture(picture)
+    written = json.loads((folder / "report.json").read_text())
+    assert written["average"]["length"]["histogram"] == [0] * 13 + [1, 2, 1]
+    assert written["bounds"] == {"min": 12, "max": 16}
+    first = picture.read_bytes()
+    picture.unlink()
+    assert plot_run(folder).read_bytes() == first
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.json", "report.png"]
+
+
+def test_report_holds_no_nan(folder):
+    write_report(folder, report() | {"mu_end": math.nan, "x": [math.inf, 1]})
+    written = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+    assert written["mu_end"] is None
+    assert written["x"] == [None, 1]
+
+
+@pytest.mark.parametrize("names", [(), ("length",), ("polite",), ("length", "polite", "short")])
+def test_picture_of_any_number_of_constraints(tmp_path, names):
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows(*names)))
+    items = [{"name": name, "min": 1.0, "max": None} for name in names]
+    assert is_picture(write_report(tmp_path, {"constraints": items}))
+
+
+def test_picture_of_one_iteration_and_of_missing_values(tmp_path):
+    row = {"iteration": 1, "loss": None, "constraints/length/estimate": 20.0, "constraints/length/stderr": None}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n")
+    assert is_picture(plot_run(tmp_path))
+
+
+def test_interrupted_run_is_drawn_with_its_bounds(folder):
+    (folder / "config.yaml").write_text("constraints: [{type: length, name: length, min: 12.0, max: null}]")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 31, "lo')
+    assert len(read_metrics(folder / "metrics.jsonl")) == 30
+    assert is_picture(plot_run(folder))
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
+        plot_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no iterations"):
+        plot_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('nonsense\n{"iteration": 1}\n')
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        plot_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"report\.json: is not JSON"):
+        plot_run(tmp_path)
+
+
+def test_tables():
+    text = shown(summary_table(report()))
+    for words in ("SFT", "L3M, averaged", "14.20", "13.70 to 14.70", "99.5%", "12.346", "length in [12, 16]", "64 "):
+        assert words in text
+    polite = {"constraints": {"polite": {"mean": 0.81, "ci95": [0.8, 0.82]}}}
+    more = {"average": summary(14.2, **polite), "constraints": [{"name": "polite", "min": 0.8, "max": None}]}
+    assert "0.81" in shown(summary_table(more))
+    text = shown(examples_table([{"prompt": "def f(x)", "sft": "A [bold]long[/bold] one", "average": "Short."}]))
+    assert "A [bold]long[/bold] one" in text
+
+
+def test_words():
+    assert histogram([]) == []
+    assert histogram([2, 0, 2]) == [1, 0, 2]
+    assert (bounds_text(1, 2), bounds_text(1, None), bounds_text(None, 2.5)) == ("in [1, 2]", ">= 1", "<= 2.5")
+    assert bounds_text(None, None) == ""
+    logs = {"loss": 2.9134, "constraints/length/estimate": 18.31, "constraints/length/stderr": 0.3, "l3m/mu": 0.2111}
+    text = status(logs, [{"name": "length", "min": 12, "max": 16}, {"name": "unseen", "min": 1, "max": 2}])
+    assert text == "loss 2.913  length 18.3 ± 0.59 in [12, 16]  μ 0.21"
