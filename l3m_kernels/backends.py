@@ -67,12 +67,16 @@ def select(op: str, backend: str, device: str) -> Callable:
     for row in TABLE:
         if row.name == backend:
             if problem := row.problem(op, device):
-                raise RuntimeError(f"{op}: backend {backend!r} cannot be used: {problem}; backend=None picks one that can")
+                raise RuntimeError(
+                    f"{op}: backend {backend!r} cannot be used: {problem}; backend=None picks one that can"
+                )
             return row.ops[op]
-    raise ValueError(f"{op}: backend must be one of {', '.join(row.name for row in TABLE)} or None (automatic), got {backend!r}")
+    raise ValueError(
+        f"{op}: backend must be one of {', '.join(row.name for row in TABLE)} or None (automatic), got {backend!r}"
+    )
 
 
-# Bytes held beyond inputs, outputs and the accumulators of the gradients. On a GPU large chunks amortise the traffic of the weight gradient.
+# Bytes held beyond inputs, outputs and gradient accumulators. On a GPU large chunks amortise the traffic of the weight gradient.
 DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
 _workspace: int | None = None
 
@@ -107,7 +111,10 @@ class Report:
     native: str  # how the native library was built, or why it was not
 
     def __str__(self) -> str:
-        lines = [f"torch {self.torch}, Python {self.python}, devices: {', '.join(self.devices)}", f"native library: {self.native}"]
+        lines = [
+            f"torch {self.torch}, Python {self.python}, devices: {', '.join(self.devices)}",
+            f"native library: {self.native}",
+        ]
         for row in self.backends:
             state = f"not available: {row.missing}" if row.missing else f"available: {', '.join(row.ops)}"
             where = "any device" if row.devices == ("*",) else ", ".join(row.devices)

@@ -45,7 +45,9 @@ class Bounds(NamedTuple):
     table: Tensor  # (K, 6) float64, columns reference.BOUNDS
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, float, float, float, float, float, float]], device: torch.device | str = "cpu") -> "Bounds":
+    def of(
+        cls, rows: Sequence[tuple[int, float, float, float, float, float, float]], device: torch.device | str = "cpu"
+    ) -> "Bounds":
         """rows: (reward, sign, bound, scale, margin, margin_stderrs, margin_max); sign +1 is an upper bound, -1 a lower one.
 
         C = (sign * (estimate - bound) + min(margin + margin_stderrs * stderr, margin_max)) / scale, bound and margins in native units.
@@ -127,11 +129,15 @@ def _constants(op: str, device: torch.device, mu: Tensor | float, s: Tensor | fl
     s = mu * mu if s is None else torch.as_tensor(s, dtype=torch.float64, device=device)
     for name, value in (("mu", mu), ("s", s)):
         if value.ndim != 0 or value.requires_grad:
-            raise ValueError(f"{op}: {name} must be a 0-dim constant, got shape {tuple(value.shape)}, requires_grad={value.requires_grad}")
+            raise ValueError(
+                f"{op}: {name} must be a 0-dim constant, got shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            )
     return mu, s
 
 
-def _barrier_arguments(op: str, z: Tensor | float, mu: Tensor | float, s: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _barrier_arguments(
+    op: str, z: Tensor | float, mu: Tensor | float, s: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     z = torch.as_tensor(z, dtype=torch.float64)
     return z, *_constants(op, z.device, mu, s)
 
@@ -203,4 +209,12 @@ def _(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_
     seq_weight = norm.new_empty(norm.shape, dtype=torch.float32)
     per_reward, per_bound = state.new_empty(state.shape[0]), state.new_empty(bounds.shape[0])
     multiplier, violation = torch.empty_like(per_bound), torch.empty_like(per_bound)
-    return seq_weight, multiplier, torch.empty_like(mu), violation, per_reward, torch.empty_like(per_reward), torch.empty_like(state)
+    return (
+        seq_weight,
+        multiplier,
+        torch.empty_like(mu),
+        violation,
+        per_reward,
+        torch.empty_like(per_reward),
+        torch.empty_like(state),
+    )

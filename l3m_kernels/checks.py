@@ -43,7 +43,9 @@ def packed_batch(
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must have at least one row (V >= 1), got shape {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype:
-        raise ValueError(f"{op}: weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; cast one, or use autocast")
+        raise ValueError(
+            f"{op}: weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; cast one, or use autocast"
+        )
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must be (V,) = {tuple(weight.shape[:1])}, got shape {tuple(bias.shape)}")
@@ -75,7 +77,9 @@ def packed_batch(
                 f"{op}: cu_seqlens must be (N + 1,) int32 or int64, got shape {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"{op}: targets must be {tuple(hidden.shape[:-1])} like hidden, got shape {tuple(targets.shape)}")
+        raise ValueError(
+            f"{op}: targets must be {tuple(hidden.shape[:-1])} like hidden, got shape {tuple(targets.shape)}"
+        )
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: weight must be (V, D) with D = {hidden.shape[-1]} as in hidden, got shape {tuple(weight.shape)}"

@@ -113,7 +113,9 @@ def weighted_log_likelihood(
         gradients.accumulate(chunk, inputs, logits, slope, target, upstream[chunk])
 
     sequence = sequence_sums(token, cu_seqlens)
-    terms = (seq_weight.double() * sequence).where(seq_weight != 0, 0.0)  # 0 * -inf is 0 here: a dropped sequence is dropped
+    terms = (seq_weight.double() * sequence).where(
+        seq_weight != 0, 0.0
+    )  # 0 * -inf is 0 here: a dropped sequence is dropped
     loss = -terms.sum().to(head.compute)
     length = sequence_lengths(targets, cu_seqlens, ignore_index)
     return loss, sequence.to(head.compute), length, token, *gradients.finish()

@@ -95,11 +95,15 @@ def weighted_log_likelihood(
     batch = packed_batch(op, hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
     if seq_weight.shape != (batch.cu_seqlens.shape[0] - 1,) or not seq_weight.is_floating_point():
         wanted = (batch.cu_seqlens.shape[0] - 1,)
-        raise ValueError(f"{op}: seq_weight must be floating, {wanted}, got {tuple(seq_weight.shape)} {seq_weight.dtype}")
+        raise ValueError(
+            f"{op}: seq_weight must be floating, {wanted}, got {tuple(seq_weight.shape)} {seq_weight.dtype}"
+        )
     if seq_weight.device != hidden.device:
         raise ValueError(f"{op}: seq_weight must be on hidden's device {hidden.device}, got {seq_weight.device}")
     if seq_weight.requires_grad:
-        raise ValueError(f"{op}: seq_weight is a constant, got one that requires a gradient; detach it, or use log_likelihood")
+        raise ValueError(
+            f"{op}: seq_weight is a constant, got one that requires a gradient; detach it, or use log_likelihood"
+        )
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (batch.hidden, batch.weight, batch.bias)
@@ -200,7 +204,21 @@ def _log_likelihood_backward(
 
 
 @_log_likelihood_backward.register_fake
-def _(grad_sequence, grad_token, hidden, weight, targets, cu_seqlens, bias, lse, softcap, temperature, ignore_index, backend, *needs):
+def _(
+    grad_sequence,
+    grad_token,
+    hidden,
+    weight,
+    targets,
+    cu_seqlens,
+    bias,
+    lse,
+    softcap,
+    temperature,
+    ignore_index,
+    backend,
+    *needs,
+):
     return _gradients(hidden, weight, bias, needs)
 
 

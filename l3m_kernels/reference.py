@@ -165,7 +165,9 @@ def barrier_weights(
     mean = reward_sum / count.clamp(min=1.0)
     # r - mean of the others = (r - mean) n / (n - 1); without leave-one-out the moving average is the baseline.
     baseline = mean if leave_one_out else estimate
-    correction = torch.where(count > 1.0, count / (count - 1.0).clamp(min=1.0), 0.0) if leave_one_out else torch.ones_like(count)
+    correction = (
+        torch.where(count > 1.0, count / (count - 1.0).clamp(min=1.0), 0.0) if leave_one_out else torch.ones_like(count)
+    )
     difference = rewards - baseline
     # A constant reward teaches nothing. Its rounding error must not: lambda up to 1e17 would make a step of it.
     rounding = count * EPSILON * torch.sqrt(total_squares / count.clamp(min=1.0))

@@ -1,0 +1,60 @@
+"""L3Ms: fine-tune a language model on a task while it is required to meet constraints (arXiv 2410.21533).
+
+`L3MOptimizer` adds constraints to any torch loop, `L3MTrainer` to transformers' Trainer, `l3ms --help` to a YAML file. Names are loaded
+when they are first used, so that the command line answers at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l3ms.constraints import Constraint, Length
+    from l3ms.heads import fuse_head
+    from l3ms.losses import task_loss
+    from l3ms.optimizer import ConstraintLoss, L3MOptimizer
+    from l3ms.rollouts import Rollout, rollout
+    from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
+    from l3ms.trainer import L3MConfig, L3MTrainer
+
+_MODULES = {
+    "Constraint": "constraints",
+    "Length": "constraints",
+    "fuse_head": "heads",
+    "task_loss": "losses",
+    "ConstraintLoss": "optimizer",
+    "L3MOptimizer": "optimizer",
+    "Rollout": "rollouts",
+    "ExponentialDecay": "schedules",
+    "NoiseFloorDecay": "schedules",
+    "L3MConfig": "trainer",
+    "L3MTrainer": "trainer",
+}
+
+__all__ = [
+    "Constraint",
+    "ConstraintLoss",
+    "ExponentialDecay",
+    "L3MConfig",
+    "L3MOptimizer",
+    "L3MTrainer",
+    "Length",
+    "NoiseFloorDecay",
+    "Rollout",
+    "fuse_head",
+    "rollout",
+    "task_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "rollout":
+        return importlib.import_module("l3ms.rollouts").rollout
+    if name == "__version__":
+        return importlib.import_module("l3m_kernels").__version__
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"l3ms.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'l3ms' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,151 @@
+"""What the model's own behaviour must satisfy, in native units (tokens, reward points)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Reward = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Bounds on the mean of a reward over the model's own responses: `min <= E[r] <= max`.
+
+    Args:
+        name: how it appears in metrics (`constraints/<name>/...`) and in errors.
+        function: TRL's reward signature, `(prompts, completions, **columns) -> list[float]`, one value per response; `None` in the list
+            excludes that response. Without a function the values come through `L3MOptimizer.observe` or `.barrier_loss`.
+        min, max: bounds in native units; at least one.
+        scale: native units per 1.0 of the dimensionless constraint; by default the middle of [min, max], or max(|bound|, 1) for one
+            bound. It sets how a violation here weighs against one of another constraint.
+        margin: how far inside the bound to settle, in native units; by default 2 standard errors of the estimate, at most a quarter of
+            the range, since a barrier whose mu has decayed settles at the bound itself.
+
+    Raises:
+        ValueError: no bound, min > max, a bound that is not finite, scale <= 0, a margin that leaves no room.
+    """
+
+    name: str
+    function: Reward | None = None
+    min: float | None = field(default=None, kw_only=True)
+    max: float | None = field(default=None, kw_only=True)
+    scale: float | None = field(default=None, kw_only=True)
+    margin: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        where = f"constraint {self.name!r}"
+        if not self.name or "/" in self.name:
+            raise ValueError(f"{where}: name must be a non-empty text without '/'")
+        if self.min is None and self.max is None:
+            raise ValueError(f"{where}: give min, max or both")
+        for option in ("min", "max", "scale", "margin"):
+            value = getattr(self, option)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{where}: {option} must be a finite number, got {value}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"{where}: min must be at most max, got min {self.min:g} > max {self.max:g}")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"{where}: scale must be positive, got {self.scale:g}")
+        if self.margin is not None and (self.margin < 0 or (self.margin > 0 and 2 * self.margin >= self.width)):
+            raise ValueError(f"{where}: margin must be >= 0 and less than half of the range, got {self.margin:g}")
+
+    @property
+    def width(self) -> float:
+        """max - min in native units, inf for a one-sided constraint."""
+        return math.inf if self.min is None or self.max is None else self.max - self.min
+
+    @property
+    def unit(self) -> float:
+        """Native units per 1.0 of the dimensionless constraint."""
+        if self.scale is not None:
+            return self.scale
+        if self.min is not None and self.max is not None:
+            # A range around 0 has no middle to speak of: its half-width then.
+            return max(abs(self.min + self.max) / 2, self.width / 2) or 1.0
+        return max(abs(self.max if self.min is None else self.min), 1.0)  # type: ignore[arg-type]
+
+    def rows(self, reward: int) -> list[tuple[int, float, float, float, float, float, float]]:
+        """One-sided constraints on reward number `reward`, lower bound first: the rows of `l3m_kernels.Bounds`."""
+        margins = (0.0, 2.0, self.width / 4) if self.margin is None else (self.margin, 0.0, math.inf)
+        sides = ((-1.0, self.min), (1.0, self.max))
+        return [(reward, sign, float(bound), self.unit, *margins) for sign, bound in sides if bound is not None]
+
+    @property
+    def samples(self) -> bool:
+        """Whether its values come from the model's responses by themselves (a function, or the length)."""
+        return self.function is not None
+
+    def rewards(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        """The reward of each response, checked.
+
+        Raises:
+            ValueError: no function, a wrong number of values, a value that is no number or not finite: names the function and row.
+        """
+        if self.function is None:
+            raise ValueError(
+                f"constraint {self.name!r} has no function; give its values to observe() or barrier_loss()"
+            )
+        values = self.function(prompts=prompts, completions=completions, **columns)
+        what = f"constraint {self.name!r}: {getattr(self.function, '__name__', type(self.function).__name__)}"
+        try:
+            values = list(values)
+        except TypeError:
+            raise ValueError(
+                f"{what} must return a list of {len(completions)} numbers, got {type(values).__name__}"
+            ) from None
+        if len(values) != len(completions):
+            raise ValueError(
+                f"{what} must return one number per response, wanted {len(completions)}, got {len(values)}"
+            )
+        return [self._checked(what, row, value) for row, value in enumerate(values)]
+
+    @staticmethod
+    def _checked(what: str, row: int, value: Any) -> float | None:
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{what}: row {row} is {value!r}, wanted a number or None") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{what}: row {row} is {number}; return None to exclude a response")
+        return number
+
+
+class Length(Constraint):
+    """Bounds on the mean response length in tokens, the closing EOS included."""
+
+    def __init__(
+        self,
+        min: float | None = None,
+        max: float | None = None,
+        *,
+        scale: float | None = None,
+        margin: float | None = None,
+        name: str = "length",
+    ):
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin)
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    def rewards(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        return [float(length) for length in lengths]
+
+
+def check_constraints(constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
+    """The constraints as a tuple; ValueError for a wrong type or a name used twice."""
+    seen: set[str] = set()
+    for item in constraints:
+        if not isinstance(item, Constraint):
+            raise ValueError(f"constraints must be l3ms.Constraint objects, got {type(item).__name__}")
+        if item.name in seen:
+            raise ValueError(f"constraints: the name {item.name!r} is used twice")
+        seen.add(item.name)
+    return tuple(constraints)

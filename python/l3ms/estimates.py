@@ -1,0 +1,205 @@
+"""From rewards to multipliers: the running estimates of the constraints and what one constraint step adds to them.
+
+Sums of rewards are combined over micro-batches and ranks in float64 before the moving average and the multipliers, so that every rank
+and every split of a batch finds the same multipliers. Nothing here is committed until the optimizer has applied the step.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, reward_sums
+from l3ms.constraints import Constraint
+
+Values = Mapping[str, Sequence[float | None] | Tensor]
+
+# A later part of a half-step is weighted by lambda / S with the S of the first. Past this ratio it drowns the first, and fp32 overflows.
+LARGEST_RATIO = 1e8
+
+
+class Estimates:
+    """Moving averages of R rewards, K one-sided bounds on them, and the half-step that is being prepared."""
+
+    def __init__(
+        self,
+        constraints: Sequence[Constraint],
+        *,
+        device: torch.device,
+        smoothing: float,
+        leave_one_out: bool,
+        drop_nonfinite: bool,
+        process_group: Any = None,
+        backend: str | None = None,
+    ):
+        self.constraints = tuple(constraints)
+        self.device, self.smoothing, self.leave_one_out = device, smoothing, leave_one_out
+        self.drop_nonfinite, self.process_group, self.backend = drop_nonfinite, process_group, backend
+        self.index = {constraint.name: i for i, constraint in enumerate(self.constraints)}
+        rows = [row for i, constraint in enumerate(self.constraints) for row in constraint.rows(i)]
+        self.owner = [row[0] for row in rows]  # constraint of each one-sided bound
+        self.bounds = Bounds.of(rows, device)
+        self.state = initial_state(len(self.constraints), device)
+        self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
+        self.dropped = torch.zeros(
+            len(self.constraints), dtype=torch.int64, device=device
+        )  # values that were not finite
+        self.last: BarrierWeights | None = None  # of the last applied step
+        self.discard()
+
+    # ---- the half-step that is being prepared ----
+
+    def discard(self) -> None:
+        """Forget what was observed since the last applied step."""
+        self.pending: BarrierWeights | None = None
+        self.total: Tensor | None = None  # S of this half-step, fixed by its first part
+        self._responses = 0
+        self._sums = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
+
+    def commit(self) -> None:
+        """The step was applied: the moving averages advance, once."""
+        assert self.pending is not None
+        self.state, self.last = self.pending.state, self.pending
+        self.missing += self._sums[:-1, 0] == 0
+        self.discard()
+
+    def observe(self, values: Values, lengths: Tensor | None, normalisation: str, mu: Tensor) -> Tensor:
+        """Rewards of n responses -> (n,) fp32 weights; `lengths` (n,) are the responses' tokens, for the normalisation."""
+        rewards = self._table(values)
+        count = len(rewards)
+        if lengths is not None and lengths.shape != (count,):
+            raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+        tokens = torch.ones(count, dtype=torch.float64, device=self.device)
+        if lengths is not None:
+            tokens = lengths.to(self.device, torch.float64)
+        local = torch.cat(
+            [reward_sums(rewards), torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])[None]]
+        )
+        part, sums = self._add(local)
+        self._responses += count
+        if self.leave_one_out and self._responses * self._world == 1:
+            raise ValueError(
+                "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
+                'give more, or use L3MOptimizer(baseline="estimate")'
+            )
+        norm = torch.ones_like(tokens)
+        if lengths is not None and normalisation == "mean":
+            norm = norm * (sums[-1, 1] / sums[-1, 0].clamp(min=1)).clamp(min=1)
+        elif lengths is not None and normalisation == "sequence":
+            norm = tokens.clamp(min=1)
+        weights = self._weights(rewards, norm, sums, mu)
+        # The op divides by the responses of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
+        own_mean = sums[-1, 0] / part[-1, 0].clamp(min=1)
+        return (weights.seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
+
+    def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
+        """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
+        columns = {name: value.detach().reshape(-1) for name, value in values.items()}
+        self._check_names(columns)
+        local = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
+        for name, column in columns.items():
+            local[self.index[name]] = reward_sums(self._finite(name, column)[:, None])[0]
+        part, sums = self._add(local)
+        empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
+        weights = self._weights(empty, empty[:, 0], sums, mu)
+        share = weights.multiplier / weights.total * self._ratio(weights)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for k, (owner, row) in enumerate(zip(self.owner, self.bounds.table, strict=True)):
+            name = self.constraints[owner].name
+            if name in values:
+                sign, bound, scale = row[:3]
+                of_all = self._world * local[owner, 0] / part[owner, 0].clamp(min=1)  # ranks average gradients: undo it
+                loss = loss + share[k] * sign * (values[name].double().mean() * of_all - bound) / scale
+        return loss
+
+    def violations(self) -> list[float]:
+        """The worse of each constraint's one-sided C, in the last applied step; NaN where never observed."""
+        assert self.last is not None
+        values = self.last.violation.tolist()
+        return [
+            max(v for v, owner in zip(values, self.owner, strict=True) if owner == i)
+            for i in range(len(self.constraints))
+        ]
+
+    def load(self, kept: Mapping[str, Any]) -> None:
+        """What `L3MOptimizer.state_dict` kept of this object."""
+        self.state = kept["estimates"].to(self.state)
+        self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
+        self.last = (
+            None if kept["last"] is None else BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"]))
+        )
+        self.discard()
+
+    # ---- parts ----
+
+    def _weights(self, rewards: Tensor, norm: Tensor, sums: Tensor, mu: Tensor) -> BarrierWeights:
+        options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "backend": self.backend}
+        weights = barrier_weights(
+            rewards, self.state, self.bounds, mu, norm=norm, sums=sums[:-1].contiguous(), **options
+        )
+        self.pending = weights
+        self.total = weights.total if self.total is None else self.total
+        return weights
+
+    def _ratio(self, weights: BarrierWeights) -> Tensor:
+        """Turns lambda / S of this part into lambda / S of the half-step."""
+        assert self.total is not None
+        return (weights.total / self.total).clamp(max=LARGEST_RATIO)
+
+    def _add(self, local: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses and their tokens."""
+        part = local.clone()
+        if self.process_group is not None:
+            dist.all_reduce(part, group=self.process_group)
+        self._sums = self._sums + part
+        return part, self._sums
+
+    @property
+    def _world(self) -> int:
+        """Data-parallel wrappers average gradients over the ranks; the weights already divide by the responses of all of them."""
+        return dist.get_world_size(self.process_group) if self.process_group is not None else 1
+
+    def _check_names(self, values: Mapping[str, Any]) -> None:
+        unknown = sorted(set(values) - set(self.index))
+        if unknown or not values:
+            raise ValueError(
+                f"observe: wanted values for constraints among {sorted(self.index)}, got {unknown or 'none'}"
+            )
+
+    def _table(self, values: Values) -> Tensor:
+        """(n, R) float64, NaN where missing."""
+        self._check_names(values)
+        columns: dict[str, Tensor] = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                columns[name] = self._finite(name, value.detach())
+            else:
+                given = torch.tensor([math.nan if v is None else float(v) for v in value], dtype=torch.float64)
+                absent = torch.tensor([v is None for v in value], dtype=torch.bool)
+                columns[name] = self._finite(name, given, absent)
+        sizes = {name: len(column) for name, column in columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"observe: every constraint needs one value per response, got {sizes}")
+        missing = torch.full((next(iter(sizes.values())),), math.nan, dtype=torch.float64, device=self.device)
+        return torch.stack([columns.get(constraint.name, missing) for constraint in self.constraints], dim=1)
+
+    def _finite(self, name: str, column: Tensor, absent: Tensor | None = None) -> Tensor:
+        """(n,) float64 on the estimates' device; a NaN or inf is an error, or dropped and counted where that was asked for."""
+        if column.ndim != 1:
+            raise ValueError(
+                f"observe: values of constraint {name!r} must be (n,), one per response, got {tuple(column.shape)}"
+            )
+        bad = ~column.isfinite() if absent is None else ~column.isfinite() & ~absent
+        if self.drop_nonfinite:
+            self.dropped[self.index[name]] += bad.sum().to(self.device)
+            column = column.double().masked_fill(bad, math.nan)
+        elif bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"observe: constraint {name!r}: row {row} is {column[row].item()}; "
+                'pass None to exclude a response, or use L3MOptimizer(nonfinite="drop")'
+            )
+        return column.to(self.device, torch.float64)

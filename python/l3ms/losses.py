@@ -1,0 +1,73 @@
+"""The task loss on the fused head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l3m_kernels import weighted_log_likelihood
+
+
+def shift(labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Hugging Face labels (aligned with the inputs) -> targets: targets[t] is the label of position t + 1 of the same sequence."""
+    targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if cu_seqlens is not None:
+        starts = torch.zeros(len(targets) + 1, dtype=torch.bool, device=targets.device)
+        starts[cu_seqlens.long().to(targets.device)] = True
+        targets = targets.masked_fill(starts[1:], ignore_index)  # what follows a sequence is not its own
+    return targets
+
+
+def scored_lengths(targets: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """(N,) int64, the scored tokens of each sequence of shifted targets."""
+    scored = targets != ignore_index
+    if cu_seqlens is None:
+        return scored.sum(-1)
+    counts = F.pad(scored.cumsum(0), (1, 0))
+    return counts[cu_seqlens[1:].long()] - counts[cu_seqlens[:-1].long()]
+
+
+def task_weights(lengths: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N,) 1 / (N |y_n|), with N the sequences that have something scored; 0 for the others."""
+    sequences = (lengths > 0).sum().clamp(min=1)
+    return torch.where(lengths > 0, 1.0 / (sequences * lengths.clamp(min=1)).to(torch.float64), 0.0).to(dtype)
+
+
+def task_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """L = mean over sequences of -(1/|y|) log pi(y|x), the length-normalised task loss (arXiv 2410.21533); exp(L) is the task perplexity.
+
+    Args:
+        hidden: (N, L, D) or packed (T, D) hidden states that feed the head.
+        weight: (V, D), the head's matrix.
+        labels: (N, L) or (T,), Hugging Face convention: aligned with the inputs, not shifted; `ignore_index` on prompt and padding.
+        cu_seqlens: (N + 1,) for the packed layout.
+        bias, softcap, temperature, backend: as in `l3m_kernels.log_likelihood`.
+
+    Returns:
+        () loss, nats per token; sequences with nothing scored do not count.
+
+    Raises:
+        as `l3m_kernels.weighted_log_likelihood`.
+    """
+    targets = shift(labels, cu_seqlens, ignore_index)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    seq_weight = task_weights(scored_lengths(targets, cu_seqlens, ignore_index), dtype).to(hidden.device)
+    options = {
+        "bias": bias,
+        "softcap": softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "backend": backend,
+    }
+    loss, _ = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
+    return loss

@@ -1,0 +1,348 @@
+"""`L3MOptimizer`: any torch optimizer, and constraints.
+
+One iteration is a task half-step and a constraint half-step, each a backward and an ordinary `step()` with its own clipping, on one shared
+optimizer state. Multipliers reach 1e17 when mu is small: squared in a gradient norm they overflow fp32, the norm is inf, and clipping by
+max_norm / norm would multiply the step by 0 exactly when it matters. So losses carry lambda / S with S = max(1, sum lambda) in float64, and
+`step()` clips by min(S, max_norm / ||g'||): S g' clipped by min(1, max_norm / ||S g'||), without ever forming S g'.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l3m_kernels import LogLikelihood, weighted_log_likelihood
+from l3ms.conflicts import ConflictWatch
+from l3ms.constraints import Constraint, check_constraints
+from l3ms.estimates import Estimates, Values
+from l3ms.losses import scored_lengths, shift
+from l3ms.schedules import MuSchedule, as_schedule, noise_floor
+
+logger = logging.getLogger(__name__)
+
+
+class ConstraintLoss(NamedTuple):
+    loss: Tensor  # (), its gradient is that of the barrier divided by S
+    log_likelihood: LogLikelihood  # detached
+    seq_weight: Tensor  # (N,) fp32
+
+
+class L3MOptimizer(torch.optim.Optimizer):
+    """Adds constraints to an optimizer: `observe`, `constraint_loss` or `barrier_loss`, then backward and `step()` as usual.
+
+    A `step()` after one of these is the constraint half-step, any other the task half-step. Shares `param_groups` and `state`
+    with `base`, so learning-rate schedulers, GradScaler and accelerate see one optimizer.
+
+    Args:
+        base: the wrapped optimizer.
+        constraints: what must hold, see `Constraint`.
+        mu: "auto" (the paper's decay, stopped at the noise floor of the estimates), "paper", or a schedule.
+        smoothing: weight of a new batch mean in the moving average of the estimates.
+        max_grad_norm: of each half-step; None does not clip.
+        length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
+            as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
+            bound of at most 10 tokens ended with a median response of 1 token); or "none".
+        baseline: "leave_one_out", the mean of the other responses; or "estimate", the moving average.
+        nonfinite: a NaN or inf reward is an error ("raise"), or left out and counted ("drop").
+        process_group: ranks that share one batch; default: all, where torch.distributed is initialised.
+        max_skipped: after this many steps in a row with a gradient that is not finite, raise.
+        backend: of the kernels, see `l3m_kernels.backends`.
+
+    Raises:
+        ValueError: an argument is wrong (named), or mu ends so low that mu^2 is below 4 ulp of a bound.
+    """
+
+    _step_supports_amp_scaling = (
+        True  # GradScaler hands grad_scale and found_inf to step() instead of silently not calling it
+    )
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        constraints: Sequence[Constraint],
+        mu: str | MuSchedule = "auto",
+        smoothing: float = 0.1,
+        max_grad_norm: float | None = 1.0,
+        *,
+        length_norm: Literal["mean", "sequence", "none"] = "mean",
+        baseline: Literal["leave_one_out", "estimate"] = "leave_one_out",
+        nonfinite: Literal["raise", "drop"] = "raise",
+        process_group: Any = None,
+        max_skipped: int = 5,
+        backend: str | None = None,
+    ):
+        if not isinstance(base, torch.optim.Optimizer):
+            raise ValueError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        if not 0 < smoothing <= 1:
+            raise ValueError(f"smoothing must be in (0, 1], got {smoothing}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        for name, value, allowed in (
+            ("length_norm", length_norm, ("mean", "sequence", "none")),
+            ("baseline", baseline, ("leave_one_out", "estimate")),
+            ("nonfinite", nonfinite, ("raise", "drop")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.base = base
+        super().__init__(base.param_groups, base.defaults)
+        self._share()
+        self.constraints = check_constraints(constraints)
+        self.schedule = as_schedule(mu)
+        self._check_mu()
+        self.smoothing, self.max_grad_norm, self.length_norm, self.max_skipped = (
+            smoothing,
+            max_grad_norm,
+            length_norm,
+            max_skipped,
+        )
+        device = base.param_groups[0]["params"][0].device
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self.estimates = Estimates(
+            self.constraints,
+            device=device,
+            smoothing=smoothing,
+            leave_one_out=baseline == "leave_one_out",
+            drop_nonfinite=nonfinite == "drop",
+            process_group=process_group,
+            backend=backend,
+        )
+        self.conflicts = ConflictWatch([constraint.name for constraint in self.constraints])
+        self._units = torch.tensor(
+            [constraint.unit for constraint in self.constraints], dtype=torch.float64, device=device
+        )
+        self.mu = torch.tensor(self.schedule.start, dtype=torch.float64, device=device)
+        self.constraint_steps = 0  # applied
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._reported_mu: float | None = None
+        self._norms: dict[str, float] = {}
+
+    def _share(self) -> None:
+        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+
+    def _check_mu(self) -> None:
+        for constraint in self.constraints:
+            for _, _, bound, scale, *_ in constraint.rows(0):
+                ulp = math.ulp(bound / scale)
+                if self.schedule.end**2 < 4 * ulp:
+                    raise ValueError(
+                        f"mu: its end {self.schedule.end:g} is too small for constraint {constraint.name!r}: "
+                        f"mu^2 is below 4 ulp of the bound ({bound:g} in units of {scale:g}); end it above {math.sqrt(4 * ulp):.1e}"
+                    )
+
+    # ---- the constraint half-step ----
+
+    def observe(self, rewards: Values, lengths: Tensor | None = None) -> Tensor:
+        """Rewards of n responses -> (n,) fp32 weights on the model's device, for a loss -sum_n weight_n log pi(y_n).
+
+        The next `step()` is the constraint half-step. Give the whole batch of the half-step at once and slice the weights for its
+        micro-batches: the multipliers are then those of the whole batch. Several calls before one step add up to one estimate, each
+        call's weights being a mean over its own responses.
+
+        Args:
+            rewards: by constraint name, n values each in native units: a list (None excludes a response) or an (n,) tensor.
+            lengths: (n,) response tokens, for `length_norm`; without them weights are not normalised.
+
+        Raises:
+            ValueError: an unknown name, unequal numbers of values, NaN or inf, or a single response under the leave-one-out baseline.
+        """
+        return self.estimates.observe(rewards, lengths, self.length_norm, self.mu)
+
+    def constraint_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rewards: Values | None = None,
+        *,
+        seq_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ignore_index: int = -100,
+        **options: Any,
+    ) -> ConstraintLoss:
+        """`observe` and the fused head in one: backpropagate `.loss`, then `step()`.
+
+        Args:
+            hidden: (N, L, D), or packed (T, D) with `cu_seqlens`: hidden states of prompts and responses.
+            weight: (V, D), the head's matrix.
+            labels: (N, L) or (T,), Hugging Face convention (not shifted), `ignore_index` on prompts and padding.
+            rewards: as in `observe`.
+            seq_weight: instead of `rewards`, a slice of what `observe` returned for the whole batch.
+            options: bias, softcap, temperature, backend of `l3m_kernels.weighted_log_likelihood`.
+
+        Raises:
+            ValueError: as `observe` and the op; both or neither of `rewards` and `seq_weight`.
+        """
+        if (rewards is None) == (seq_weight is None):
+            raise ValueError("constraint_loss: give either rewards or seq_weight")
+        targets = shift(labels, cu_seqlens, ignore_index)
+        if seq_weight is None:
+            assert rewards is not None
+            seq_weight = self.observe(rewards, scored_lengths(targets, cu_seqlens, ignore_index))
+        options["ignore_index"] = ignore_index
+        loss, log_likelihood = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
+        return ConstraintLoss(loss, log_likelihood, seq_weight)
+
+    def barrier_loss(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Differentiable values in native units, by constraint name -> sum_i (lambda_i / S) C_i, () float64, the multipliers detached.
+
+        For constraints that need no sampling: the mean loss on a second data set, a regulariser. A value is () or (n,); the mean is
+        what is constrained, and with n > 1 its standard error is that of the batch.
+
+        Raises:
+            ValueError: an unknown name, NaN or inf.
+        """
+        return self.estimates.barrier_loss(values, self.mu)
+
+    # ---- the step ----
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Clip and apply the gradients: of the task, or of the constraints where something was observed since the last step.
+
+        A gradient whose norm is not finite is not applied: the step is counted as skipped, and neither mu nor the estimates advance.
+
+        Raises:
+            ValueError: a closure was given: the two half-steps are two calls.
+            RuntimeError: `max_skipped` steps in a row were skipped; names the constraint with the largest multiplier.
+        """
+        if closure is not None:
+            raise ValueError("L3MOptimizer.step takes no closure: call it once per half-step")
+        constrained = self.estimates.pending is not None
+        total = float(self.estimates.total) if self.estimates.total is not None else 1.0
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        unscale = 1.0
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            unscale = 1.0 / float(grad_scale)
+        norm = _norm(grads) * unscale
+        self._norms["constraint" if constrained else "task"] = norm
+        if not math.isfinite(norm) or float(getattr(self, "found_inf", 0.0)) > 0:
+            self._skip(constrained)
+            return
+        # An exactly zero gradient of the constraints says nothing; stepping on it would only replay the task's momentum.
+        if norm > 0 or not constrained:
+            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+            coefficient = min(total, limit / norm if norm > 0 else math.inf) * unscale
+            if coefficient != 1.0:
+                torch._foreach_mul_(grads, coefficient)  # pyright: ignore[reportPrivateImportUsage]
+            self.base.step()
+        self._skipped_in_a_row = 0
+        if constrained:
+            self._advance()
+
+    def _skip(self, constrained: bool) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        cause = "the task loss"
+        if constrained:
+            assert self.estimates.pending is not None
+            cause = f"constraint {self.constraints[self.estimates.owner[int(self.estimates.pending.multiplier.argmax())]].name!r}"
+        self.estimates.discard()
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise RuntimeError(
+                f"the gradient of {cause} was not finite in {self._skipped_in_a_row} steps in a row; "
+                "look at its reward or loss, or lower the learning rate"
+            )
+
+    def _advance(self) -> None:
+        """After an applied constraint step: the estimates, then mu."""
+        self.estimates.commit()
+        assert self.estimates.last is not None
+        self.constraint_steps += 1
+        last = self.estimates.last
+        noise = (last.stderr / self._units).where(self.estimates.state[:, 0] > 0, 0.0)
+        previous, self.mu = self.mu, self.schedule(self.constraint_steps, self.mu, noise.max())
+        self._report_floor(float(previous), noise)
+        self.conflicts.update(self.estimates.violations())
+
+    def _report_floor(self, previous: float, noise: Tensor) -> None:
+        """Log where mu begins to wait for the noise to fall, and again once it has fallen by a fifth."""
+        mu = float(self.mu)
+        waiting = mu == previous and mu > self.schedule.end
+        if waiting and (self._reported_mu is None or mu < 0.8 * self._reported_mu):
+            name, floor = self.constraints[int(noise.argmax())].name, float(noise_floor(noise.max()))
+            logger.info("mu waits at %.3g: the noise floor of constraint %r is %.3g", mu, name, floor)
+            self._reported_mu = mu
+
+    # ---- reading and keeping ----
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last applied constraint step, as floats (waits for the device): for each constraint `constraints/<name>/`
+
+        * `estimate`, `stderr`: native units;
+        * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
+        * `lambda`: the multiplier, of both bounds together; `missing`: steps without a sample, `dropped`: values not finite, where any;
+
+        and `l3m/mu`, `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping (the latter divided by S).
+        """
+        values = {"l3m/mu": float(self.mu), "l3m/skipped_steps": float(self.skipped_steps)}
+        values.update({f"l3m/grad_norm/{name}": norm for name, norm in self._norms.items()})
+        last = self.estimates.last
+        for i, constraint in enumerate(self.constraints):
+            prefix = f"constraints/{constraint.name}"
+            for counter in ("missing", "dropped"):
+                if count := int(getattr(self.estimates, counter)[i]):
+                    values[f"{prefix}/{counter}"] = float(count)
+            if last is None:
+                continue
+            sides = [k for k, owner in enumerate(self.estimates.owner) if owner == i]
+            values[f"{prefix}/estimate"] = float(last.estimate[i])
+            values[f"{prefix}/stderr"] = float(last.stderr[i])
+            values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
+            values[f"{prefix}/slack"] = float(-last.violation[sides].max())
+        return values
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's, with the barrier's under `"l3m"`: mu, moving averages, counters. What is being observed is not kept."""
+        return {
+            **self.base.state_dict(),
+            "l3m": {
+                "constraints": [constraint.name for constraint in self.constraints],
+                "mu": self.mu.clone(),
+                "estimates": self.estimates.state.clone(),
+                "missing": self.estimates.missing.clone(),
+                "dropped": self.estimates.dropped.clone(),
+                "last": None if self.estimates.last is None else [tensor.clone() for tensor in self.estimates.last],
+                "constraint_steps": self.constraint_steps,
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "reported_mu": self._reported_mu,
+                "conflicts": self.conflicts.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Raises ValueError where the state has no `"l3m"`, or that of other constraints."""
+        if "l3m" not in state_dict:
+            raise ValueError('load_state_dict: the state has no "l3m"; it is not that of an L3MOptimizer')
+        ours = state_dict["l3m"]
+        names = [constraint.name for constraint in self.constraints]
+        if ours["constraints"] != names:
+            raise ValueError(
+                f"load_state_dict: the state is that of constraints {ours['constraints']}, this optimizer has {names}"
+            )
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "l3m"})
+        self._share()
+        self.mu = ours["mu"].to(self.mu)
+        self.estimates.load(ours)
+        self.constraint_steps, self.skipped_steps = ours["constraint_steps"], ours["skipped_steps"]
+        self._skipped_in_a_row, self._reported_mu = ours["skipped_in_a_row"], ours["reported_mu"]
+        self.conflicts.load_state_dict(ours["conflicts"])
+
+
+def _norm(grads: list[Tensor]) -> float:
+    """The 2-norm of all gradients; 0 where there are none."""
+    if not grads:
+        return 0.0
+    norm = torch.nn.utils.get_total_norm(grads)
+    full = getattr(norm, "full_tensor", None)  # sharded gradients give a DTensor
+    return float(full() if full is not None else norm)

@@ -1,0 +1,259 @@
+"""`L3MTrainer`: transformers' Trainer with a constraint half-step after each task half-step.
+
+One training step of the Trainer is one iteration: its own forward, backward and `optimizer.step()` on a task batch, then (in the callback
+between that step and the learning-rate scheduler's) responses to fresh prompts, rewards, backward, and a second `optimizer.step()`. The
+scheduler ticks once. Callbacks, trackers, PEFT, accelerate come with the Trainer. `solver="none"` leaves the constraints out: plain SFT.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from l3ms.constraints import Constraint, check_constraints
+from l3ms.heads import fuse_head
+from l3ms.losses import scored_lengths, shift, task_weights
+from l3ms.optimizer import L3MOptimizer
+from l3ms.rollouts import Rollout, rollout
+from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
+
+
+@dataclass
+class L3MConfig(TrainingArguments):
+    """TrainingArguments, and what the constraints add. `max_steps` counts iterations; `max_grad_norm` clips each half-step."""
+
+    solver: str = field(default="barrier", metadata={"help": "barrier, or none: fine-tune without the constraints"})
+    mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
+    mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
+    smoothing: float = field(default=0.1, metadata={"help": "weight of a new batch in the estimates"})
+    constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
+    length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
+    average_fraction: float = field(
+        default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "rows keep their prompt"})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "equal batches: their means are the mean"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver not in ("barrier", "none"):
+            raise ValueError(f"solver must be barrier or none, got {self.solver!r}")
+        if self.mu not in ("auto", "paper"):
+            raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
+        if self.constraint_batch_size < 2:
+            raise ValueError(
+                f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
+            )
+        if not 0 <= self.average_fraction <= 1:
+            raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
+
+
+class Collator:
+    """Rows of token lists -> right-padded input_ids, attention_mask and labels (-100), each (N, L)."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        filled = {"input_ids": self.pad, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.tensor(
+                [_column(row, name) + [value] * (width - len(row["input_ids"])) for row in rows], dtype=torch.int64
+            )
+            for name, value in filled.items()
+        }
+
+
+def _column(row: dict[str, Any], name: str) -> list[int]:
+    return [1] * len(row["input_ids"]) if name == "attention_mask" else list(row[name])
+
+
+class L3MTrainer(Trainer):
+    """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
+
+    Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
+        constraints: what the model's responses to the rows' prompts must satisfy; every one needs a function, or is a `Length`.
+        prompts: rows whose prompts are answered in the constraint half-steps; by default the training rows.
+
+    Attributes:
+        l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
+        last_rollout: the responses of the last constraint half-step.
+
+    Raises:
+        ValueError: a constraint without a function, or a model whose head cannot be fused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: L3MConfig,
+        *,
+        constraints: Sequence[Constraint] = (),
+        prompts: Sequence[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        self.constraints = check_constraints(constraints)
+        if args.solver != "none":
+            if not self.constraints:
+                raise ValueError('constraints: none given; use solver="none" to fine-tune without')
+            for constraint in self.constraints:
+                if not constraint.samples:
+                    raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")
+        fuse_head(model)
+        tokenizer = kwargs.get("processing_class")
+        if kwargs.get("data_collator") is None:
+            pad = None if tokenizer is None else tokenizer.pad_token_id
+            kwargs["data_collator"] = Collator(0 if pad is None else pad)
+        super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = (
+            False  # our loss is a mean over sequences: the Trainer divides by accumulation steps
+        )
+        self.l3m_optimizer: L3MOptimizer | None = None
+        self.last_rollout: Rollout | None = None
+        self._prompts = self.train_dataset if prompts is None else prompts
+        self._prompt_order = self._endless_prompts()
+        self._average: AveragedModel | None = None
+        self.add_callback(_HalfStep(self))
+
+    # ---- the task half-step ----
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        seq_weight = task_weights(scored_lengths(shift(inputs["labels"])))
+        outputs = model(**inputs, seq_weight=seq_weight, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        args: Any = self.args
+        base = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if args.solver != "none" and not isinstance(base, L3MOptimizer):
+            schedule = (NoiseFloorDecay if args.mu == "auto" else ExponentialDecay)(
+                1.0, args.mu_end, max(self._iterations(), 1)
+            )
+            self.optimizer = L3MOptimizer(
+                base,
+                self.constraints,
+                mu=schedule,
+                smoothing=args.smoothing,
+                max_grad_norm=args.max_grad_norm or None,
+                length_norm=args.length_norm,
+            )
+            self.l3m_optimizer = self.optimizer
+        return self.optimizer  # type: ignore[return-value]
+
+    def _iterations(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(self.args.num_train_epochs * len(self.train_dataset) / per_step)  # type: ignore[arg-type]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Ours clips inside its step; clipping before it would hide an infinite norm behind a zero gradient."""
+        if self.l3m_optimizer is None:
+            return super()._clip_grad_norm(model)
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+    # ---- the constraint half-step ----
+
+    def constraint_half_step(self) -> None:
+        """Sample responses, weigh them by their rewards, backpropagate in micro-batches, step."""
+        optimizer, args = self.l3m_optimizer, self.args
+        model: Any = self.model_wrapped
+        assert optimizer is not None
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        rows = [next(self._prompt_order) for _ in range(args.constraint_batch_size)]  # type: ignore[attr-defined]
+        self.last_rollout = responses = rollout(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            [row["prompt"] for row in rows],
+            prompt_ids=[_prompt_ids(row) for row in rows],
+            max_new_tokens=args.max_new_tokens,  # type: ignore[attr-defined]
+            temperature=args.temperature,  # type: ignore[attr-defined]
+            columns=_columns(rows),
+        )
+        weights = optimizer.observe(responses.rewards(self.constraints), responses.lengths)
+        size = args.per_device_train_batch_size
+        model.train()
+        for start in range(0, len(responses), size):
+            part = slice(start, start + size)
+            width = int(responses.attention_mask[part].sum(1).max())
+            with self.compute_loss_context_manager():
+                loss = model(
+                    input_ids=responses.input_ids[part, :width],
+                    attention_mask=responses.attention_mask[part, :width],
+                    labels=responses.labels[part, :width],
+                    seq_weight=weights[part],
+                    temperature=args.temperature,  # type: ignore[attr-defined]
+                    use_cache=False,
+                ).loss
+            # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _endless_prompts(self) -> Iterator[dict[str, Any]]:
+        """Rows in a new random order each time around, from a generator of its own; ranks take turns."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        rank, world = self.args.process_index, self.args.world_size
+        while True:
+            order = torch.randperm(len(self._prompts), generator=generator).tolist()  # type: ignore[arg-type]
+            for index in order[rank::world]:
+                yield self._prompts[index]  # type: ignore[index]
+
+    # ---- weights and logs ----
+
+    def average_weights(self) -> None:
+        """After an iteration: in the last fifth of the run, add the weights to the average."""
+        fraction: float = self.args.average_fraction  # type: ignore[attr-defined]
+        if self.state.global_step + 1 > self.state.max_steps * (1 - fraction):
+            model = self.accelerator.unwrap_model(self.model)
+            if self._average is None:
+                self._average = AveragedModel(model)
+            self._average.update_parameters(model)
+
+    def averaged_model(self) -> nn.Module:
+        """The model with the average of the last fifth's weights; a copy of the last iterate where nothing was averaged."""
+        if self._average is None:
+            return copy.deepcopy(self.accelerator.unwrap_model(self.model))
+        return self._average.module
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.l3m_optimizer is not None and "loss" in logs:
+            logs.update(self.l3m_optimizer.metrics())
+            if self.last_rollout is not None:
+                logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
+        super().log(logs, start_time)
+
+
+class _HalfStep(TrainerCallback):
+    """Runs between the optimizer's step on the task and the scheduler's."""
+
+    def __init__(self, trainer: L3MTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.l3m_optimizer is not None:
+            self.trainer.constraint_half_step()
+        self.trainer.average_weights()
+
+
+def _prompt_ids(row: dict[str, Any]) -> list[int]:
+    scored = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+    return list(row["input_ids"][:scored])
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' further columns, for reward functions."""
+    names = set(rows[0]) - {"input_ids", "labels", "attention_mask", "prompt", "completion"}
+    return {name: [row[name] for row in rows] for name in sorted(names)}
