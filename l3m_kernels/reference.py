@@ -101,7 +101,8 @@ def _advance(state: Tensor, sums: Tensor, smoothing: float) -> Tensor:
     n = count.clamp(min=1.0)
     mean = total / n
     new_weight = keep * weight + smoothing
-    rate = smoothing / new_weight
+    # `number / tensor` is reciprocal * number in torch; one true division makes the first rate exactly 1.
+    rate = torch.full_like(new_weight, smoothing) / new_weight
     step = mean - estimate
     within = (total_squares - total * mean).clamp(min=0.0)
     within_dof = count - 1.0
@@ -115,7 +116,7 @@ def _advance(state: Tensor, sums: Tensor, smoothing: float) -> Tensor:
             estimate + rate * step,
             keep * squares + smoothing * within,
             keep * dof + smoothing * within_dof,
-            keep * keep * spread + smoothing * smoothing / n,
+            keep * keep * spread + torch.full_like(n, smoothing * smoothing) / n,
         ],
         dim=1,
     )

@@ -16,16 +16,13 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 double clamp_min(double x, double low) { return x < low ? low : x; }
 double minimum(double a, double b) { return std::isnan(a) || a < b ? a : b; }
 
-// torch computes `number / tensor` as reciprocal times number; one division rounds differently.
-double divide_number(double number, double x) { return (1.0 / x) * number; }
-
 Average advance(const Average& old, const Sums& sums, double smoothing) {
   if (!(sums.count > 0.0)) return old;
   const double keep = 1.0 - smoothing;
   const double n = clamp_min(sums.count, 1.0);
   const double mean = sums.total / n;
   const double weight = keep * old.weight + smoothing;
-  const double rate = divide_number(smoothing, weight);
+  const double rate = smoothing / weight;
   const double step = mean - old.estimate;
   double within = 0.0;
   double dof = clamp_min(sums.count - 1.0, 0.0);
@@ -36,7 +33,7 @@ Average advance(const Average& old, const Sums& sums, double smoothing) {
     within = clamp_min(sums.squares - sums.total * mean, 0.0);
   }
   return {weight, old.estimate + rate * step, keep * old.squares + smoothing * within, keep * old.dof + smoothing * dof,
-          keep * keep * old.spread + divide_number(smoothing * smoothing, n)};
+          keep * keep * old.spread + smoothing * smoothing / n};
 }
 
 // The square of the estimate's standard error times the weight.
