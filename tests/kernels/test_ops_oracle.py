@@ -1,0 +1,77 @@
+"""The head's ops on random cases against the float64 oracle; what is drawn and how near it has to be is in `head_cases`."""
+
+import pytest
+import torch
+from head_cases import HEAD_BACKENDS, WEIGHTED_BACKENDS, Case, Inputs, assert_close_to_oracle, sequence_of
+from torch import Tensor
+
+from l3m_kernels import LogLikelihood, log_likelihood, set_workspace, weighted_log_likelihood
+
+SEEDS = [*range(600), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1000, 3000))]
+
+
+def check_statistics(case: Case, inputs: Inputs, out: LogLikelihood) -> dict[str, Tensor]:
+    """Shapes, dtypes, lengths and what is exact; -> the values to compare with the oracle."""
+    compute = torch.float64 if case.dtype == torch.float64 else torch.float32
+    sequences = len(inputs.seq_weight)
+    assert out.sequence.shape == out.length.shape == (sequences,)
+    assert out.token.shape == inputs.targets.shape
+    assert out.sequence.dtype == out.token.dtype == compute
+    scored = inputs.targets != case.ignore_index
+    lengths = torch.zeros(sequences, dtype=torch.int64).index_add(0, sequence_of(inputs), scored.flatten().long())
+    assert torch.equal(out.length, lengths)
+    assert not out.token[~scored].any()
+    assert not out.sequence[lengths == 0].any()
+    assert bool((out.token <= 0).all())
+    return {"sequence": out.sequence.detach(), "token": out.token.detach()}
+
+
+def check_gradients(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Shapes, dtypes and what is exact; -> the values to compare with the oracle."""
+    for name, leaf in inputs.leaves.items():
+        assert (leaf.grad is None) == (name in case.frozen), name
+    grads = {name: leaf.grad for name, leaf in inputs.leaves.items() if leaf.grad is not None}
+    for name, grad in grads.items():
+        assert grad.dtype == case.dtype
+        assert grad.shape == inputs.leaves[name].shape
+    if "hidden" in grads:
+        assert not grads["hidden"][inputs.targets == case.ignore_index].any()
+    return {f"d_{name}": grad for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_log_likelihood(seed, backend):
+    case = Case.random(seed)
+    inputs = case.build()
+    set_workspace(case.workspace)
+    hidden, weight, targets, cu_seqlens, bias = inputs[:5]
+    out = log_likelihood(hidden, weight, targets, cu_seqlens, bias=bias, backend=backend, **case.options)
+    found = check_statistics(case, inputs, out)
+    assert out.sequence.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
+    if out.sequence.requires_grad:
+        torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
+    found |= check_gradients(case, inputs)
+    assert_close_to_oracle(case, inputs, found, weighted=False)
+
+
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_weighted_log_likelihood(seed, backend):
+    case = Case.random(seed)
+    inputs = case.build()
+    set_workspace(case.workspace)
+    hidden, weight, targets, cu_seqlens, bias, seq_weight = inputs[:6]
+    loss, out = weighted_log_likelihood(
+        hidden, weight, targets, seq_weight, cu_seqlens, bias=bias, backend=backend, **case.options
+    )
+    found = {"loss": loss.detach()} | check_statistics(case, inputs, out)
+    assert loss.shape == ()
+    assert loss.dtype == out.sequence.dtype
+    assert not out.sequence.requires_grad
+    assert not out.token.requires_grad
+    assert loss.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
+    if loss.requires_grad:
+        loss.backward()
+    found |= check_gradients(case, inputs)
+    assert_close_to_oracle(case, inputs, found, weighted=True)
