@@ -11,7 +11,7 @@ ARGS ?=
 JOBS ?= 2
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: help demo test test-full bench lint type format dev clean
