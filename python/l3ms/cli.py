@@ -104,7 +104,10 @@ def train(
 
     from l3ms.run import execute
 
-    execute(settings, overwrite=overwrite, allow_code=allow_code)
+    try:
+        execute(settings, overwrite=overwrite, allow_code=allow_code)
+    except KeyboardInterrupt as stop:
+        raise _Interrupted(f"interrupted; {stop}" if str(stop) else "interrupted") from None
 
 
 @app.command()
@@ -149,12 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             arguments, overrides = split_overrides(arguments)
         code = app(arguments, prog_name="l3ms", standalone_mode=False, obj=overrides)
-    except KeyboardInterrupt as stop:
-        return _fail(f"interrupted; {stop}" if str(stop) else "interrupted", INTERRUPTED, debug=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
         return _fail(*_explain(error), debug)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
-        print("l3ms: interrupted", file=sys.stderr)
+        return _fail("interrupted", INTERRUPTED, debug=False)
     return code if isinstance(code, int) else 0
 
 
@@ -180,15 +183,21 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, st
     return rest, overrides
 
 
+class _Interrupted(Exception):
+    """Ctrl-C, with what was kept; typer would drop the words of a KeyboardInterrupt."""
+
+
 def _explain(error: Exception) -> tuple[str, int]:
     """(one line, exit code) for what a command raised."""
     if hasattr(error, "format_message"):  # wrong use of the command line, from typer
         return f"{error.format_message()} (see l3ms --help)", BAD_INPUT  # pyright: ignore[reportAttributeAccessIssue]
     text = str(error) or type(error).__name__
+    if isinstance(error, _Interrupted):
+        return text, INTERRUPTED
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return f"the disk is full: {text}", ENVIRONMENT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory: {text}; smaller batch sizes or train.gradient_checkpointing may help", ENVIRONMENT
+        return f"out of memory: {text}; smaller batch sizes or train.activation_checkpointing may help", ENVIRONMENT
     if isinstance(error, OSError):
         return text, ENVIRONMENT
     if isinstance(error, ValueError):

@@ -128,7 +128,7 @@ class TrainConfig(Section):
     average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 activations over float32 weights (GPU)
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False  # less memory, a second forward
     device: Literal["auto", "cpu"] = "auto"
     lora: LoraConfig | None = None
 
@@ -159,10 +159,11 @@ class RunConfig(Section):
     trust_remote_code: bool = False
 
     @property
-    def runs_code(self) -> list[str]:
-        """What in this file would execute somebody's code, for the `--allow-code` gate."""
-        code = [f"{item.name}: {item.function}" for item in self.constraints if isinstance(item, FunctionConfig)]
-        return code + ([f"trust_remote_code: {self.model}"] if self.trust_remote_code else [])
+    def runs_code(self) -> dict[str, str]:
+        """Field -> what it would import: everything in this file that runs somebody's code, for `--allow-code`."""
+        items = enumerate(self.constraints)
+        code = {f"constraints.{i}.function": item.function for i, item in items if isinstance(item, FunctionConfig)}
+        return code | ({"trust_remote_code": f"the code of {self.model}"} if self.trust_remote_code else {})
 
 
 def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None) -> RunConfig:

@@ -1,36 +1,40 @@
-"""Task data: rows of text or messages -> token rows for the trainer -> padded batches.
+"""Task data: rows of text or messages -> token rows for the trainer.
 
 A row is `{"prompt": str, "completion": str}` or `{"messages": [{"role", "content"}, ...]}`. Of a conversation the last
 assistant turn is scored and everything before it is the prompt, because that is what a rollout can sample again. When
 the tokenizer has a chat template, a text prompt becomes one user turn (`data.chat_template: false` keeps it plain).
+Further columns that every row has are passed on to reward functions.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from l3ms.rollouts import Prompt, encode_prompt
 from l3ms.yaml_reader import ConfigError
 
 if TYPE_CHECKING:
     from l3ms.config import DataConfig
 
 IGNORE_INDEX = -100
-Prompt = str | list[dict[str, str]]
+RESERVED = {"input_ids", "labels", "attention_mask", "prompt", "prompts", "completion", "completions", "completion_ids"}
 
 
 class Example(NamedTuple):
     prompt: Prompt
     completion: str
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
 class Encoded:
-    """Token rows `{"input_ids", "labels", "prompt"}` and what happened to the ones that did not fit."""
+    """Token rows `{"input_ids", "labels", "prompt", further columns}` and what happened to the ones that did not fit."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     truncated: int = 0  # completion cut at the maximum length
@@ -136,14 +140,16 @@ def _example(config: DataConfig, name: str, where: str, row: Any) -> Example:
     """One checked row. The prompt of a conversation keeps its messages."""
     if not isinstance(row, dict):
         raise ConfigError(name, f"{where}: must be an object with fields, got {type(row).__name__}")
+    known = RESERVED | {config.prompt, config.completion, config.messages}
+    columns = {key: value for key, value in row.items() if key not in known and key.isidentifier()}
     if config.messages in row:
-        return _conversation(config, name, where, row[config.messages])
+        return _conversation(config, name, where, row[config.messages])._replace(columns=columns)
     for column in (config.prompt, config.completion):
         if column not in row:
             fields = ", ".join(map(str, list(row)[:8])) or "none"
             raise ConfigError(name, f"{where}: field {column!r} is missing (fields: {fields})")
         _check_text(name, f"{where}: field {column!r}", row[column])
-    return Example(row[config.prompt], row[config.completion])
+    return Example(row[config.prompt], row[config.completion], columns)
 
 
 def _conversation(config: DataConfig, name: str, where: str, messages: Any) -> Example:
@@ -188,6 +194,7 @@ def encode(
     if tokenizer.eos_token_id is None:
         raise ConfigError("model", "the tokenizer has no end-of-sequence token, so responses could never end")
     template = bool(getattr(tokenizer, "chat_template", None))
+    common = set.intersection(*(set(example.columns) for example in examples)) if examples else set()
     result = Encoded()
     longest_prompt = min(max_length - 1, max_prompt if max_prompt is not None else max_length)
     for example in examples:
@@ -204,48 +211,22 @@ def encode(
         result.truncated += len(head) + len(tail) > max_length
         tail = tail[: max_length - len(head)]
         labels = [IGNORE_INDEX] * len(head) + tail
-        result.rows.append({"input_ids": head + tail, "labels": labels, "prompt": prompt})
+        columns = {name: example.columns[name] for name in sorted(common)}
+        result.rows.append({**columns, "input_ids": head + tail, "labels": labels, "prompt": prompt})
     return result
 
 
 def _tokens(tokenizer: Any, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
     """(prompt tokens, completion tokens ending with the end-of-sequence token), split where a rollout would start."""
     end = tokenizer.eos_token_id
+    head = encode_prompt(tokenizer, prompt)
+    plain = [*tokenizer(completion, add_special_tokens=False)["input_ids"], end]
     if isinstance(prompt, str):
-        head = list(tokenizer(prompt)["input_ids"])
-        while head and head[-1] == end:  # some tokenizers close every text
-            head.pop()
-        return head, [*tokenizer(completion, add_special_tokens=False)["input_ids"], end]
-    head = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        return head, plain
     turn = {"role": "assistant", "content": completion}
     whole = list(tokenizer.apply_chat_template([*prompt, turn], return_dict=False))
     if whole[: len(head)] != head:  # a template that rewrites earlier turns
-        return head, [*tokenizer(completion, add_special_tokens=False)["input_ids"], end]
+        return head, plain
     tail = whole[len(head) :]
     cut = len(tail) - tail[::-1].index(end) if end in tail else len(tail)
     return head, tail[:cut] if end in tail else [*tail, end]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows -> `input_ids`, `attention_mask`, `labels` of (N, L), right-padded to a multiple of 8, and `prompt`."""
-
-    pad_token_id: int
-    multiple: int = 8
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        size = -(-longest // self.multiple) * self.multiple
-        batch = {
-            "input_ids": torch.full((len(rows), size), self.pad_token_id, dtype=torch.int64),
-            "attention_mask": torch.zeros((len(rows), size), dtype=torch.int64),
-            "labels": torch.full((len(rows), size), IGNORE_INDEX, dtype=torch.int64),
-        }
-        for index, row in enumerate(rows):
-            count = len(row["input_ids"])
-            batch["input_ids"][index, :count] = torch.tensor(row["input_ids"], dtype=torch.int64)
-            batch["attention_mask"][index, :count] = 1
-            batch["labels"][index, :count] = torch.tensor(row["labels"], dtype=torch.int64)
-        return {**batch, "prompt": [row["prompt"] for row in rows]}

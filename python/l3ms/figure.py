@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from l3ms.report import model_label
+
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
 CURVES = (BLUE, "#b5651d", "#6b4fa3", RED)
 Z95 = 1.959964
@@ -77,7 +79,7 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
     name, low, high = item["name"], item.get("min"), item.get("max")
     x, y = _iterations(metrics), _series(metrics, f"constraints/{name}/estimate")
     band = Z95 * np.nan_to_num(_series(metrics, f"constraints/{name}/stderr"))
-    found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models()]
+    found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models(report)]
     points = [(label, colour, *measured) for label, colour, measured in found if measured is not None]
     shown = [value for value in (low, high) if value is not None]
     shown += [value for point in points for value in point[3:]]
@@ -106,8 +108,10 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
     axes.legend(fontsize=8, frameon=False, loc="best")
 
 
-def _models() -> tuple[tuple[str, str, str], ...]:
-    return (("sft", "SFT", GREY), ("initial", "before", GREY), ("average", "L3M averaged", BLUE))
+def _models(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, label, colour) of the models that are drawn."""
+    colours = {"sft": GREY, "initial": GREY, "average": BLUE}
+    return [(key, model_label(key, report), colour) for key, colour in colours.items()]
 
 
 def _measured(report: Mapping[str, Any], key: str, name: str) -> tuple[float, float, float] | None:
@@ -180,7 +184,7 @@ def _smooth(values: np.ndarray, weight: float = 0.1) -> np.ndarray:
 
 def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     """Histogram of the sampled lengths before and after, the wanted range of the mean shaded."""
-    counts = {key: (report.get(key) or {}).get("length", {}).get("histogram") for key, _, _ in _models()}
+    counts = {key: (report.get(key) or {}).get("length", {}).get("histogram") for key, _, _ in _models(report)}
     counts = {key: value for key, value in counts.items() if value and sum(value)}
     low, high = ((report.get("bounds") or {}).get(side) for side in ("min", "max"))
     _style(axes, "Length of responses", "% of responses", "tokens")
@@ -194,7 +198,7 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     width = max(1, round(edge / 30))
     edges = np.arange(0, edge + width, width)
     _shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])), label="bounds on the mean")
-    for key, label, colour in _models():
+    for key, label, colour in _models(report):
         if key in counts:
             value = np.array(counts[key], dtype=float)
             tokens = np.arange(len(value))

@@ -20,7 +20,7 @@ from l3ms.yaml_reader import ConfigError, read_yaml
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODELS = {"sft": "SFT", "initial": "before", "last": "L3M, last iterate", "average": "L3M, averaged"}
+MODELS = ("sft", "initial", "last", "average")
 
 
 def write_report(
@@ -125,18 +125,19 @@ def _configured_bounds(path: Path) -> list[dict[str, Any]]:
 
 def summary_table(report: Mapping[str, Any]) -> Table:
     """The models of a report side by side: length with its 95% interval, percentiles, share ended, task perplexity."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=_title(report), title_style="bold", header_style="bold", title_justify="left")
-    table.add_column("model")
-    headings = ("mean length", "95% interval", "p5", "p50", "p95", "ended", "perplexity")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
+    table = Table(title=_title(report), box=box.SIMPLE_HEAD, **style)
+    table.add_column("model", no_wrap=True)
+    for heading in ("length", "95% interval", "p5", "p50", "p95", "ended", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
     extra = [item["name"] for item in report.get("constraints", []) if item["name"] != "length"]
     for name in extra:
         table.add_column(name, justify="right")
     bounds = report.get("bounds") or {}
-    for key, label in MODELS.items():
+    for key in MODELS:
         summary = report.get(key)
         if not summary:
             continue
@@ -144,14 +145,19 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         low, high = length["ci95"]
         inside = _inside(length["mean"], bounds)
         mean = f"{length['mean']:.2f}" if inside is None else f"[{'green' if inside else 'red'}]{length['mean']:.2f}[/]"
-        cells = [label, mean, f"{low:.2f} to {high:.2f}", *(f"{length[name]:.0f}" for name in ("p5", "p50", "p95"))]
+        cells = [
+            model_label(key, report),
+            mean,
+            f"{low:.2f} to {high:.2f}",
+            *(f"{length[name]:.0f}" for name in ("p5", "p50", "p95")),
+        ]
         cells += [f"{100 * summary['ended']:.1f}%", _number(summary.get("perplexity"), ".3f")]
         rewards = summary.get("constraints", {})
         cells += [_number((rewards.get(name) or {}).get("mean"), ".3g") for name in extra]
         table.add_row(*cells)
     samples = next((report[key]["samples"] for key in MODELS if report.get(key)), None)
     if samples:
-        table.caption = f"{samples} fresh samples on held-out prompts; lengths in tokens"
+        table.caption = f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
     return table
 
 
@@ -163,11 +169,17 @@ def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
     rows = list(examples)
     keys = [key for key in MODELS if any(key in row for row in rows)]
     table = Table(title="Examples", title_style="bold", header_style="bold", show_lines=True, title_justify="left")
-    for heading in ("prompt", *(MODELS[key] for key in keys)):
+    for heading in ("prompt", *(model_label(key) for key in keys)):
         table.add_column(heading, overflow="fold", ratio=1)
     for row in rows:
         table.add_row(*(Text(_clip(row.get(key, ""))) for key in ("prompt", *keys)))
     return table
+
+
+def model_label(key: str, report: Mapping[str, Any] | None = None) -> str:
+    """How a model of a report is called in tables and pictures."""
+    solver = "SFT" if (report or {}).get("solver") == "none" else "L3M"
+    return {"sft": "SFT", "initial": "before", "last": f"{solver} last", "average": f"{solver} averaged"}[key]
 
 
 def bounds_text(minimum: float | None, maximum: float | None) -> str:

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ def _import_file(field: str, path: Path) -> Any:
     return module
 
 
-def try_reward(field: str, constraint: Constraint, prompts: Sequence[Any], completions: Sequence[str]) -> None:
+def try_reward(
+    field: str, constraint: Constraint, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+) -> None:
     """Call the reward once on a few reference answers, before anything is written: a broken one costs no run."""
     try:
-        constraint.rewards(prompts, completions, [1] * len(completions))
+        constraint.rewards(prompts, completions, [1] * len(completions), **columns)
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"raised {type(error).__name__} on a trial call: "
         raise ConfigError(field, f"{kind}{error}") from error

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import torch
 
 from l3ms.config import DataConfig
-from l3ms.data import Collator, Example, encode, hold_out, load_examples
+from l3ms.data import Example, encode, hold_out, load_examples
 from l3ms.yaml_reader import ConfigError
 
 TEMPLATE = (
@@ -101,14 +100,13 @@ def test_messages_need_a_template(tokenizer):
         encode([Example([{"role": "user", "content": "a"}], "b")], tokenizer, max_length=9)
 
 
-def test_collator_pads_right_to_a_multiple_of_eight(tokenizer):
-    rows = encode([Example("ab", "cdefgh"), Example("x", "y")], tokenizer, max_length=50).rows
-    batch = Collator(pad_token_id=0)(rows)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, 16)
-    assert batch["attention_mask"].sum(1).tolist() == [10, 4]
-    assert batch["input_ids"][1].tolist() == rows[1]["input_ids"] + [0] * 12
-    assert torch.all(batch["labels"][batch["attention_mask"] == 0] == -100)
-    assert batch["prompt"] == ["ab", "x"]
+def test_columns_of_every_row_are_kept(tokenizer, tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "c", "answer": i, "labels": 3} for i in range(3)]
+    rows[1]["extra"] = 1
+    path = write(tmp_path / "rows.jsonl", rows)
+    encoded = encode(load_examples(DataConfig(train=path, evaluation=path), seed=0)[0], tokenizer, max_length=50)
+    assert [row["answer"] for row in encoded.rows] == [0, 1, 2]
+    assert set(encoded.rows[1]) == {"input_ids", "labels", "prompt", "answer"}
 
 
 def test_held_out_prompts_are_on_one_side_only():

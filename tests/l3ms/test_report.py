@@ -105,7 +105,7 @@ def test_nothing_to_draw_is_said(tmp_path):
 
 def test_tables():
     text = shown(summary_table(report()))
-    for words in ("SFT", "L3M, averaged", "14.20", "13.70 to 14.70", "99.5%", "12.346", "length in [12, 16]", "64 "):
+    for words in ("SFT", "L3M averaged", "14.20", "13.70 to 14.70", "99.5%", "12.346", "length in [12, 16]", "64 "):
         assert words in text
     polite = {"constraints": {"polite": {"mean": 0.81, "ci95": [0.8, 0.82]}}}
     more = {"average": summary(14.2, **polite), "constraints": [{"name": "polite", "min": 0.8, "max": None}]}
