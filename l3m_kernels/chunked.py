@@ -190,7 +190,7 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool]):
         self.head, self.needs = head, needs
-        self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0)  # contiguous, whatever hidden's strides
         options = {"dtype": head.compute, "device": hidden.device}
         self.weight = torch.zeros(head.weight.shape if needs[1] else 0, **options)
         self.bias = torch.zeros(len(head.weight) if needs[2] else 0, **options)

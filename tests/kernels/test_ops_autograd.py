@@ -1,0 +1,244 @@
+"""Derivatives of the head's ops: gradcheck, scaled and repeated backwards, refusal of second derivatives, and torch's own opcheck."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, Case, Inputs, assert_close_to_oracle
+from torch import Tensor
+
+from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
+from l3m_kernels.checks import Batch, packed_batch
+from l3m_kernels.ops import (
+    _log_likelihood,
+    _log_likelihood_backward,
+    _weighted_log_likelihood,
+)
+
+slow = pytest.mark.slow
+BOTH = [("log_likelihood", name) for name in HEAD_BACKENDS] + [("weighted", name) for name in WEIGHTED_BACKENDS]
+
+
+def scalar(op: str, backend: str, case: Case, inputs: Inputs, leaves: dict[str, Tensor]) -> Tensor:
+    """The loss of `inputs` with `leaves` in place of hidden, weight and bias."""
+    hidden, weight, bias = leaves["hidden"], leaves["weight"], leaves.get("bias")
+    options = case.options | {"bias": bias, "backend": backend}
+    if op == "weighted":
+        return weighted_log_likelihood(hidden, weight, inputs.targets, inputs.seq_weight, inputs.cu_seqlens, **options)[
+            0
+        ]
+    out = log_likelihood(hidden, weight, inputs.targets, inputs.cu_seqlens, **options)
+    return (out.sequence * inputs.grad_sequence).sum() + (out.token * inputs.grad_token).sum()
+
+
+def plain(**changes) -> Case:
+    """A small float64 case with everything on."""
+    case = Case.random(0)
+    settings = {
+        "dtype": torch.float64,
+        "lengths": (3, 0, 4, 1),
+        "padded": False,
+        "width": 4,
+        "vocabulary": 7,
+        "unscored": 0.2,
+        "ignore_index": -100,
+        "temperature": 0.7,
+        "softcap": 3.0,
+        "bias": True,
+        "frozen": (),
+        "view": "contiguous",
+        "logit_size": 2.0,
+        "workspace": None,
+    }
+    return replace(case, **settings | changes)
+
+
+def everything_weighted(inputs: Inputs) -> Inputs:
+    """No zero among the upstream values, so that each row has a gradient."""
+    return inputs._replace(
+        **{name: getattr(inputs, name) + 0.3 for name in ("seq_weight", "grad_sequence", "grad_token")}
+    )
+
+
+# ---- first derivatives
+
+
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+@pytest.mark.parametrize("seed", [*range(40), *(pytest.param(seed, marks=slow) for seed in range(1000, 3000))])
+def test_gradcheck(op, backend, seed):
+    drawn = Case.random(seed)
+    case = replace(
+        drawn,
+        dtype=torch.float64,
+        lengths=drawn.lengths[:3],
+        width=min(drawn.width, 3),
+        vocabulary=min(drawn.vocabulary, 5),
+        logit_size=min(drawn.logit_size, 2.0),
+        view="contiguous" if drawn.view == "expanded" else drawn.view,  # finite differences need memory of their own
+        workspace=drawn.workspace and 200,
+    )
+    inputs = case.build()
+    set_workspace(case.workspace)
+    free = [name for name, leaf in inputs.leaves.items() if leaf.requires_grad and leaf.numel()]
+    if not free:
+        pytest.skip("every input is frozen")
+
+    def loss(*values):
+        return scalar(op, backend, case, inputs, inputs.leaves | dict(zip(free, values, strict=True)))
+
+    assert torch.autograd.gradcheck(loss, [inputs.leaves[name] for name in free])
+
+
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+def test_inputs_are_not_modified(op, backend):
+    case = plain(dtype=torch.float32, workspace=500)
+    inputs = case.build()
+    set_workspace(case.workspace)
+    before = [None if tensor is None else tensor.detach().clone() for tensor in inputs]
+    loss = scalar(op, backend, case, inputs, inputs.leaves)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(a is None or torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+def test_same_bits_each_time(op, backend):
+    case = plain(dtype=torch.float32, lengths=(40, 1, 70), vocabulary=301, width=48, workspace=40_000)
+    inputs = case.build()
+    set_workspace(case.workspace)
+    results = []
+    for _ in range(3):
+        loss = scalar(op, backend, case, inputs, inputs.leaves)
+        results.append((loss, *torch.autograd.grad(loss, list(inputs.leaves.values()))))
+    for repeat in results[1:]:
+        assert all(map(torch.equal, results[0], repeat))
+
+
+@pytest.mark.parametrize("which", ["sequence", "token"])
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
+def test_one_output_used(which, backend):
+    """An output that the loss leaves out has no upstream gradient at all."""
+    case = plain(dtype=torch.float32)
+    inputs = case.build()
+    out = log_likelihood(
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        inputs.cu_seqlens,
+        bias=inputs.bias,
+        backend=backend,
+        **case.options,
+    )
+    upstream = {"sequence": inputs.grad_sequence, "token": inputs.grad_token}[which]
+    getattr(out, which).backward(upstream)
+    left_out = {"sequence": "grad_token", "token": "grad_sequence"}[which]
+    only = inputs._replace(**{left_out: torch.zeros_like(getattr(inputs, left_out))})
+    found = {f"d_{name}": leaf.grad for name, leaf in inputs.leaves.items()}
+    assert_close_to_oracle(case, only, found, weighted=False)
+
+
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+def test_no_gradient_is_formed_without_grad_mode(backend):
+    case = plain(dtype=torch.float32)
+    inputs = case.build()
+    with torch.no_grad():
+        loss = scalar("weighted", backend, case, inputs, inputs.leaves)
+    assert not loss.requires_grad
+    assert torch.equal(loss, scalar("weighted", backend, case, inputs, inputs.leaves).detach())
+
+
+# ---- second derivatives
+
+
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+def test_gradient_is_differentiable_in_the_loss_scale(backend):
+    case = plain()
+    inputs = everything_weighted(case.build())
+    loss = scalar("weighted", backend, case, inputs, inputs.leaves)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(scale * loss, inputs.weight, create_graph=True)
+    (slope,) = torch.autograd.grad(grad.sum(), scale)
+    torch.testing.assert_close(slope, grad.detach().sum() / 2)
+
+
+# ---- torch.library.opcheck
+
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+FULL = (*QUICK, "test_aot_dispatch_dynamic")
+OPCHECK = [
+    *((seed, QUICK) for seed in range(60)),
+    *((seed, FULL) for seed in range(60, 70)),
+    *(pytest.param(seed, FULL, marks=slow) for seed in range(1000, 1500)),
+]
+
+
+def packed(case: Case, inputs: Inputs) -> Batch:
+    """What the public function hands to its op, as leaves."""
+    options = (inputs.targets, inputs.cu_seqlens, inputs.bias, case.softcap, case.temperature)
+    batch = packed_batch("op", inputs.hidden, inputs.weight, *options)
+    hidden, weight, bias = (
+        None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+        for tensor in (batch.hidden, batch.weight, batch.bias)
+    )
+    return batch._replace(hidden=hidden, weight=weight, bias=bias)
+
+
+def opcheck(op, arguments, tests) -> None:
+    torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
+@pytest.mark.parametrize(("seed", "tests"), OPCHECK)
+def test_opcheck_log_likelihood(seed, tests, backend):
+    case = Case.random(seed)
+    inputs = case.build()
+    batch = packed(case, inputs)
+    opcheck(_log_likelihood, (*batch, case.softcap, case.temperature, case.ignore_index, backend), tests)
+
+
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
+@pytest.mark.parametrize(("seed", "tests"), OPCHECK)
+def test_opcheck_log_likelihood_backward(seed, tests, backend):
+    """On constants: it is the op that refuses to be differentiated."""
+    case = Case.random(seed)
+    inputs = case.build()
+    batch = packed(case, inputs)
+    options = (case.softcap, case.temperature, case.ignore_index, backend)
+    lse = _log_likelihood(*batch, *options)[-1].detach()
+    hidden, weight, targets, cu_seqlens, bias = (None if tensor is None else tensor.detach() for tensor in batch)
+    needs = [name in inputs.leaves and name not in case.frozen for name in ("hidden", "weight", "bias")]
+    upstream = (inputs.grad_sequence, inputs.grad_token.flatten())
+    opcheck(
+        _log_likelihood_backward, (*upstream, hidden, weight, targets, cu_seqlens, bias, lse, *options, *needs), tests
+    )
+
+
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+@pytest.mark.parametrize(("seed", "tests"), OPCHECK)
+def test_opcheck_weighted_log_likelihood(seed, tests, backend):
+    case = Case.random(seed)
+    inputs = case.build()
+    hidden, weight, targets, cu_seqlens, bias = packed(case, inputs)
+    options = (case.softcap, case.temperature, case.ignore_index, backend)
+    needs = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    arguments = (hidden, weight, targets, inputs.seq_weight, cu_seqlens, bias, *options, *needs)
+    opcheck(_weighted_log_likelihood, arguments, tests)
+
+
+@pytest.mark.parametrize("layout", VIEWS)
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+def test_opcheck_strided_inputs(op, backend, layout):
+    """What the fake says of strides holds for each layout of the inputs: compiled code relies on it."""
+    case = plain(dtype=torch.float32, view=layout)
+    inputs = case.build()
+    batch = packed(case, inputs)
+    options = (case.softcap, case.temperature, case.ignore_index, backend)
+    if op == "log_likelihood":
+        opcheck(_log_likelihood, (*batch, *options), FULL)
+        lse = _log_likelihood(*batch, *options)[-1].detach()
+        constants = (tensor.detach() for tensor in (*batch, lse))  # bias is there, and before lse
+        arguments = (inputs.grad_sequence, inputs.grad_token, *constants, *options, True, True, True)
+        opcheck(_log_likelihood_backward, arguments, FULL)
+    else:
+        arguments = (batch.hidden, batch.weight, batch.targets, inputs.seq_weight, batch.cu_seqlens, batch.bias)
+        opcheck(_weighted_log_likelihood, (*arguments, *options, True, True, True), FULL)
