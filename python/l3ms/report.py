@@ -209,4 +209,6 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _clip(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    """For the terminal: not too long, and without the control characters (escape sequences) a model may have produced."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "·" for letter in text[:limit])
+    return text if len(text) < limit else f"{text[: limit - 1]}…"

@@ -5,19 +5,24 @@ Nothing is written before the configuration, the data, the model and the reward 
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import transformers
 from rich.console import Console
 
 from l3ms.config import RunConfig
+from l3ms.constraints import Constraint
 from l3ms.data import Encoded, load_examples
 from l3ms.evaluation import evaluate
 from l3ms.progress import ProgressCallback
-from l3ms.report import summary_table, write_report
+from l3ms.report import examples_table, summary_table, write_report
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.run_inputs import build_constraints, encode_sides, load_model, training_arguments, try_rewards
 from l3ms.trainer import L3MTrainer
@@ -60,28 +65,29 @@ def execute(
         trainer.remove_callback(callback)
     sample = _evaluator(config, tokenizer, evaluation, constraints, console)
 
-    summaries: dict[str, dict[str, Any]] = {}
-    lengths: dict[str, list[int]] = {}
+    samples: dict[str, Samples] = {}
     stage = "no weights yet"
     try:
         if config.evaluate.initial:
-            summaries["initial"], lengths["initial"] = sample(trainer.model, "before training")
+            samples["initial"] = sample(trainer.model, "before training")
+            transformers.set_seed(config.seed)  # the run is the same one with and without this evaluation
         trainer.train()
         save_weights(folder, "model", trainer.model, tokenizer)
         stage = f"the last weights in {folder / 'model'}"
         averaged = trainer.averaged_model()
         save_weights(folder, "average", averaged, tokenizer)
         stage = f"the weights in {folder / 'model'} and {folder / 'average'}"
-        summaries["last"], lengths["last"] = sample(trainer.model, "last iterate")
-        summaries["average"], lengths["average"] = sample(averaged, "averaged weights")
+        samples["last"] = sample(trainer.model, "last iterate")
+        samples["average"] = sample(averaged, "averaged weights")
     except KeyboardInterrupt:
         metrics.flush()
         raise KeyboardInterrupt(f"kept: {metrics.iterations} iterations in {metrics.path}, {stage}") from None
     finally:
         progress.close()
-    report = _report(config, trainer, bounds, start) | summaries
-    picture = write_report(folder, report, lengths)
-    console.print(summary_table(report))
+    report = _report(config, trainer, bounds, start) | {key: found.summary for key, found in samples.items()}
+    report["examples"] = _examples(samples)
+    picture = write_report(folder, report, {key: found.lengths for key, found in samples.items()})
+    console.print(summary_table(report), examples_table(report["examples"]))
     console.print(f"Report and picture: {picture.with_suffix('.json')}, {picture}", highlight=False, soft_wrap=True)
     return report
 
@@ -110,26 +116,60 @@ def _tensorboard(config: RunConfig, folder: Path) -> list[Any]:
     return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]
 
 
-def _evaluator(
-    config: RunConfig, tokenizer: Any, held_out: Encoded, constraints: list[Any], console: Console
-) -> Callable[[Any, str], tuple[dict[str, Any], list[int]]]:
-    """`sample(model, name) -> (summary, lengths)` on the held-out prompts."""
+class Samples(NamedTuple):
+    """Fresh responses of one model to the held-out prompts, and what they come to."""
 
-    def sample(model: Any, name: str) -> tuple[dict[str, Any], list[int]]:
-        with console.status(f"sampling {config.evaluate.samples} responses: {name}"):
-            summary = evaluate(
-                model,
-                tokenizer,
-                [row["prompt"] for row in held_out.rows],
-                held_out.rows,
-                samples=config.evaluate.samples,
-                max_new_tokens=config.train.max_new_tokens,
-                batch_size=config.evaluate.batch_size,
-                seed=config.seed,
-            )
-        return summary, []
+    summary: dict[str, Any]
+    lengths: list[int]
+    prompts: list[Any]
+    completions: list[Any]
+
+
+def _evaluator(
+    config: RunConfig, tokenizer: Any, held_out: Encoded, constraints: list[Constraint], console: Console
+) -> Callable[[Any, str], Samples]:
+    """`sample(model, name)`: the same held-out rows for each model, as many as were asked for."""
+    order = torch.randperm(len(held_out.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    rows = [held_out.rows[i] for i in itertools.islice(itertools.cycle(order), config.evaluate.samples)]
+    prompts = [row["prompt"] for row in rows]
+    columns = {name: [row[name] for row in rows] for name in set(rows[0]) - {"input_ids", "labels", "prompt"}}
+
+    def sample(model: Any, name: str) -> Samples:
+        with console.status(f"sampling {len(rows)} responses: {name}"):
+            found = evaluate(
+                model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens,
+                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, seed=config.seed,
+            )  # fmt: skip
+        rewards = {}
+        for constraint in constraints:
+            if constraint.function is not None:
+                values = constraint.rewards(prompts, found.completions, found.lengths, **columns)
+                rewards[constraint.name] = _mean([value for value in values if value is not None])
+        return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
 
     return sample
+
+
+def _examples(samples: dict[str, Samples], count: int = 3) -> list[dict[str, str]]:
+    """The first prompts with the responses of the models, for the table: of a conversation the last turn."""
+
+    def text(turns: Any) -> str:
+        return turns if isinstance(turns, str) else turns[-1]["content"]
+
+    prompts = samples["average"].prompts[:count]
+    shown = {key: found for key, found in samples.items() if key != "last"}
+    return [
+        {"prompt": text(prompt), **{key: text(found.completions[row]) for key, found in shown.items()}}
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    """Mean of the rewards of independent samples, with its 95% interval."""
+    if len(values) < 2:
+        return {"mean": None, "ci95": None, "samples": len(values)}
+    mean, half = statistics.fmean(values), 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "ci95": [mean - half, mean + half], "samples": len(values)}
 
 
 def _report(config: RunConfig, trainer: L3MTrainer, bounds: list[dict[str, Any]], start: float) -> dict[str, Any]:

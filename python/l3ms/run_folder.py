@@ -20,7 +20,7 @@ from l3ms.report import finite
 from l3ms.yaml_reader import ConfigError
 
 ARTEFACTS = (
-    "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "model", "average", "report.json", "report.png",
+    "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "sft", "model", "average", "report.json", "report.png",
 )  # fmt: skip
 
 

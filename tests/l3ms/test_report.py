@@ -112,6 +112,7 @@ def test_tables():
     assert "0.81" in shown(summary_table(more))
     text = shown(examples_table([{"prompt": "def f(x)", "sft": "A [bold]long[/bold] one", "average": "Short."}]))
     assert "A [bold]long[/bold] one" in text
+    assert "\x1b]0;title" not in shown(examples_table([{"prompt": "x", "average": "\x1b]0;title\x07" + "y" * 999}]))
 
 
 def test_words():
