@@ -294,7 +294,7 @@ def _weighted_backward(ctx, grad_loss, *_):
     if grad_loss is not None:
         for i, need in enumerate(ctx.needs):
             if need:
-                gradient = _once_differentiable(gradients[i], inputs[i]) if torch.is_grad_enabled() else gradients[i]
+                gradient = _once_differentiable(gradients[i], *inputs) if torch.is_grad_enabled() else gradients[i]
                 scaled[i] = _scaled(gradient, grad_loss)
     return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 7
 
@@ -311,10 +311,10 @@ _weighted_log_likelihood.register_autograd(_weighted_backward, setup_context=_we
 
 
 @torch.library.custom_op("l3m_kernels::once_differentiable", mutates_args=())
-def _once_differentiable(gradient: Tensor, source: Tensor) -> Tensor:
-    """The gradient that the forward formed for `source`, tied to it so that differentiating it again is refused and not silently 0."""
+def _once_differentiable(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A gradient that the forward formed, tied to all it depends on: differentiating it again is refused and not silently 0."""
     return gradient.clone()
 
 
-_once_differentiable.register_fake(lambda gradient, source: torch.empty_like(gradient))
+_once_differentiable.register_fake(lambda gradient, hidden, weight, bias: torch.empty_like(gradient))
 _once_differentiable.register_autograd(_refuse_double)

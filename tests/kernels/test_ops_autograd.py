@@ -12,6 +12,7 @@ from l3m_kernels.checks import Batch, packed_batch
 from l3m_kernels.ops import (
     _log_likelihood,
     _log_likelihood_backward,
+    _once_differentiable,
     _weighted_log_likelihood,
 )
 
@@ -150,6 +151,24 @@ def test_no_gradient_is_formed_without_grad_mode(backend):
 # ---- second derivatives
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("of", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+def test_double_backward_is_refused_by_name(op, backend, of, scale):
+    case = plain()
+    inputs = everything_weighted(case.build())
+    below = inputs.hidden.detach().clone().requires_grad_()  # also where hidden comes from the rest of a model
+    leaves = inputs.leaves | {"hidden": below.tanh()}
+    loss = scale * scalar(op, backend, case, inputs, leaves)
+    (grad,) = torch.autograd.grad(loss, leaves[of], create_graph=True)
+    torch.testing.assert_close(grad.detach(), torch.autograd.grad(loss, leaves[of], retain_graph=True)[0])
+    for source in (below, inputs.weight, inputs.bias):
+        with pytest.raises(RuntimeError, match=r"log_likelihood .* no second derivative \(double backward\)"):
+            torch.autograd.grad(grad.square().sum(), source, retain_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
 def test_gradient_is_differentiable_in_the_loss_scale(backend):
     case = plain()
@@ -242,3 +261,11 @@ def test_opcheck_strided_inputs(op, backend, layout):
     else:
         arguments = (batch.hidden, batch.weight, batch.targets, inputs.seq_weight, batch.cu_seqlens, batch.bias)
         opcheck(_weighted_log_likelihood, (*arguments, *options, True, True, True), FULL)
+
+
+@pytest.mark.parametrize("layout", VIEWS)
+def test_opcheck_once_differentiable(layout):
+    case = plain(dtype=torch.float32, view=layout)
+    leaves = {name: leaf.detach() for name, leaf in case.build().leaves.items()}
+    for leaf in leaves.values():
+        opcheck(_once_differentiable, (leaf, *leaves.values()), FULL)
