@@ -304,7 +304,7 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
     if real and upstream.device.type == "cpu" and not torch.is_grad_enabled() and upstream.item() == 1:
         return gradient
-    return gradient * upstream.to(gradient.dtype)
+    return gradient * upstream  # 0-dim fp32: the product is rounded once; a loss scale of 65536 is no fp16 number
 
 
 _weighted_log_likelihood.register_autograd(_weighted_backward, setup_context=_weighted_setup)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, Case, Inputs, assert_close_to_oracle
+from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, Case, Inputs, assert_close_to_oracle, ulp, unfused
 from torch import Tensor
 
 from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
@@ -88,6 +88,39 @@ def test_gradcheck(op, backend, seed):
         return scalar(op, backend, case, inputs, inputs.leaves | dict(zip(free, values, strict=True)))
 
     assert torch.autograd.gradcheck(loss, [inputs.leaves[name] for name in free])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, -3.7, 1024.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+def test_scaled_loss(op, backend, dtype, scale):
+    """GradScaler and gradient accumulation: `scale` is applied in the compute precision."""
+    case = plain(dtype=dtype, bias=False)
+    inputs = everything_weighted(case.build())
+    (scale * scalar(op, backend, case, inputs, inputs.leaves)).backward()
+    found = {f"d_{name}": leaf.grad for name, leaf in inputs.leaves.items()}
+    scaled = inputs._replace(
+        seq_weight=scale * inputs.seq_weight,
+        grad_sequence=scale * inputs.grad_sequence,
+        grad_token=scale * inputs.grad_token,
+    )
+    oracle = unfused(case, scaled, torch.float64, op == "weighted")
+    for name, grad in found.items():
+        # Rounded once where it is formed and once where it is scaled.
+        error = (grad.double() - oracle[name]).abs()
+        assert bool((error <= 1.1 * ulp(oracle[name].abs().clamp(min=1e-3), dtype) + 1e-5 * abs(scale)).all()), name
+
+
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+def test_loss_scale_beyond_half_precision(backend):
+    """The first scale of GradScaler is 65536, which is no fp16 number; the gradients are."""
+    case = plain(dtype=torch.float16, bias=False)
+    inputs = everything_weighted(case.build())
+    inputs = inputs._replace(seq_weight=inputs.seq_weight / 1024)
+    (65536 * scalar("weighted", backend, case, inputs, inputs.leaves)).backward()
+    oracle = unfused(case, inputs, torch.float64, weighted=True)
+    for name, leaf in inputs.leaves.items():
+        torch.testing.assert_close(leaf.grad.double(), 65536 * oracle[f"d_{name}"], rtol=3e-3, atol=1e-1)
 
 
 @pytest.mark.parametrize(("op", "backend"), BOTH)
