@@ -300,9 +300,13 @@ def _weighted_backward(ctx, grad_loss, *_):
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream, without the copy (V x D for a weight) where the loss itself is differentiated and looking costs nothing."""
+    """gradient * upstream, without the copy (V x D for a weight) where the loss itself is differentiated and looking costs nothing.
+
+    A graph that is kept needs the copy: who holds the first gradient may change it in place.
+    """
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
-    if real and upstream.device.type == "cpu" and not torch.is_grad_enabled() and upstream.item() == 1:
+    last = real and not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if last and upstream.device.type == "cpu" and upstream.item() == 1:
         return gradient
     return gradient * upstream  # 0-dim fp32: the product is rounded once; a loss scale of 65536 is no fp16 number
 

@@ -123,6 +123,29 @@ def test_loss_scale_beyond_half_precision(backend):
         torch.testing.assert_close(leaf.grad.double(), 65536 * oracle[f"d_{name}"], rtol=3e-3, atol=1e-1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("op", "backend"), BOTH)
+def test_repeated_backward(op, backend, dtype):
+    """The same bits each time, also where the first gradients were changed in place; then the loss used twice."""
+    case = plain(dtype=dtype)
+    inputs = everything_weighted(case.build())
+    loss = scalar(op, backend, case, inputs, inputs.leaves)
+    leaves = list(inputs.leaves.values())
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [grad.clone() for grad in first]
+    for grad in first:
+        grad.mul_(-5)
+    assert all(map(torch.equal, torch.autograd.grad(loss, leaves, retain_graph=True), copies))
+    loss.backward(retain_graph=True)
+    for leaf in leaves:
+        leaf.grad.zero_()
+    loss.backward(retain_graph=True)
+    assert all(torch.equal(leaf.grad, copy) for leaf, copy in zip(leaves, copies, strict=True))
+    twice = torch.autograd.grad(loss + 3 * loss, leaves)
+    for grad, copy in zip(twice, copies, strict=True):
+        torch.testing.assert_close(grad, 4 * copy, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize(("op", "backend"), BOTH)
 def test_inputs_are_not_modified(op, backend):
     case = plain(dtype=torch.float32, workspace=500)
