@@ -93,10 +93,9 @@ def test_views_are_read_right():
     ],
 )
 def test_memory_is_guarded(position, value, error, message):
-    double = {"dtype": torch.float64}
-    mu = torch.tensor(0.1, **double)
-    arguments = [torch.zeros(4, 1, **double), torch.ones(4, **double), None, torch.zeros(1, 5, **double)]
-    arguments += [torch.tensor([0]), torch.ones(1, 6, **double), mu, mu * mu, 0.1, True]
+    mu = torch.tensor(0.1).double()
+    arguments = [torch.zeros(4, 1).double(), torch.ones(4).double(), None, torch.zeros(1, 5).double()]
+    arguments += [torch.tensor([0]), torch.ones(1, 6).double(), mu, mu * mu, 0.1, True]
     arguments[position] = value
     with pytest.raises(error, match=message):
         torch.ops.l3m_kernels.cpp_barrier_weights(*arguments)
