@@ -84,7 +84,7 @@ def packed_batch(
         raise ValueError(
             f"{op}: weight must be (V, D) with D = {hidden.shape[-1]} as in hidden, got shape {tuple(weight.shape)}"
         )
-    return Batch(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), cu_seqlens, bias)
+    return Batch(hidden.flatten(0, -2), weight, targets.reshape(-1).long(), cu_seqlens, bias)
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

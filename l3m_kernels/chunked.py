@@ -31,7 +31,7 @@ class Head(NamedTuple):
 def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """(T,) int64, the sequence that each packed token belongs to."""
     positions = torch.arange(tokens, device=cu_seqlens.device)
-    return torch.bucketize(positions, cu_seqlens[1:].long(), right=True)
+    return torch.bucketize(positions, cu_seqlens[1:].long().contiguous(), right=True)
 
 
 def sequence_sums(token: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,0 +1,382 @@
+"""What is wrong, missing, infinite, empty or huge in the head's inputs, and what each must give."""
+
+import math
+
+import pytest
+import torch
+from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, view
+from torch import Tensor
+
+from l3m_kernels import LogLikelihood, chunked, log_likelihood, set_workspace, weighted_log_likelihood
+from l3m_kernels.reference import eager_log_likelihood
+
+BOTH = [("log_likelihood", name) for name in HEAD_BACKENDS] + [("weighted", name) for name in WEIGHTED_BACKENDS]
+both = pytest.mark.parametrize(("op", "backend"), BOTH)
+
+
+def call(op, hidden, weight, targets, cu_seqlens=None, seq_weight=None, **options) -> LogLikelihood:
+    if op == "log_likelihood":
+        return log_likelihood(hidden, weight, targets, cu_seqlens, **options)
+    if seq_weight is None:
+        seq_weight = torch.ones(len(targets) if cu_seqlens is None else len(cu_seqlens) - 1)
+    return weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)[1]
+
+
+def loss_of(op, hidden, weight, targets, cu_seqlens, seq_weight, **options) -> Tensor:
+    """-sum of seq_weight * log-likelihood by either op."""
+    if op == "log_likelihood":
+        return -(log_likelihood(hidden, weight, targets, cu_seqlens, **options).sequence * seq_weight).sum()
+    return weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)[0]
+
+
+def batch(tokens=6, width=4, vocabulary=7, dtype=torch.float32) -> dict[str, Tensor]:
+    """Arguments for `call`, two sequences."""
+    generator = torch.Generator().manual_seed(tokens)
+    return {
+        "hidden": torch.randn(tokens, width, generator=generator).to(dtype),
+        "weight": torch.randn(vocabulary, width, generator=generator).to(dtype),
+        "targets": torch.randint(vocabulary, (tokens,), generator=generator),
+        "cu_seqlens": torch.tensor([0, tokens // 3, tokens]),
+    }
+
+
+# ---- targets outside the vocabulary
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("value", [-1, 7, 8, -99, -101, 2**31 - 1, -(2**31)])
+def test_target_outside_the_vocabulary(op, backend, value, dtype):
+    arguments = batch()
+    arguments["targets"][4] = value
+    arguments["targets"] = arguments["targets"].to(dtype)
+    with pytest.raises(IndexError, match=rf"{op}.*targets\[4\] = {value} is outside the vocabulary \[0, 7\)"):
+        call(op, **arguments, backend=backend)
+
+
+@both
+def test_target_outside_the_vocabulary_padded_and_int64(op, backend):
+    arguments = batch()
+    targets = arguments["targets"].view(2, 3)
+    targets[1, 2] = 2**40
+    with pytest.raises(IndexError, match=rf"targets\[5\] = {2**40} "):
+        call(op, arguments["hidden"].view(2, 3, -1), arguments["weight"], targets, backend=backend)
+
+
+@both
+def test_ignore_index_is_the_only_exception(op, backend):
+    arguments = batch()
+    arguments["targets"][4] = -100
+    with pytest.raises(IndexError, match=r"targets\[4\] = -100 .* not ignore_index \(-1\)"):
+        call(op, **arguments, ignore_index=-1, backend=backend)
+    assert call(op, **arguments, backend=backend).length.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("value", [-1, 7, 2**40])
+def test_target_outside_the_vocabulary_where_values_are_not_looked_at(value):
+    """On a GPU: the row is NaN, nothing is read out of bounds, and the other rows are what they would have been."""
+    arguments = batch()
+    hidden, weight, targets, cu_seqlens = arguments.values()
+    head = chunked.Head(weight, None, None, 1.0, 1 << 20)
+    _, _, clean, _ = chunked.log_likelihood(hidden, targets, cu_seqlens, head, -100)
+    targets[4] = value
+    needs, seq_weight = (True, True, False), torch.ones(2)
+    sequence, length, token, lse = chunked.log_likelihood(hidden, targets, cu_seqlens, head, -100)
+    d_hidden, *_ = chunked.log_likelihood_backward(
+        torch.ones(2), torch.zeros(6), hidden, targets, cu_seqlens, lse, head, -100, needs
+    )
+    _, *same, d_hidden_weighted, _, _ = chunked.weighted_log_likelihood(
+        hidden, targets, seq_weight, cu_seqlens, head, -100, needs
+    )
+    bad = torch.arange(6) == 4
+    for statistics, d in (((sequence, length, token), d_hidden), (same, d_hidden_weighted)):
+        assert torch.equal(statistics[2].isnan(), bad)
+        assert torch.equal(statistics[2][~bad], clean[~bad])
+        assert statistics[0].isnan().tolist() == [False, True]
+        assert statistics[1].tolist() == [2, 4]
+        assert torch.equal(d.isnan().any(1), bad)
+
+
+# ---- infinite and NaN logits, as torch
+
+
+def spoil(kind: str, hidden: Tensor, bias: Tensor, targets: Tensor) -> None:
+    infinity = float("inf")
+    if kind == "-inf bias, not a target":
+        bias[0] = -infinity
+        targets.clamp_(min=1)
+    elif kind == "-inf bias, a target":
+        bias[targets[2]] = -infinity
+    elif kind == "all -inf":
+        bias.fill_(-infinity)
+    elif kind == "+inf bias":
+        bias[3] = infinity
+    elif kind == "NaN bias":
+        bias[3] = torch.nan
+    elif kind == "NaN hidden":
+        hidden[2] = torch.nan
+    elif kind == "inf hidden":
+        hidden[2, 0] = infinity
+    elif kind == "huge hidden":
+        hidden[2] *= 1e30 if hidden.dtype != torch.float16 else 1e4
+
+
+KINDS = (
+    "-inf bias, not a target",
+    "-inf bias, a target",
+    "all -inf",
+    "+inf bias",
+    "NaN bias",
+    "NaN hidden",
+    "inf hidden",
+    "huge hidden",
+)
+
+
+@both
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_and_nan_logits(op, backend, kind, dtype, softcap):
+    hidden, weight, targets, cu_seqlens = batch(dtype=dtype).values()
+    bias = torch.randn(7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spoil(kind, hidden, bias, targets)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    seq_weight = torch.tensor([0.5, -2.0], dtype=compute)
+
+    expected = [tensor.to(compute).requires_grad_() for tensor in (hidden, weight, bias)]
+    token = eager_log_likelihood(expected[0], expected[1], targets, expected[2], softcap=softcap)
+    (-(token[:2].sum() * seq_weight[0] + token[2:].sum() * seq_weight[1])).backward()
+
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    options = {"bias": leaves[2], "softcap": softcap, "backend": backend}
+    out = call(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options)
+    torch.testing.assert_close(out.token.detach(), token.detach(), equal_nan=True)
+    loss_of(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options).backward()
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted.grad.to(dtype), equal_nan=True)
+    if kind == "-inf bias, not a target":
+        assert leaves[2].grad[0] == 0
+    if kind == "NaN hidden":
+        assert torch.equal(out.token.isnan(), torch.arange(6) == 2)
+        assert out.sequence.isnan().tolist() == [False, True]
+        assert torch.equal(leaves[0].grad.isnan().any(1), torch.arange(6) == 2)
+
+
+@both
+def test_unscored_rows_may_hold_anything(op, backend):
+    hidden, weight, targets, cu_seqlens = batch().values()
+    targets[[1, 5]] = -100
+    seq_weight = torch.tensor([1.5, -0.5])
+    results = []
+    for garbage in (0.0, torch.nan, float("inf")):
+        rows = hidden.clone()
+        rows[[1, 5]] = garbage
+        leaves = [rows.requires_grad_(), weight.clone().requires_grad_()]
+        loss = loss_of(op, *leaves, targets, cu_seqlens, seq_weight, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), leaves[0].grad, leaves[1].grad))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, float("inf")])
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+def test_sequence_of_weight_zero_is_dropped_whatever_its_likelihood(backend, garbage):
+    hidden, weight, targets, cu_seqlens = batch().values()
+    hidden[:2] = garbage
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    seq_weight = torch.tensor([0.0, 2.0])
+    loss, out = weighted_log_likelihood(*leaves, targets, seq_weight, cu_seqlens, backend=backend)
+    loss.backward()
+    assert out.sequence.isnan().tolist() == [True, False]
+    assert loss == -2 * out.sequence[1]
+    assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
+    assert not leaves[0].grad[:2].any()
+
+
+# ---- sums
+
+
+@both
+@pytest.mark.parametrize("tokens", [4096, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_sums(op, backend, dtype, tokens):
+    """4,096 times -2.03 is -8,315, in bf16 it would be -1,024."""
+    logit = math.log(math.exp(-2.03) / (1 - math.exp(-2.03)))
+    weight = torch.tensor([[logit], [0.0]], dtype=dtype)
+    hidden, targets = torch.ones(tokens, 1, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
+    out = call(op, hidden, weight, targets, torch.tensor([0, tokens]), backend=backend)
+    exact = weight.double()[:, 0].log_softmax(0)[0].item()
+    assert out.token[0].item() == pytest.approx(-2.03, abs=2e-2)
+    assert out.sequence.item() == pytest.approx(tokens * exact, rel=2e-7)
+    assert out.sequence.item() == pytest.approx(out.token.double().sum().item(), rel=6e-8)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_are_not_biased(op, backend, dtype):
+    """The signed error over 10,000 rows has a mean under a tenth of its spread, in the log-likelihoods and in d_hidden."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(10_000, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(64, 16, generator=generator).to(dtype)
+    targets = torch.randint(64, (10_000,), generator=generator)
+    cu_seqlens, seq_weight = torch.arange(0, 10_001, 10), torch.full((1000,), 0.01)
+    out = call(op, hidden, weight, targets, cu_seqlens, seq_weight, backend=backend)
+    loss_of(op, hidden, weight, targets, cu_seqlens, seq_weight, backend=backend).backward()
+    exact = hidden.detach().double().requires_grad_()
+    token = eager_log_likelihood(exact, weight.double(), targets)
+    (-0.01 * token.sum()).backward()
+    for value, truth in ((out.token, token), (hidden.grad, exact.grad)):
+        error = (value.double() - truth).detach()
+        assert 0 < error.abs().max() < 1e-3
+        assert error.mean().abs() < 0.1 * error.std()
+
+
+# ---- empty and tiny batches
+
+
+@both
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ((0, 4), [0]),
+        ((0, 4), [0, 0, 0]),
+        ((5, 4), [0, 2, 2, 5]),
+        ((3, 0), [0, 3]),
+        ((0, 3, 4), None),
+        ((2, 0, 4), None),
+        ((2, 3, 4), None),
+        ((2, 3, 0), None),
+    ],
+)
+def test_nothing_scored(op, backend, shape, offsets, dtype, bias):
+    hidden = torch.randn(shape, dtype=dtype).requires_grad_()
+    weight = torch.randn(7, shape[-1], dtype=dtype).requires_grad_()
+    targets = torch.full(shape[:-1], -100)
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    sequences = shape[0] if offsets is None else len(offsets) - 1
+    vector = torch.zeros(7, dtype=dtype).requires_grad_() if bias else None
+    out = call(op, hidden, weight, targets, cu_seqlens, bias=vector, backend=backend)
+    assert out.sequence.tolist() == [0.0] * sequences
+    assert out.length.tolist() == [0] * sequences
+    assert out.token.shape == targets.shape
+    assert not out.token.any()
+    loss = loss_of(op, hidden, weight, targets, cu_seqlens, torch.ones(sequences), bias=vector, backend=backend)
+    loss.backward()
+    assert loss == 0
+    for leaf in (hidden, weight, vector):
+        if leaf is not None:
+            assert leaf.grad.shape == leaf.shape
+            assert not leaf.grad.any()
+
+
+@both
+def test_no_hidden_size(op, backend):
+    """D = 0 leaves the bias alone."""
+    bias = torch.tensor([0.0, 1.0, 2.0])
+    out = call(
+        op, torch.zeros(2, 0), torch.zeros(3, 0), torch.tensor([1, 2]), torch.tensor([0, 2]), bias=bias, backend=backend
+    )
+    torch.testing.assert_close(out.token, bias.log_softmax(0)[1:])
+
+
+@both
+def test_one_word_vocabulary(op, backend):
+    """log 1 = 0 for each token, and no gradient."""
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(1, 3, requires_grad=True)
+    targets, cu_seqlens = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 1, 4])
+    out = call(op, hidden, weight, targets, cu_seqlens, backend=backend)
+    assert not out.token.any()
+    assert out.length.tolist() == [1, 0, 3]
+    loss_of(op, hidden, weight, targets, cu_seqlens, torch.ones(3), backend=backend).backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+# ---- layouts
+
+
+@both
+@pytest.mark.parametrize("layout", VIEWS)
+def test_views_of_indices_and_upstream(op, backend, layout):
+    """The same bits from views of everything that is not multiplied."""
+    hidden, weight, targets, _ = batch(tokens=12).values()
+    weight.requires_grad_()
+    cu_seqlens, seq_weight = torch.tensor([0, 4, 8, 12]), torch.tensor([0.5, 0.5, 0.5])
+    if layout == "expanded":
+        targets = targets[:1].expand(12)
+    plain = (hidden.clone(), targets.clone(), cu_seqlens, seq_weight)
+    shift = view(cu_seqlens, "offset" if layout == "expanded" else layout)
+    viewed = (view(hidden, "contiguous" if layout == "expanded" else layout), view(targets, layout), shift)
+    results = []
+    for rows, wanted, offsets, scale in (plain, (*viewed, view(seq_weight, layout))):
+        loss = loss_of(op, rows, weight, wanted, offsets, scale, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, weight)))
+    assert all(map(torch.equal, *results))
+
+
+@both
+def test_padded_equals_packed(op, backend):
+    hidden, weight, targets, _ = batch(tokens=12).values()
+    targets[[3, 6, 7]] = -100  # the padding of (3, 4)
+    padded = call(op, hidden.view(3, 4, -1), weight, targets.view(3, 4), backend=backend)
+    packed = call(op, hidden, weight, targets, torch.tensor([0, 4, 8, 12]), backend=backend)
+    rows = torch.tensor([0, 1, 2, 4, 5, 8, 9, 10, 11])
+    dense = call(op, hidden[rows], weight, targets[rows], torch.tensor([0, 3, 5, 9]), backend=backend)
+    assert torch.equal(padded.token.flatten(), packed.token)
+    torch.testing.assert_close(dense.token, packed.token[rows], rtol=1e-6, atol=1e-6)
+    for other in (packed, dense):
+        assert torch.equal(padded.length, other.length)
+        torch.testing.assert_close(padded.sequence, other.sequence, rtol=1e-6, atol=1e-6)
+
+
+# ---- addresses beyond 2^31
+
+
+@both
+def test_rows_of_a_large_batch_of_which_few_are_scored(op, backend):
+    """T x V > 2^31, at no cost: unscored rows are dropped before the first product."""
+    tokens, vocabulary = 600_000, 4096
+    assert tokens * vocabulary > 2**31
+    hidden, weight = torch.zeros(tokens, 1), torch.randn(vocabulary, 1, generator=torch.Generator().manual_seed(3))
+    targets = torch.full((tokens,), -100)
+    hidden[-3:], targets[-3:] = torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([0, 4095, 7])
+    hidden.requires_grad_()
+    arguments = (hidden, weight, targets, torch.tensor([0, tokens - 2, tokens]))
+    out = call(op, *arguments, backend=backend)
+    exact = hidden.detach()[-3:].double().requires_grad_()
+    token = eager_log_likelihood(exact, weight.double(), targets[-3:])
+    torch.testing.assert_close(out.token[-3:].double(), token, rtol=1e-6, atol=1e-6)
+    assert out.length.tolist() == [1, 2]
+    loss_of(op, *arguments, torch.tensor([1.0, 3.0]), backend=backend).backward()
+    (-(token * torch.tensor([1, 3, 3])).sum()).backward()
+    torch.testing.assert_close(hidden.grad[-3:].double(), exact.grad, rtol=1e-6, atol=1e-6)
+    assert not hidden.grad[:-3].any()
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("workspace", [None, 10 << 30])
+def test_logits_beyond_two_to_the_31(op, backend, workspace):
+    """16,760 rows at V = 128,256, in chunks of the default workspace and in one chunk of 8.6 GB."""
+    vocabulary, tokens = 128_256, 16_760
+    assert tokens * vocabulary > 2**31
+    set_workspace(workspace)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, 2, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, 2, generator=generator)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    targets[-1] = vocabulary - 1
+    cu_seqlens, seq_weight = torch.tensor([0, tokens - 5, tokens]), torch.tensor([1.0, -2.0])
+    arguments = (hidden, weight, targets, cu_seqlens)
+    loss_of(op, *arguments, seq_weight, backend=backend).backward()
+    token = call(op, *arguments, seq_weight, backend=backend).token
+    rows = torch.tensor([0, 8000, 16743, 16744, 16745, tokens - 6, tokens - 5, tokens - 1])
+    exact = hidden.detach()[rows].double().requires_grad_()
+    wanted = eager_log_likelihood(exact, weight.double(), targets[rows])
+    torch.testing.assert_close(token[rows].detach().double(), wanted.detach(), rtol=1e-6, atol=2e-6)
+    (-(wanted * torch.where(rows < tokens - 5, 1.0, -2.0)).sum()).backward()
+    torch.testing.assert_close(hidden.grad[rows].double(), exact.grad, rtol=1e-5, atol=1e-5)
