@@ -78,13 +78,13 @@ class Estimates:
         local = torch.cat(
             [reward_sums(rewards), torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])[None]]
         )
-        part, sums = self._add(local)
-        self._responses += count
-        if self.leave_one_out and self._responses * self._world == 1:
+        if self.leave_one_out and (self._responses + count) * self._world == 1:
             raise ValueError(
                 "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
                 'give more, or use L3MOptimizer(baseline="estimate")'
             )
+        part, sums = self._add(local)
+        self._responses += count
         norm = torch.ones_like(tokens)
         if lengths is not None and normalisation == "mean":
             norm = norm * (sums[-1, 1] / sums[-1, 0].clamp(min=1)).clamp(min=1)
@@ -123,6 +123,22 @@ class Estimates:
             max(v for v, owner in zip(values, self.owner, strict=True) if owner == i)
             for i in range(len(self.constraints))
         ]
+
+    def metrics(self) -> dict[str, float]:
+        """`constraints/<name>/...` of the last applied step, see `L3MOptimizer.metrics`."""
+        values: dict[str, float] = {}
+        for i, constraint in enumerate(self.constraints):
+            prefix = f"constraints/{constraint.name}"
+            for counter, counts in (("missing", self.missing), ("dropped", self.dropped)):
+                if counts[i]:
+                    values[f"{prefix}/{counter}"] = float(counts[i])
+            if self.last is not None:
+                sides = [k for k, owner in enumerate(self.owner) if owner == i]
+                values[f"{prefix}/estimate"] = float(self.last.estimate[i])
+                values[f"{prefix}/stderr"] = float(self.last.stderr[i])
+                values[f"{prefix}/lambda"] = float(self.last.multiplier[sides].sum())
+                values[f"{prefix}/slack"] = float(-self.last.violation[sides].max())
+        return values
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
