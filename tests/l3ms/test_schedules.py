@@ -1,5 +1,6 @@
 """mu over a run: the paper's decay, and the decay that stops at the noise of the estimates."""
 
+import itertools
 import math
 
 import pytest
@@ -55,7 +56,7 @@ def test_auto_stops_at_the_noise_floor_never_rises_and_resumes():
     assert mu.item() == pytest.approx(floor * rate**3, rel=1e-12)
     advance(200, 0.0)
     assert mu.item() == 1e-6
-    assert all(after <= before for before, after in zip(seen, seen[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(seen))
 
 
 def test_unknown_noise_holds_mu():
