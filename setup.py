@@ -63,7 +63,7 @@ def find_torch() -> tuple[dict, list[str]]:
 def run_cmake(*arguments: str) -> None:
     cmake = shutil.which("cmake", path=SEARCH_PATH)
     if cmake is None:
-        raise NotBuilt("cmake was not found (pip install cmake ninja)")
+        raise NotBuilt("cmake was not found")
     command = [cmake, *arguments]
     print(*command, flush=True)
     done = subprocess.run(

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 
 FOLDER = Path(__file__).resolve().parent
+# A fresh virtual environment may have a setuptools that is too old, and without build isolation pip does not look.
+INSTALL = 'pip install "setuptools>=77" cmake ninja && pip install --no-build-isolation --no-deps'
 
 
 class NativeStatus(NamedTuple):
@@ -24,9 +26,8 @@ class NativeStatus(NamedTuple):
 
 def _missing(why: str) -> NativeStatus:
     source = FOLDER.parent
-    if (source / "setup.py").exists():
-        return NativeStatus(None, f"{why}; to build it: pip install --no-build-isolation --no-deps -e {source}")
-    return NativeStatus(None, f"{why}; to build it, in the source tree: pip install --no-build-isolation --no-deps .")
+    where, what = ("", f"-e {source}") if (source / "setup.py").exists() else (", in the source tree", ".")
+    return NativeStatus(None, f"{why}; to build it{where}: {INSTALL} {what}")
 
 
 def _unusable(why: str) -> NativeStatus:

@@ -1,7 +1,6 @@
 """What a build does where it cannot compile: `auto` gives a package that works and says why; an explicit choice fails and says why."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +63,7 @@ def test_missing_cmake_degrades(python, tree, installed, tmp_path):
     hide = "import shutil; found = shutil.which; shutil.which = lambda name, **k: None if name == 'cmake' else found(name, **k); "
     done = python("-c", hide + BUILD_WHEEL, cwd=tree)
     assert done.returncode == 0, done.stderr
-    assert_works_without_native(python, installed(), "cmake was not found (pip install cmake ninja)")
+    assert_works_without_native(python, installed(), "cmake was not found")
 
 
 def test_off_is_recorded(python, tree, installed):
@@ -105,7 +104,7 @@ def test_cmake_never_looks_for_torch_itself(tree):
 def test_the_reported_command_adds_the_native_part(python, tree, tmp_path):
     """pip over a package that was built without native code, in an environment that shares this one's packages."""
     environment = tmp_path / "environment"
-    assert python("-m", "venv", "--system-site-packages", environment, cwd=tmp_path).returncode == 0
+    assert python("-m", "venv", "--without-pip", environment, cwd=tmp_path).returncode == 0
     packages = next(environment.glob("lib/python*/site-packages"))
     (packages / "shared.pth").write_text(str(Path(setuptools.__file__).parents[1]))
     inner = environment / "bin" / "python"
@@ -114,4 +113,3 @@ def test_the_reported_command_adds_the_native_part(python, tree, tmp_path):
         done = python(*install, cwd=tree, python=inner, L3M_BUILD=mode)
         assert done.returncode == 0, done.stderr
         assert expected in python("-m", "l3m_kernels", cwd=tmp_path, python=inner).stdout
-    assert sys.prefix != str(environment)

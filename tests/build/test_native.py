@@ -124,7 +124,7 @@ def test_library_that_does_not_load_is_refused_once(python, native_site):
 def test_source_tree_that_was_never_installed_works_and_says_so(python, tree):
     done = python("-W", "error", "-m", "l3m_kernels", cwd=tree)
     assert done.returncode == 0, done.stderr
-    assert f"never installed; to build it: pip install --no-build-isolation --no-deps -e {tree}" in done.stdout
+    assert f"never installed; to build it: {_native.INSTALL} -e {tree}" in done.stdout
 
 
 def test_missing_triton_is_a_line_in_the_report(python, native_site):
