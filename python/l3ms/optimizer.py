@@ -20,7 +20,7 @@ from l3ms.conflicts import ConflictWatch
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.estimates import Estimates, Values
 from l3ms.losses import scored_lengths, shift
-from l3ms.schedules import MuSchedule, as_schedule, noise_floor
+from l3ms.schedules import MuSchedule, as_schedule, check_resolution, noise_floor
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         self._share()
         self.constraints = check_constraints(constraints)
         self.schedule = as_schedule(mu)
-        self._check_mu()
+        check_resolution(self.schedule, self.constraints)
         self.smoothing, self.max_grad_norm, self.length_norm, self.max_skipped = (
             smoothing,
             max_grad_norm,
@@ -125,16 +125,6 @@ class L3MOptimizer(torch.optim.Optimizer):
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
-
-    def _check_mu(self) -> None:
-        for constraint in self.constraints:
-            for _, _, bound, scale, *_ in constraint.rows(0):
-                ulp = math.ulp(bound / scale)
-                if self.schedule.end**2 < 4 * ulp:
-                    raise ValueError(
-                        f"mu: its end {self.schedule.end:g} is too small for constraint {constraint.name!r}: "
-                        f"mu^2 is below 4 ulp of the bound ({bound:g} in units of {scale:g}); end it above {math.sqrt(4 * ulp):.1e}"
-                    )
 
     # ---- the constraint half-step ----
 
@@ -283,20 +273,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         """
         values = {"l3m/mu": float(self.mu), "l3m/skipped_steps": float(self.skipped_steps)}
         values.update({f"l3m/grad_norm/{name}": norm for name, norm in self._norms.items()})
-        last = self.estimates.last
-        for i, constraint in enumerate(self.constraints):
-            prefix = f"constraints/{constraint.name}"
-            for counter in ("missing", "dropped"):
-                if count := int(getattr(self.estimates, counter)[i]):
-                    values[f"{prefix}/{counter}"] = float(count)
-            if last is None:
-                continue
-            sides = [k for k, owner in enumerate(self.estimates.owner) if owner == i]
-            values[f"{prefix}/estimate"] = float(last.estimate[i])
-            values[f"{prefix}/stderr"] = float(last.stderr[i])
-            values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
-            values[f"{prefix}/slack"] = float(-last.violation[sides].max())
-        return values
+        return {**values, **self.estimates.metrics()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)

@@ -3,11 +3,15 @@
 mu is a 0-dim float64 tensor that stays on its device; a schedule returns the next one.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from l3ms.constraints import Constraint
 
 
 class MuSchedule(Protocol):
@@ -70,3 +74,15 @@ def as_schedule(mu: "str | MuSchedule", steps: int = 500) -> MuSchedule:
     if not callable(mu):
         raise ValueError(f'mu must be "auto", "paper" or a schedule such as l3ms.ExponentialDecay, got {mu!r}')
     return mu
+
+
+def check_resolution(schedule: MuSchedule, constraints: Sequence[Constraint]) -> None:
+    """ValueError where s = mu^2 ends below 4 ulp of a bound: float64 could not tell a slack of s from none."""
+    for constraint in constraints:
+        for _, _, bound, scale, *_ in constraint.rows(0):
+            ulp = math.ulp(bound / scale)
+            if schedule.end**2 < 4 * ulp:
+                raise ValueError(
+                    f"mu: its end {schedule.end:g} is too small for constraint {constraint.name!r}: mu^2 is below 4 ulp of "
+                    f"the bound ({bound:g} in units of {scale:g}); end it above {2 * math.sqrt(ulp):.1e}"
+                )
