@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from l3ms.batches import Collator, further_columns, prompt_part
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift, task_weights
@@ -54,27 +55,6 @@ class L3MConfig(TrainingArguments):
             )
         if not 0 <= self.average_fraction <= 1:
             raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
-
-
-class Collator:
-    """Rows of token lists -> right-padded input_ids, attention_mask and labels (-100), each (N, L)."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad = pad_token_id
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        filled = {"input_ids": self.pad, "attention_mask": 0, "labels": -100}
-        return {
-            name: torch.tensor(
-                [_column(row, name) + [value] * (width - len(row["input_ids"])) for row in rows], dtype=torch.int64
-            )
-            for name, value in filled.items()
-        }
-
-
-def _column(row: dict[str, Any], name: str) -> list[int]:
-    return [1] * len(row["input_ids"]) if name == "attention_mask" else list(row[name])
 
 
 class L3MTrainer(Trainer):
@@ -177,10 +157,10 @@ class L3MTrainer(Trainer):
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             [row["prompt"] for row in rows],
-            prompt_ids=[_prompt_ids(row) for row in rows],
+            prompt_ids=[prompt_part(row) for row in rows],
             max_new_tokens=args.max_new_tokens,  # type: ignore[attr-defined]
             temperature=args.temperature,  # type: ignore[attr-defined]
-            columns=_columns(rows),
+            columns=further_columns(rows),
         )
         weights = optimizer.observe(responses.rewards(self.constraints), responses.lengths)
         size = args.per_device_train_batch_size
@@ -246,14 +226,3 @@ class _HalfStep(TrainerCallback):
         if self.trainer.l3m_optimizer is not None:
             self.trainer.constraint_half_step()
         self.trainer.average_weights()
-
-
-def _prompt_ids(row: dict[str, Any]) -> list[int]:
-    scored = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-    return list(row["input_ids"][:scored])
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' further columns, for reward functions."""
-    names = set(rows[0]) - {"input_ids", "labels", "attention_mask", "prompt", "completion"}
-    return {name: [row[name] for row in rows] for name in sorted(names)}

@@ -1,0 +1,40 @@
+"""Rows of tokens: {"input_ids", "labels" (not shifted, -100 where not scored), "prompt" (text or messages), further columns}."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Collator:
+    """Rows of token lists -> right-padded input_ids, attention_mask and labels (-100), each (N, L)."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        filled = {"input_ids": self.pad, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.tensor(
+                [_column(row, name) + [value] * (width - len(row["input_ids"])) for row in rows], dtype=torch.int64
+            )
+            for name, value in filled.items()
+        }
+
+
+def _column(row: dict[str, Any], name: str) -> list[int]:
+    return [1] * len(row["input_ids"]) if name == "attention_mask" else list(row[name])
+
+
+def prompt_part(row: dict[str, Any]) -> list[int]:
+    """The tokens before the first scored one."""
+    scored = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+    return list(row["input_ids"][:scored])
+
+
+def further_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' further columns, for reward functions."""
+    names = set(rows[0]) - {"input_ids", "labels", "attention_mask", "prompt", "completion"}
+    return {name: [row[name] for row in rows] for name in sorted(names)}

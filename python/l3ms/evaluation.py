@@ -1,0 +1,120 @@
+"""What a model does on held-out prompts: fresh samples and task perplexity, never the running estimates of its training."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3ms.batches import Collator, prompt_part
+from l3ms.heads import fuse_head
+from l3ms.losses import scored_lengths, shift
+from l3ms.rollouts import rollout
+
+Z95 = 1.959964  # of the normal distribution, two-sided 95%
+
+Progress = Callable[[int, int], None]  # (responses done, responses in all)
+
+
+class Evaluation(NamedTuple):
+    """One fresh response per row, and what they come to."""
+
+    summary: dict[
+        str, Any
+    ]  # {"length": {"mean", "ci95": [lo, hi], "p5", "p50", "p95"}, "ended", "perplexity", "samples"}
+    lengths: list[int]  # response tokens, the closing EOS included
+    completions: list[Any]
+
+
+def length_statistics(lengths: Sequence[int] | Tensor, ended: Sequence[bool] | Tensor) -> dict[str, Any]:
+    """Of n responses: mean length with its normal 95% interval, percentiles, and the share that ended with EOS. Tokens.
+
+    Raises:
+        ValueError: no response.
+    """
+    values = torch.as_tensor(lengths, dtype=torch.float64)
+    if not len(values):
+        raise ValueError("length_statistics: no responses")
+    mean = float(values.mean())
+    half = Z95 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    percentiles = {f"p{p}": float(values.quantile(p / 100)) for p in (5, 50, 95)}
+    share = float(torch.as_tensor(ended, dtype=torch.float64).mean())
+    return {
+        "length": {"mean": mean, "ci95": [mean - half, mean + half], **percentiles},
+        "ended": share,
+        "samples": len(values),
+    }
+
+
+@torch.no_grad()
+def task_perplexity(
+    model: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 64, pad_token_id: int = 0
+) -> float:
+    """exp of the mean over rows of -(1/|y|) log pi(y|x): the length-normalised task loss, exponentiated.
+
+    Args:
+        rows: {"input_ids", "labels"}, labels not shifted, -100 where not scored.
+
+    Raises:
+        ValueError: no row has anything scored.
+    """
+    inner, collate = fuse_head(model), Collator(pad_token_id)
+    training = model.training
+    model.eval()
+    losses: list[Tensor] = []
+    for start in range(0, len(rows), batch_size):
+        batch = {name: tensor.to(inner.device) for name, tensor in collate(rows[start : start + batch_size]).items()}
+        nothing = torch.zeros(len(batch["labels"]), device=inner.device)  # weights 0: likelihoods alone
+        sequence = model(**batch, seq_weight=nothing, use_cache=False).sequence
+        length = scored_lengths(shift(batch["labels"]))
+        losses.append((-sequence.double() / length)[length > 0])
+    model.train(training)
+    values = torch.cat(losses) if losses else torch.empty(0)
+    if not len(values):
+        raise ValueError("task_perplexity: no row has a scored token")
+    return math.exp(float(values.mean()))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Sample one response to the prompt of each row, and score the row's own response.
+
+    Args:
+        rows: {"input_ids", "labels", "prompt"} as the trainer takes them.
+        seed: of the samples; the global random state is left as it was.
+        batch_size: responses sampled at a time.
+    """
+    lengths: list[int] = []
+    ended: list[bool] = []
+    completions: list[Any] = []
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            responses = rollout(
+                model,
+                tokenizer,
+                [row["prompt"] for row in part],
+                prompt_ids=[prompt_part(row) for row in part],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+            lengths += responses.lengths.tolist()
+            ended += responses.ended.tolist()
+            completions += responses.completions
+            if progress is not None:
+                progress(len(lengths), len(rows))
+    summary = length_statistics(lengths, ended)
+    summary["perplexity"] = task_perplexity(model, rows, pad_token_id=tokenizer.pad_token_id or 0)
+    return Evaluation(summary, lengths, completions)
