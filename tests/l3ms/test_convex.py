@@ -107,7 +107,7 @@ def test_bounds_on_both_sides_hold_at_the_nearer_one():
 def test_an_infeasible_pair_ends_at_the_least_violation_and_is_named(caplog):
     """x <= -1 and x >= 1, with a third constraint that holds and a task that pulls to 0.7, with less than max_grad_norm: two half-steps
     that are both clipped to the same length would cancel wherever they meet."""
-    x = parameter(3.0)
+    x = parameter(1.5)
     opt = l3ms.L3MOptimizer(
         torch.optim.SGD([x], lr=1.0),
         [
