@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         overrides: list[tuple[str, str]] = []
-        if arguments[:1] == ["train"]:
+        if next((word for word in arguments if not word.startswith("-")), "") == "train":
             arguments, overrides = split_overrides(arguments)
         code = app(arguments, prog_name="l3ms", standalone_mode=False, obj=overrides)
     except KeyboardInterrupt:

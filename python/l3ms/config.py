@@ -241,7 +241,10 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     def resolve(text: Any, *, always: bool = False) -> Any:
         if not isinstance(text, str) or not text or "\0" in text:
             return text
-        path = Path(text).expanduser()
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError:  # ~somebody who is not there
+            return text
         full = path if path.is_absolute() else base / path
         looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
         return str(full.resolve()) if always or looks_local or full.exists() else text

@@ -21,7 +21,7 @@ from l3ms.config import RunConfig
 from l3ms.constraints import Constraint
 from l3ms.data import Encoded, load_examples
 from l3ms.evaluation import evaluate
-from l3ms.progress import ProgressCallback
+from l3ms.progress import ProgressCallback, progress_bar
 from l3ms.report import examples_table, summary_table, write_report
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.run_inputs import build_constraints, encode_sides, load_model, training_arguments, try_rewards
@@ -70,7 +70,6 @@ def execute(
     try:
         if config.evaluate.initial:
             samples["initial"] = sample(trainer.model, "before training")
-            transformers.set_seed(config.seed)  # the run is the same one with and without this evaluation
         trainer.train()
         save_weights(folder, "model", trainer.model, tokenizer)
         stage = f"the last weights in {folder / 'model'}"
@@ -135,10 +134,10 @@ def _evaluator(
     columns = {name: [row[name] for row in rows] for name in set(rows[0]) - {"input_ids", "labels", "prompt"}}
 
     def sample(model: Any, name: str) -> Samples:
-        with console.status(f"sampling {len(rows)} responses: {name}"):
+        with progress_bar(console, f"sampling, {name}") as advance:
             found = evaluate(
-                model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens,
-                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, seed=config.seed,
+                model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
+                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, progress=advance,
             )  # fmt: skip
         rewards = {}
         for constraint in constraints:

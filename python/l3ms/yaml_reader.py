@@ -1,7 +1,7 @@
 """Safe YAML for configurations: plain values only, numbers are numbers, and a repeated key is an error.
 
-YAML 1.1 reads `1e-6` as text and silently keeps the last of two equal keys; both have ruined runs. Tags such as
-`!!python/name` are refused by `SafeLoader`; aliases are refused here, since a few nested ones expand to gigabytes.
+YAML 1.1 reads `1e-6` as text and silently keeps the last of two equal keys; both have ruined runs. Tags (`!!python/name`)
+are refused, and aliases, since a few nested ones expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ MAX_BYTES = 1 << 20
 
 
 class ConfigError(ValueError):
-    """Bad input: `field` is the dotted field (or the file), the text says what was wanted and what came."""
+    """Bad input: `field` is the dotted field (or the file), the one line says what was wanted and what came."""
 
     def __init__(self, field: str, message: str):
+        message = " ".join(message.split())
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
@@ -34,6 +35,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise _refuse("aliases are not supported", self.peek_event().start_mark)
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise _refuse(f"tag {event.tag!r} is not supported", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
