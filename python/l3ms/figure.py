@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from l3ms.report import model_label
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
 CURVES = (BLUE, "#b5651d", "#6b4fa3", RED)
+LEGEND: dict[str, Any] = {"framealpha": 0.8, "edgecolor": "none"}
 Z95 = 1.959964
 
 Rows = Sequence[Mapping[str, Any]]
@@ -66,7 +67,7 @@ def _style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> No
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -105,7 +106,7 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
         )  # fmt: skip
     unit = "tokens" if name == "length" else "reward"
     _style(axes, "Mean response length" if name == "length" else f"Mean {name}", unit)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, **LEGEND, loc="best")
 
 
 def _models(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -147,16 +148,30 @@ def _multipliers(axes: Axes, metrics: Rows, constraints: Sequence[Mapping[str, A
             label = " ".join(part for part in (item["name"], suffix) if part)
             style = "--" if side else "-"
             axes.plot(x, values, style, color=CURVES[index % len(CURVES)], linewidth=1.4, label=label)
-    axes.set_yscale("log")
+    _log_scale(axes)
     _style(axes, "Multiplier λ", "λ (log scale)")
     if len(axes.lines) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, **LEGEND)
 
 
 def _mu(axes: Axes, metrics: Rows) -> None:
     axes.plot(_iterations(metrics), _series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6)
-    axes.set_yscale("log")
+    _log_scale(axes)
     _style(axes, "Barrier strength μ", "μ (log scale)")
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, labelled 0.3 and 4 where less than two decades are shown."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainLog())
+    axes.yaxis.set_minor_formatter(_PlainLog(minor_thresholds=(1.5, 0.5)))
+
+
+class _PlainLog(LogFormatter):
+    """Labels the ticks that matplotlib's formatter would, as 0.1 instead of 1e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _loss(axes: Axes, metrics: Rows, baseline: Rows) -> None:
@@ -167,11 +182,12 @@ def _loss(axes: Axes, metrics: Rows, baseline: Rows) -> None:
             axes.plot(_iterations(rows), _smooth(loss), color=colour, linewidth=1.6, label=label)
     _style(axes, "Task loss", "nats per token")
     if baseline:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, **LEGEND)
 
 
-def _smooth(values: np.ndarray, weight: float = 0.1) -> np.ndarray:
-    """Bias-corrected exponential average; missing values leave it as it was."""
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Bias-corrected exponential average over about a tenth of the run; missing values leave it as it was."""
+    weight = min(0.5, max(0.05, 10 / len(values)))
     total = mass = 0.0
     smooth = np.full_like(values, math.nan)
     for index, value in enumerate(values):
@@ -208,7 +224,7 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
             axes.stairs(share, edges, color=colour, linewidth=1.4, label=f"{label}, mean {mean:.1f}")
             axes.axvline(mean, color=colour, linewidth=1.2, linestyle="--")
     axes.set_xlim(0, edges[-1])
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, **LEGEND)
 
 
 def _quantile(counts: Sequence[int], share: float) -> int:
