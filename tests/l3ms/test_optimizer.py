@@ -1,6 +1,7 @@
 """One `step()` of `L3MOptimizer` against the textbook's, and what a half-step commits and leaves alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ OPTIMIZERS = {
 }
 
 
-def make(params, base="sgd", max_grad_norm: float | None = 1.0, mu=MU, **options):
+def make(params, base="sgd", max_grad_norm: float | None = 1.0, mu: Any = MU, **options):
     constraint = l3ms.Constraint("c", max=1.0, scale=1.0, margin=0.0)
     schedule = mu if callable(mu) else l3ms.ExponentialDecay(mu, mu, 1)
     return l3ms.L3MOptimizer(
@@ -55,7 +56,7 @@ def task_gradient(opt, gradients):
 
 def constraint_gradient(opt, params, gradients, violation, value=None):
     """Gradient lambda / S * direction, by autograd through a linear function whose value is 1 + violation."""
-    linear = sum((p * g).sum() for p, g in zip(params, gradients, strict=True))
+    linear = torch.stack([(p * g).sum() for p, g in zip(params, gradients, strict=True)]).sum()
     wanted = 1.0 + violation if value is None else value
     opt.zero_grad()
     opt.barrier_loss({"c": linear.double() - linear.detach().double() + wanted}).backward()

@@ -1,0 +1,72 @@
+"""One rank of `test_distributed.py`: a policy over lengths, whose batch is split over the ranks; run as a program.
+
+python ranks.py RANK WORLD STORE OUTPUT
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+import l3ms
+
+# Rows of the batch of 8 that each of two ranks has, and its micro-batches.
+SPLITS = {
+    "even": [[4], [4]],
+    "uneven": [[5], [3]],
+    "lopsided": [[7], [1]],
+    "micro": [[2, 3], [1, 2]],
+    "empty": [[8], [0]],
+}
+LENGTHS = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8])
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    chosen = torch.randint(0, 8, (8,), generator=generator)
+    noise = torch.randn(8, generator=generator, dtype=torch.float64)
+    polite = [None if step == 1 and row >= 4 else value for row, value in enumerate(noise.tolist())]
+    return inputs, chosen, polite
+
+
+def run(split, rank, world):
+    """Three constraint half-steps of `split[rank]`'s rows -> what each step found, as tensors."""
+    head = torch.nn.Parameter(torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3))
+    constraints = [l3ms.Constraint("polite", min=0.5), l3ms.Length(min=2, max=3), l3ms.Constraint("nll", max=1.0)]
+    mu = l3ms.NoiseFloorDecay(1.0, 1e-2, steps=4)
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([head], lr=0.5), constraints, mu=mu)
+    found = []
+    for step in range(3):
+        inputs, chosen, polite = batch(step)
+        start = sum(sum(sizes) for sizes in split[:rank])
+        rows = slice(start, start + sum(split[rank]))
+        lengths = LENGTHS[chosen]
+        weights = opt.observe({"polite": polite[rows], "length": lengths[rows]}, lengths[rows])
+        loss = head.sum() * 0.0
+        for at, size in zip(torch.tensor([0, *split[rank]]).cumsum(0).tolist(), split[rank], strict=False):
+            part = slice(start + at, start + at + size)
+            token = (inputs[part] @ head.T).log_softmax(-1).gather(1, chosen[part, None])[:, 0]
+            loss = loss - (weights[at : at + size] * token).sum()
+        first = opt.estimates.pending.multiplier  # type: ignore[union-attr]
+        nll = -(inputs[rows] @ head.T).log_softmax(-1).gather(1, chosen[rows, None])[:, 0]
+        (loss + opt.barrier_loss({"nll": nll})).backward()
+        assert head.grad is not None
+        if world > 1:  # what DistributedDataParallel does
+            dist.all_reduce(head.grad)
+            head.grad /= world
+        gradient = head.grad.clone()
+        opt.step()
+        opt.zero_grad()
+        last = opt.estimates.last
+        assert last is not None
+        found.append([first, last.multiplier, last.estimate, last.stderr, opt.mu, gradient, head.detach().clone()])
+    return found
+
+
+if __name__ == "__main__":
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
+    torch.save({name: run(split, rank, world) for name, split in SPLITS.items()}, sys.argv[4])
+    dist.destroy_process_group()

@@ -1,0 +1,71 @@
+"""Two processes that share a batch find the multipliers and the gradient of one process that has it all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import l3ms
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ranks
+
+NAMES = ("multiplier of the samples", "multiplier", "estimate", "stderr", "mu", "gradient", "weights")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, ranks.__file__]
+    outputs = [folder / f"{rank}.pt" for rank in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(rank), "2", str(folder / "store"), str(output)], env=environment)
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(output) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return ranks.run([[8]], 0, 1)
+
+
+@pytest.mark.parametrize("split", ranks.SPLITS)
+def test_every_rank_finds_the_same_bits(two_ranks, split):
+    first, second = (rank[split] for rank in two_ranks)
+    for step, found in enumerate(zip(first, second, strict=True)):
+        for name, ours, theirs in zip(NAMES, *found, strict=True):
+            assert torch.equal(ours, theirs), (step, name)
+
+
+@pytest.mark.parametrize("split", ranks.SPLITS)
+def test_two_ranks_find_what_one_finds(two_ranks, one_rank, split):
+    for step, found in enumerate(zip(two_ranks[0][split], one_rank, strict=True)):
+        for name, ours, theirs in zip(NAMES, *found, strict=True):
+            # The weights of the responses are fp32: their rounding is all that may differ.
+            tolerance = 1e-6 if name in ("gradient", "weights") or step > 0 else 1e-13
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    assert (one_rank[0][-1] - one_rank[-1][-1]).abs().max() > 1e-2  # the steps are not empty
+
+
+def test_lengths_give_bit_identical_multipliers_however_they_are_split(two_ranks, one_rank):
+    for split in ranks.SPLITS:
+        assert torch.equal(two_ranks[0][split][0][0][1:3], one_rank[0][0][1:3])  # both bounds of the length
+
+
+def test_the_whole_world_is_used_only_where_it_is_initialised():
+    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert l3ms.L3MOptimizer(base, [l3ms.Length(max=1)]).estimates.process_group is None
