@@ -105,7 +105,7 @@ def weighted_log_likelihood(
     with_gradient = (upstream != 0) if any(needs) else torch.zeros_like(scored)
     _forward(hidden, targets, head, (scored & ~with_gradient).nonzero()[:, 0], token, None)
 
-    gradients = _Gradients(hidden, head, needs)
+    gradients = _Gradients(hidden, head, needs, unscaled=True)
     for chunk in _chunks((scored & with_gradient).nonzero()[:, 0], head, gradients=True):
         logits, slope, inputs, target = _logits(hidden, targets, head, chunk, gradients=True)
         token[chunk], _, total = _softmax_(logits, target)
@@ -186,11 +186,16 @@ def _softmax_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Gradients:
-    """Accumulators of the head's gradients, fp32 (fp64 for fp64) until `finish` rounds them to the inputs' dtypes."""
+    """Accumulators of the head's gradients, fp32 (fp64 for fp64) until `finish` rounds them to the inputs' dtype.
 
-    def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool]):
+    Gradients still to be multiplied by a loss scale (`unscaled`) stay fp32 for fp16 inputs: rounded first, the small ones would be 0.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool], unscaled: bool = False):
         self.head, self.needs = head, needs
-        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0)  # contiguous, whatever hidden's strides
+        self.dtype = torch.float32 if unscaled and hidden.dtype == torch.float16 else hidden.dtype
+        # contiguous, whatever hidden's strides
+        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=self.dtype)
         options = {"dtype": head.compute, "device": hidden.device}
         self.weight = torch.zeros(head.weight.shape if needs[1] else 0, **options)
         self.bias = torch.zeros(len(head.weight) if needs[2] else 0, **options)
@@ -218,5 +223,4 @@ class _Gradients:
             self.hidden[chunk] = inputs_grad.to(self.hidden.dtype)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        bias_dtype = self.head.weight.dtype if self.head.bias is None else self.head.bias.dtype
-        return self.hidden, self.weight.to(self.head.weight.dtype), self.bias.to(bias_dtype)
+        return self.hidden, self.weight.to(self.dtype), self.bias.to(self.dtype)

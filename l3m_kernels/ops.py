@@ -142,10 +142,13 @@ def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: NEEDS) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake gradients, empty where not needed."""
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: NEEDS, unscaled: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake gradients, empty where not needed; fp16 ones stay fp32 until they are scaled."""
     like = (hidden, weight, weight.new_empty(0) if bias is None else bias)
-    d_hidden, d_weight, d_bias = (t.new_empty(t.shape if need else (0,)) for t, need in zip(like, needs, strict=True))
+    dtype = torch.float32 if unscaled and hidden.dtype == torch.float16 else hidden.dtype
+    d_hidden, d_weight, d_bias = (t.new_empty(t.shape if n else (0,), dtype=dtype) for t, n in zip(like, needs, strict=True))
     return d_hidden, d_weight, d_bias
 
 
@@ -277,7 +280,7 @@ def _weighted_log_likelihood(
 @_weighted_log_likelihood.register_fake
 def _(hidden, weight, targets, seq_weight, cu_seqlens, bias, softcap, temperature, ignore_index, backend, *needs):
     sequence, length, token = _statistics(hidden, cu_seqlens)
-    return sequence.new_empty(()), sequence, length, token, *_gradients(hidden, weight, bias, needs)
+    return sequence.new_empty(()), sequence, length, token, *_gradients(hidden, weight, bias, needs, unscaled=True)
 
 
 def _weighted_setup(ctx, inputs, output):
@@ -295,7 +298,7 @@ def _weighted_backward(ctx, grad_loss, *_):
         for i, need in enumerate(ctx.needs):
             if need:
                 gradient = _once_differentiable(gradients[i], *inputs) if torch.is_grad_enabled() else gradients[i]
-                scaled[i] = _scaled(gradient, grad_loss)
+                scaled[i] = _scaled(gradient, grad_loss).to(inputs[0].dtype)
     return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 7
 
 
