@@ -129,7 +129,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
-    table = Table(title=_title(report), box=box.SIMPLE_HEAD, **style)
+    table = Table(title=_title(report), box=box.SIMPLE_HEAD, pad_edge=False, **style)
     table.add_column("model", no_wrap=True)
     for heading in ("length", "95% interval", "p5", "p50", "p95", "ended", "perplexity"):
         table.add_column(heading, justify="right", no_wrap=True)
