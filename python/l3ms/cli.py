@@ -154,6 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
         overrides: list[tuple[str, str]] = []
         if next((word for word in arguments if not word.startswith("-")), "") == "train":
             arguments, overrides = split_overrides(arguments)
+            if {"-h", "--help"} & set(arguments):
+                _list_fields_in_help()
         code = app(arguments, prog_name="l3ms", standalone_mode=False, obj=overrides)
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -162,6 +164,15 @@ def main(arguments: list[str] | None = None) -> int:
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
         return _fail("interrupted", INTERRUPTED, debug=False)
     return code if isinstance(code, int) else 0
+
+
+def _list_fields_in_help() -> None:
+    """End the help of `train` with every field and its default, from the models themselves."""
+    from l3ms.config import list_fields
+
+    rows = [f"    --{field.replace('_', '-'):38}{default}" for field, default in list_fields()]
+    command = next(item for item in app.registered_commands if item.callback is train)
+    command.help = f"{TRAIN_HELP}\n[bold]Every field and its default[/bold]\n\n\b\n" + "\n".join(rows)
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

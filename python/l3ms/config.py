@@ -7,12 +7,14 @@ in the file are relative to the file's folder; paths given by a flag are relativ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from l3ms.config_errors import explain
+from l3ms.config_errors import explain, models_in
 from l3ms.yaml_reader import ConfigError, parse_yaml, read_yaml
 
 __all__ = ["ConfigError", "RunConfig", "load_config"]
@@ -191,6 +193,17 @@ def parse_override(flag: str, text: str) -> tuple[str, Any]:
         return field, parse_yaml(text)
     except ConfigError:
         return field, text
+
+
+def list_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted field, default) of every field, as flags and file know them; a constraint's section is `constraints.N`."""
+    for name, info in model.model_fields.items():
+        sections = list(models_in(info.annotation))
+        for section in sections[:1] if name != "constraints" else sections[1:]:
+            yield from list_fields(section, f"{prefix}{name}." + ("N." if name == "constraints" else ""))
+        if not sections:
+            default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True)
+            yield f"{prefix}{name}", default.removesuffix("...\n").strip()
 
 
 def _check_across(config: RunConfig) -> None:

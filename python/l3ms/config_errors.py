@@ -46,17 +46,17 @@ def _known_fields(model: type[BaseModel], prefix: str = "") -> dict[str, list[st
     """Section -> its field names; a constraint's section is `constraints.<type>`."""
     sections = {prefix: list(model.model_fields)}
     for name, info in model.model_fields.items():
-        for inner in _models_in(info.annotation):
+        for inner in models_in(info.annotation):
             tag = inner.model_fields["type"].annotation if "type" in inner.model_fields else None
             suffix = f".{get_args(tag)[0]}" if tag is not None else ""
             sections |= _known_fields(inner, f"{prefix}.{name}".lstrip(".") + suffix)
     return sections
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def _did_you_mean(root: type[BaseModel], section: str, key: str) -> str:

@@ -143,12 +143,13 @@ def summary_table(report: Mapping[str, Any]) -> Table:
             continue
         length = summary["length"]
         low, high = length["ci95"]
+        form = ".2f" if high < 100 else ".1f"
         inside = _inside(length["mean"], bounds)
         mean = f"{length['mean']:.2f}" if inside is None else f"[{'green' if inside else 'red'}]{length['mean']:.2f}[/]"
         cells = [
             model_label(key, report),
             mean,
-            f"{low:.2f} to {high:.2f}",
+            f"{low:{form}} to {high:{form}}",
             *(f"{length[name]:.0f}" for name in ("p5", "p50", "p95")),
         ]
         cells += [f"{100 * summary['ended']:.1f}%", _number(summary.get("perplexity"), ".3f")]

@@ -309,7 +309,14 @@ def test_help_and_version_are_quick_and_teach():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    for words in ("l3ms demo", "constraints:", "--constraints.0.max 60", "--allow-code", "--min", "report.png"):
+    for words in (
+        "l3ms demo",
+        "constraints:",
+        "--constraints.0.max 60",
+        "--train.lora.target-modules",
+        "--min",
+        "report.png",
+    ):
         assert words in done.stdout
 
 
