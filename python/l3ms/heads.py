@@ -70,9 +70,17 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
             f"fuse_head: {type(inner).__name__} has no plain linear output head (got {type(head).__name__}); "
             "an adapter on lm_head is not supported: leave it out of the adapter's target modules"
         )
-    inner.__class__ = _fused_class(type(inner))
+    plain = type(inner)
+    inner.__class__ = _fused_class(plain)
     inner._l3m_backend = backend  # type: ignore[attr-defined]
-    _check_against_logits(inner)
+    training = inner.training
+    try:
+        _check_against_logits(inner.eval())
+    except BaseException:
+        inner.__class__ = plain  # refused: as it was, and refused again the next time
+        raise
+    finally:
+        inner.train(training)
     return inner
 
 
@@ -140,8 +148,6 @@ def _replaced_forward(module: nn.Module, run: Any):
 
 @torch.no_grad()
 def _check_against_logits(model: Any) -> None:
-    training = model.training
-    model.eval()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     ids = (torch.arange(4, device=model.device) * 7919 % vocabulary)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -149,7 +155,6 @@ def _check_against_logits(model: Any) -> None:
     fused = model(input_ids=ids, labels=ids, seq_weight=torch.zeros(1, device=ids.device), use_cache=False).token[
         0, :-1
     ]
-    model.train(training)
     # 16-bit logits are rounded in the plain forward, at sizes of 30 by up to 0.06.
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
     if not torch.allclose(plain, fused.to(plain), atol=tolerance, rtol=tolerance):
