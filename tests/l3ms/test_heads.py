@@ -1,0 +1,272 @@
+"""The fused head inside transformers models: loss and gradients are those of the model's own logits; everything else is as before."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+import l3ms
+
+# transformers 5.23 renames gradient checkpointing; peft and this file use the name that all of transformers 5 has.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"final_logit_softcapping": 2.0}),
+    "cohere": ("Cohere", {"logit_scale": 0.3}),
+    "granite": ("Granite", {"logits_scaling": 2.5}),
+    "gpt2": ("GPT2", {}),
+    "gpt2-untied": ("GPT2", {"tie_word_embeddings": False}),
+}
+
+
+def batch(vocabulary=17):
+    """Three rows, right-padded, responses of 4, 2 and 7 tokens; weights of both signs."""
+    generator = torch.Generator().manual_seed(4)
+    input_ids = torch.randint(3, vocabulary, (3, 9), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    for row, (prompt, end) in enumerate([(2, 6), (4, 6), (2, 9)]):
+        labels[row, :prompt] = -100
+        labels[row, end:] = -100
+        input_ids[row, end:] = 0
+        attention_mask[row, end:] = 0
+    weights = torch.tensor([0.5, -0.2, 0.3])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, weights
+
+
+def own_logits(model, inputs, weights, temperature=1.0):
+    """-sum_n weight_n log pi(y_n) from the logits that the model returns."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    targets = inputs["labels"][:, 1:]
+    token = (logits.float()[:, :-1] / temperature).log_softmax(-1)
+    token = token.gather(-1, targets[..., None].clamp(min=0))[..., 0] * (targets != -100)
+    return -(weights * token.sum(1)).sum(), token
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+
+def assert_fused_is_own(model, plain, temperature=1.0):
+    """`model` has the fused head, `plain` the same weights."""
+    inputs, weights = batch()
+    expected, token = own_logits(plain, inputs, weights, temperature)
+    out = model(**inputs, seq_weight=weights, use_cache=False, temperature=temperature)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.token[:, :-1], token.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.sequence, token.detach().sum(1), rtol=1e-5, atol=1e-5)
+    assert out.length.tolist() == [4, 2, 7]
+    assert not out.sequence.requires_grad
+    assert_same_gradients(gradients(model, out.loss), gradients(plain, expected))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_loss_and_gradients_are_those_of_the_models_own_logits(make_model, name, temperature):
+    kind, config = MODELS[name]
+    plain, model = make_model(kind, **config), make_model(kind, **config)
+    assert l3ms.fuse_head(model) is model
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name in ("llama-tied", "qwen2", "gemma2", "cohere", "gpt2"))
+    assert_fused_is_own(model, plain, temperature)
+
+
+def test_bf16_and_autocast(make_model):
+    plain, model = make_model(), make_model()
+    l3ms.fuse_head(model)
+    inputs, weights = batch()
+    expected, _ = own_logits(plain, inputs, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, seq_weight=weights, use_cache=False).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
+    loss.backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    half = l3ms.fuse_head(make_model().bfloat16())
+    loss = half(**inputs, seq_weight=weights, use_cache=False).loss
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
+
+
+# ---- adapters, checkpointing, copies, files ----
+
+
+def lora(model):
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:  # zero at the start
+                    parameter.normal_(0, 0.3)
+    return wrapped
+
+
+@pytest.mark.parametrize("fuse_first", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_with_an_adapter_of_peft(make_model, name, fuse_first):
+    kind, config = MODELS[name]
+    plain, model = lora(make_model(kind, **config)), make_model(kind, **config)
+    if fuse_first:
+        l3ms.fuse_head(model)
+        model = lora(model)
+    else:
+        model = lora(model)
+        assert l3ms.fuse_head(model) is model.get_base_model()
+    assert_fused_is_own(model, plain)
+    assert model.get_base_model().get_output_embeddings().weight.grad is None  # frozen
+
+
+def test_an_adapter_on_the_head_is_refused(make_model):
+    import peft
+
+    wrapped = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="adapter on lm_head is not supported"):
+        l3ms.fuse_head(wrapped)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_with_gradient_checkpointing(make_model, kind):
+    plain, model = make_model(kind), l3ms.fuse_head(make_model(kind))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_fused_is_own(model.train(), plain)
+
+
+def test_copies_are_fused_and_apart(make_model):
+    model = l3ms.fuse_head(make_model())
+    twin = copy.deepcopy(model)
+    average = AveragedModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    average.update_parameters(model)
+    bigger = make_model()
+    with torch.no_grad():
+        for parameter in bigger.parameters():
+            parameter.mul_(1.5)
+    assert_fused_is_own(twin, make_model())
+    assert_fused_is_own(average.module, bigger)
+    assert_fused_is_own(model, bigger)
+
+
+def test_a_saved_model_is_the_architectures(make_model, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    model = l3ms.fuse_head(make_model())
+    model.save_pretrained(tmp_path)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is LlamaForCausalLM
+    assert isinstance(model, LlamaForCausalLM)
+    assert_fused_is_own(l3ms.fuse_head(again), make_model())
+
+
+def test_state_dict_is_unchanged(make_model):
+    plain, model = make_model(), l3ms.fuse_head(make_model())
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+
+
+# ---- ordinary calls ----
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_ordinary_calls_are_unchanged(make_model, name):
+    kind, config = MODELS[name]
+    plain, model = make_model(kind, **config).eval(), l3ms.fuse_head(make_model(kind, **config)).eval()
+    inputs, _ = batch()
+    theirs, ours = plain(**inputs), model(**inputs)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.loss, theirs.loss)
+    without = {k: v for k, v in inputs.items() if k != "labels"}
+    assert torch.equal(model(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
+    assert torch.equal(model(**without, logits_to_keep=2).logits, plain(**without, logits_to_keep=2).logits)
+    prompt = {k: v[2:] for k, v in without.items()}
+    kept = [m.generate(**prompt, max_new_tokens=5, do_sample=False) for m in (model, plain)]
+    assert torch.equal(*kept)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_the_head_is_as_before_after_an_error(make_model):
+    model = l3ms.fuse_head(make_model())
+    inputs, weights = batch()
+    with pytest.raises(ValueError, match="seq_weight must be"):
+        model(**inputs, seq_weight=weights[:2])
+    assert "forward" not in vars(model.get_output_embeddings())
+    assert torch.equal(model(**inputs).logits, make_model()(**inputs).logits)
+
+
+def test_a_forward_that_something_else_patched_is_kept(make_model):
+    model = l3ms.fuse_head(make_model())
+    head, calls = model.get_output_embeddings(), []
+    patched = type(head).forward
+
+    def counted(hidden):
+        calls.append(1)
+        return patched(head, hidden)
+
+    head.forward = counted
+    inputs, weights = batch()
+    model(**inputs, seq_weight=weights)
+    assert head.forward is counted
+    assert not calls
+    model(**inputs)
+    assert len(calls) == 1
+
+
+def test_fusing_twice_is_once_and_keeps_the_mode(make_model):
+    model = make_model().train()
+    kind = type(l3ms.fuse_head(model))
+    assert type(l3ms.fuse_head(model)) is kind
+    assert model.training
+    assert kind.__name__ == "LlamaForCausalLM"
+    assert not l3ms.fuse_head(make_model().eval()).training
+    assert type(l3ms.fuse_head(make_model())) is kind  # one class for all
+
+
+# ---- what cannot be fused ----
+
+
+def test_a_model_that_changes_its_logits_otherwise_is_refused_and_left_as_it_was(make_model):
+    model = make_model()
+    cls = type(model)
+
+    class Twisted(cls):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            if out.logits is not None:
+                out.logits = out.logits * 1.1
+            return out
+
+    model.__class__ = Twisted
+    model.train()
+    with pytest.raises(ValueError, match="Twisted changes its logits in a way"):
+        l3ms.fuse_head(model)
+    assert type(model) is Twisted
+    assert model.training
+    with pytest.raises(ValueError, match="changes its logits"):  # also the second time
+        l3ms.fuse_head(model)
+
+
+def test_other_things_are_refused(make_model):
+    with pytest.raises(ValueError, match="wanted a transformers model, got Linear"):
+        l3ms.fuse_head(torch.nn.Linear(2, 2))
+    model = make_model()
+    with pytest.raises(ValueError, match=r"LlamaModel has no plain linear output head"):
+        l3ms.fuse_head(model.model)
