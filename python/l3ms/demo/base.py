@@ -27,7 +27,7 @@ from l3ms.demo import corpus
 from l3ms.demo.corpus import Pair
 
 VERSION = 1  # raise it when the same recipe would give another base
-PAD_TOKEN, END_TOKEN = "<|pad|>", "<|end|>"
+PAD_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|pad|>", "<|end|>")
 
 Progress = Callable[[str, int, int, str], None]  # (stage, done, total, note)
 
@@ -53,9 +53,21 @@ class Recipe:
     max_files: int | None = None  # mine this many files only (for tests)
 
     def __post_init__(self) -> None:
+        for name in (
+            "layers",
+            "heads",
+            "intermediate_size",
+            "max_positions",
+            "steps",
+            "batch_size",
+            "block",
+            "warmup_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if self.vocab_size < 258:
             raise ValueError(f"vocab_size: wanted at least 258 (256 bytes, pad and end), got {self.vocab_size}")
-        if self.hidden_size % (2 * self.heads):
+        if self.hidden_size < 1 or self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size: wanted a multiple of 2 * heads = {2 * self.heads}, got {self.hidden_size}")
 
 
@@ -123,7 +135,7 @@ def train_tokenizer(pairs: list[Pair], recipe: Recipe) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
-        special_tokens=[PAD_TOKEN, END_TOKEN],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -138,9 +150,9 @@ def train_tokenizer(pairs: list[Pair], recipe: Recipe) -> PreTrainedTokenizerFas
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
-    """A freshly initialised model; the global random state is left as it was."""
-    config = LlamaConfig(
+def new_config(recipe: Recipe) -> LlamaConfig:
+    """The model's shape; pad and end are the tokenizer's first two tokens."""
+    return LlamaConfig(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.layers,
@@ -150,12 +162,16 @@ def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCau
         max_position_embeddings=recipe.max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.vocab[END_TOKEN],
-        pad_token_id=tokenizer.vocab[PAD_TOKEN],
+        pad_token_id=SPECIAL_TOKENS.index(PAD_TOKEN),
+        eos_token_id=SPECIAL_TOKENS.index(END_TOKEN),
     )
+
+
+def new_model(recipe: Recipe) -> LlamaForCausalLM:
+    """A freshly initialised model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(new_config(recipe))
 
 
 def pretrain(
@@ -170,7 +186,7 @@ def pretrain(
         raise ValueError(f"block: wanted at most the {len(stream)} tokens of the corpus, got {recipe.block}")
     blocks = stream[: len(stream) // recipe.block * recipe.block].view(-1, recipe.block)
 
-    model = new_model(tokenizer, recipe).train()
+    model = new_model(recipe).train()
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / recipe.warmup_steps, 1 - step / recipe.steps)

@@ -8,11 +8,13 @@ This module imports the standard library only: `mine` runs it as a plain script 
 """
 
 import ast
+import contextlib
 import gc
 import hashlib
 import inspect
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -214,7 +216,7 @@ _MARKUP = [
     (re.compile(r"\[`~?([^\]`]+)`\]"), r"\1"),  # [`Name`]
     (re.compile(r"``?~?([^`]+?)``?_?"), r"\1"),  # ``code`` and `name`
     (re.compile(r"\*\*?([^*\s](?:[^*]*[^*\s])?)\*\*?"), r"\1"),  # *emphasis*
-    (re.compile(r"\s*::$"), "."),
+    (re.compile(r"\s*::$"), ":"),
     (re.compile(r"\s+"), " "),
 ]
 
@@ -264,50 +266,36 @@ def _mine_in_children(files: list[Source], workers: int) -> Iterator[tuple[int, 
     shares = [share for share in (by_size[start::workers] for start in range(workers)) if share]
     command = [sys.executable, "-I", "-S", "-X", "utf8", str(Path(__file__).resolve())]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in shares]
-    arrived: list[list[bytes]] = [[] for _ in shares]
-    news = threading.Semaphore(0)
+    news: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()  # None: a child has ended
 
-    def talk(child: subprocess.Popen[bytes], share: list[int], lines: list[bytes]) -> None:
+    def talk(child: subprocess.Popen[bytes], share: list[int]) -> None:
         assert child.stdin is not None
         assert child.stdout is not None
-        try:
+        with child, contextlib.suppress(OSError):  # a child that is gone leaves files out, which is noticed below
             child.stdin.write(json.dumps([files[index].path for index in share]).encode())
             child.stdin.close()
-            for line in child.stdout:
-                lines.append(line)
-                news.release()
-        finally:
-            child.wait()
-            news.release()
+            for index, line in zip(share, child.stdout, strict=False):
+                if line.endswith(b"\n"):
+                    news.put((index, line))
+        news.put(None)
 
-    threads = [
-        threading.Thread(target=talk, args=arguments, daemon=True)
-        for arguments in zip(children, shares, arrived, strict=True)
-    ]
+    threads = [threading.Thread(target=talk, args=arguments) for arguments in zip(children, shares, strict=True)]
+    left = set(by_size)
     try:
         for thread in threads:
             thread.start()
-        taken = [0] * len(shares)
-        while sum(taken) < len(files):
-            alive = any(thread.is_alive() for thread in threads)
-            news.acquire(timeout=1.0)
-            fresh = 0
-            for number, (share, lines) in enumerate(zip(shares, arrived, strict=True)):
-                while taken[number] < len(lines):
-                    yield share[taken[number]], json.loads(lines[taken[number]])
-                    lines[taken[number]] = b""
-                    taken[number] += 1
-                    fresh += 1
-            if not alive and not fresh:
-                break
-        for child, share, count in zip(children, shares, taken, strict=True):
-            if count < len(share):
-                raise RuntimeError(
-                    f"mining docstrings: a child process ended with status {child.poll()} at {files[share[count]].path!r}"
-                )
+        for _ in threads:
+            while (item := news.get()) is not None:
+                left.remove(item[0])
+                yield item[0], json.loads(item[1])
+        if left:
+            stopped_at = next(files[index].path for index in by_size if index in left)
+            raise RuntimeError(f"mining docstrings: a child process ended at {stopped_at!r}")
     finally:
         for child in children:
             child.kill()
+        for thread in threads:
+            thread.join()
 
 
 def _child() -> None:
