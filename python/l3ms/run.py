@@ -185,5 +185,5 @@ def _report(config: RunConfig, trainer: L3MTrainer, bounds: list[dict[str, Any]]
         "constraints": bounds,
         "skipped_steps": int(logs[-1].get("l3m/skipped_steps", 0)) if logs else 0,
         "mu_end": logs[-1]["l3m/mu"] if logs else None,
-        "average_from": iterations - max(1, round(config.train.average_fraction * iterations)) + 1,
+        "average_from": trainer.average_from,
     }

@@ -193,10 +193,14 @@ class L3MTrainer(Trainer):
 
     # ---- weights and logs ----
 
+    @property
+    def average_from(self) -> int:
+        """The first iteration whose weights are in the average; one past the last where none are."""
+        return math.floor(self.state.max_steps * (1 - self.args.average_fraction)) + 1  # type: ignore[attr-defined]
+
     def average_weights(self) -> None:
-        """After an iteration: in the last fifth of the run, add the weights to the average."""
-        fraction: float = self.args.average_fraction  # type: ignore[attr-defined]
-        if self.state.global_step + 1 > self.state.max_steps * (1 - fraction):
+        """After an iteration: from `average_from` on, add the weights to the average."""
+        if self.state.global_step + 1 >= self.average_from:
             model = self.accelerator.unwrap_model(self.model)
             if self._average is None:
                 self._average = AveragedModel(model)
