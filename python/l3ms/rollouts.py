@@ -106,7 +106,10 @@ def rollout(
         pad_token_id=pad,
         **options,
     )
-    training = model.training
+    # generate() fills what `config` leaves open from the model's own settings: min_p, penalties, suppressed tokens, beams.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    training, own = model.training, inner.generation_config
+    inner.generation_config = GenerationConfig()
     model.eval()
     try:
         responses: list[list[int]] = []
@@ -114,6 +117,7 @@ def rollout(
             part = prompt_ids[start : start + (batch_size or len(prompt_ids))]
             responses += _sample(model, part, pad, set(end), config)
     finally:
+        inner.generation_config = own
         model.train(training)
 
     sequences = [[*ids, *response] for ids, response in zip(prompt_ids, responses, strict=True)]
