@@ -51,11 +51,12 @@ def run(split, rank, world):
         first = opt.estimates.pending.multiplier  # type: ignore[union-attr]
         nll = -(inputs[rows] @ head.T).log_softmax(-1).gather(1, chosen[rows, None])[:, 0]
         (loss + opt.barrier_loss({"nll": nll})).backward()
-        assert head.grad is not None
+        gradient = head.grad
+        assert gradient is not None
         if world > 1:  # what DistributedDataParallel does
-            dist.all_reduce(head.grad)
-            head.grad /= world
-        gradient = head.grad.clone()
+            dist.all_reduce(gradient)
+            gradient.div_(world)
+        gradient = gradient.clone()
         opt.step()
         opt.zero_grad()
         last = opt.estimates.last

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def lora(model):
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_with_an_adapter_of_peft(make_model, name, fuse_first):
     kind, config = MODELS[name]
-    plain, model = lora(make_model(kind, **config)), make_model(kind, **config)
+    plain = lora(make_model(kind, **config))
+    model: Any = make_model(kind, **config)
     if fuse_first:
         l3ms.fuse_head(model)
         model = lora(model)
@@ -189,7 +191,8 @@ def test_state_dict_is_unchanged(make_model):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_ordinary_calls_are_unchanged(make_model, name):
     kind, config = MODELS[name]
-    plain, model = make_model(kind, **config).eval(), l3ms.fuse_head(make_model(kind, **config)).eval()
+    plain = make_model(kind, **config).eval()
+    model: Any = l3ms.fuse_head(make_model(kind, **config)).eval()
     inputs, _ = batch()
     theirs, ours = plain(**inputs), model(**inputs)
     assert torch.equal(ours.logits, theirs.logits)
@@ -214,7 +217,8 @@ def test_the_head_is_as_before_after_an_error(make_model):
 
 def test_a_forward_that_something_else_patched_is_kept(make_model):
     model = l3ms.fuse_head(make_model())
-    head, calls = model.get_output_embeddings(), []
+    head: Any = model.get_output_embeddings()
+    calls = []
     patched = type(head).forward
 
     def counted(hidden):

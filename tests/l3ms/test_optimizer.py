@@ -37,7 +37,7 @@ OPTIMIZERS = {
 
 def make(params, base="sgd", max_grad_norm: float | None = 1.0, mu: Any = MU, **options):
     constraint = l3ms.Constraint("c", max=1.0, scale=1.0, margin=0.0)
-    schedule = mu if callable(mu) else l3ms.ExponentialDecay(mu, mu, 1)
+    schedule = l3ms.ExponentialDecay(mu, mu, 1) if isinstance(mu, float) else mu
     return l3ms.L3MOptimizer(
         OPTIMIZERS[base](params), [constraint], mu=schedule, smoothing=1.0, max_grad_norm=max_grad_norm, **options
     )
