@@ -82,6 +82,7 @@ def log_likelihood_backward(
         logits, slope, inputs, target = _logits(hidden, targets, head, chunk, gradients=True)
         probabilities = logits.sub_(lse[chunk, None]).exp_()
         gradients.accumulate(chunk, inputs, probabilities, slope, target, upstream[chunk])
+        del logits, probabilities, slope  # or the next chunk's would be held beside them
     return gradients.finish()
 
 
@@ -111,6 +112,7 @@ def weighted_log_likelihood(
         token[chunk], _, total = _softmax_(logits, target)
         logits.div_(total)
         gradients.accumulate(chunk, inputs, logits, slope, target, upstream[chunk])
+        del logits, slope  # or the next chunk's would be held beside them
 
     sequence = sequence_sums(token, cu_seqlens)
     terms = (seq_weight.double() * sequence).where(
@@ -128,6 +130,7 @@ def _forward(hidden: Tensor, targets: Tensor, head: Head, rows: Tensor, token: T
         token[chunk], maximum, total = _softmax_(logits, target)
         if lse is not None:
             lse[chunk] = (maximum + total.log())[:, 0]
+        del logits  # or the next chunk's would be held beside them
 
 
 def _vocabulary_block(head: Head) -> int:
