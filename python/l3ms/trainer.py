@@ -116,7 +116,7 @@ class L3MTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         args: Any = self.args
         base = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if args.solver != "none" and not isinstance(base, L3MOptimizer):
+        if args.solver != "none" and self.l3m_optimizer is None:  # a second train() goes on with the first one's
             schedule = (NoiseFloorDecay if args.mu == "auto" else ExponentialDecay)(
                 1.0, args.mu_end, max(self._iterations(), 1)
             )
@@ -132,6 +132,8 @@ class L3MTrainer(Trainer):
         return self.optimizer  # type: ignore[return-value]
 
     def _iterations(self) -> int:
+        if self.state.max_steps > 0:  # train() has counted them
+            return self.state.max_steps
         if self.args.max_steps > 0:
             return self.args.max_steps
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
