@@ -1,7 +1,13 @@
 """Tiny tokenizers and models, made here: nothing is downloaded. Heavy packages are imported where a test asks for them."""
 
+import functools
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # `ranks` and `training_runs` are shared
 
 WORDS = ("a", "b", "c", "d", "e", "f", "def", "name", "(", ")", "user", "assistant", "system", ":")
 SIZES = {
@@ -54,3 +60,11 @@ def make_model():
         return model
 
     return make
+
+
+@pytest.fixture
+def train(tmp_path, tokenizer):
+    """train(model, **options) -> an `L3MTrainer` after a few iterations, and the recorder of what it did."""
+    import training_runs
+
+    return functools.partial(training_runs.run, tmp_path, tokenizer)

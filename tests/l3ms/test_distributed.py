@@ -3,15 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 
 import l3ms
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ranks
 
 NAMES = ("multiplier of the samples", "multiplier", "estimate", "stderr", "mu", "gradient", "weights")
 

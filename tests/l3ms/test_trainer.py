@@ -1,98 +1,12 @@
 """`L3MTrainer` against loops written by hand, on tiny models."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from training_runs import assert_moved, assert_same_weights, losses, rows
 
 import l3ms
-
-
-def rows(count=24, seed=0):
-    """Prompts of 1 to 3 tokens, responses of 2 to 6 with EOS."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for n in range(count):
-        prompt = torch.randint(3, 17, (1 + n % 3,), generator=generator).tolist()
-        response = [*torch.randint(3, 17, (1 + n % 5,), generator=generator).tolist(), 1]
-        made.append(
-            {
-                "input_ids": prompt + response,
-                "labels": [-100] * len(prompt) + response,
-                "prompt": f"prompt {n}",
-                "number": n,
-            }
-        )
-    return made
-
-
-CONSTRAINTS = (l3ms.Length(max=6),)
-
-
-class Recorder(TrainerCallback):
-    """What the trainer trained on and where it was after each iteration."""
-
-    def __init__(self):
-        self.batches: list[dict[str, torch.Tensor]] = []
-        self.rollouts: list[Any] = []
-        self.weights: list[dict[str, torch.Tensor]] = []
-        self.rates: list[float] = []
-        self.trainer: Any = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        model = self.trainer.model
-        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        self.rollouts.append(self.trainer.last_rollout)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
-
-
-@pytest.fixture
-def train(tmp_path, tokenizer):
-    """train(model, **options) -> (trainer after training, recorder)."""
-
-    def run(model, *, constraints=CONSTRAINTS, data=None, prompts=None, start=True, resume=None, **options):
-        settings = {
-            "output_dir": str(tmp_path),
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "constraint_batch_size": 6,
-            "max_new_tokens": 16,
-            "learning_rate": 0.05,
-            "optim": "sgd",
-            "lr_scheduler_type": "linear",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        recorder = Recorder()
-        trainer = l3ms.L3MTrainer(
-            model,
-            l3ms.L3MConfig(**{**settings, **options}),
-            constraints=constraints,
-            train_dataset=rows() if data is None else data,
-            prompts=prompts,
-            processing_class=tokenizer,
-            callbacks=[recorder],
-        )
-        recorder.trainer = trainer
-        collate = trainer.data_collator
-
-        def recording(features):
-            recorder.batches.append(collate(features))
-            return recorder.batches[-1]
-
-        trainer.data_collator = recording
-        if start:
-            trainer.train(resume_from_checkpoint=resume)
-        return trainer, recorder
-
-    return run
 
 
 def log_likelihood(model, batch, temperature=1.0):
@@ -107,21 +21,6 @@ def log_likelihood(model, batch, temperature=1.0):
 def plain_task_loss(model, batch):
     total, count = log_likelihood(model, batch)
     return -(total / count).mean()
-
-
-def assert_same_weights(model, expected, tolerance=1e-6):
-    expected = dict(expected.named_parameters()) if isinstance(expected, torch.nn.Module) else expected
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_moved(model, start):
-    moved = [(p - q).abs().max().item() for p, q in zip(model.parameters(), start.parameters(), strict=True)]
-    assert max(moved) > 1e-3
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # ---- plain fine-tuning ----
@@ -266,103 +165,6 @@ def test_reward_functions_see_the_rows_columns(make_model, train):
 def test_prompts_of_the_rollouts_may_be_other_rows(make_model, train):
     _, recorder = train(make_model(), prompts=rows(3, seed=9), max_steps=1)
     assert set(recorder.rollouts[0].prompts) == {"prompt 0", "prompt 1", "prompt 2"}
-
-
-# ---- the same in other splits, and again ----
-
-
-@pytest.mark.parametrize("solver", ["none", "barrier"])
-def test_accumulated_micro_batches_are_one_batch(make_model, train, solver):
-    """Task batches of 2 x 4 and of 8; the responses go through the model in parts of 4 (4 + 2) and 8."""
-    parts, _ = train(make_model(), solver=solver, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    whole, _ = train(make_model(), solver=solver, gradient_accumulation_steps=1, per_device_train_batch_size=8)
-    assert_moved(whole.model, make_model())
-    assert_same_weights(parts.model, whole.model)
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    if solver == "barrier":
-        assert parts.l3m_optimizer.constraint_steps == 3
-        ours, theirs = ({k: v for k, v in t.l3m_optimizer.metrics().items() if "task" not in k} for t in (parts, whole))
-        assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-def test_a_run_is_reproducible_under_its_seed(make_model, train):
-    first, second, other = (train(make_model(), seed=seed)[0] for seed in (1, 1, 2))
-    assert_same_weights(first.model, second.model, 0.0)
-    assert [e for e in first.state.log_history if "loss" in e] == [e for e in second.state.log_history if "loss" in e]
-    with pytest.raises(AssertionError):
-        assert_same_weights(first.model, other.model)
-
-
-def test_mu_ends_where_it_should_when_the_run_counts_epochs(make_model, train):
-    """10 rows in batches of 4 are 2 iterations an epoch."""
-    trainer, _ = train(make_model(), data=rows(10), max_steps=-1, num_train_epochs=3, mu="paper", mu_end=1e-3)
-    assert trainer.state.global_step == 6
-    assert trainer.l3m_optimizer.metrics()["l3m/mu"] == pytest.approx(1e-3, rel=1e-9)
-
-
-def test_training_again_goes_on_with_the_same_optimizer(make_model, train):
-    trainer, _ = train(make_model(), max_steps=2)
-    optimizer = trainer.l3m_optimizer
-    trainer.train()
-    assert trainer.l3m_optimizer is optimizer
-    assert isinstance(optimizer.base, torch.optim.SGD)
-    assert optimizer.constraint_steps == 4
-
-
-def test_a_checkpoint_brings_back_the_barrier(make_model, train, tmp_path):
-    first, _ = train(make_model(), max_steps=4, save_strategy="steps", save_steps=2)
-    state = first.l3m_optimizer.state_dict()["l3m"]
-    again, recorder = train(make_model(), max_steps=4, resume=str(tmp_path / "checkpoint-2"))
-    assert again.l3m_optimizer.constraint_steps == state["constraint_steps"] == 4
-    assert len(recorder.weights) == 2
-    at_two = [entry for entry in first.state.log_history if "loss" in entry][1]
-    resumed = [entry for entry in again.state.log_history if "loss" in entry]
-    assert resumed[1]["constraints/length/estimate"] == at_two["constraints/length/estimate"]
-    assert resumed[2]["l3m/mu"] <= at_two["l3m/mu"]
-
-
-# ---- averaged weights ----
-
-
-@pytest.mark.parametrize(
-    ("steps", "fraction", "averaged"), [(10, 0.2, 2), (7, 0.2, 2), (4, 0.2, 1), (5, 0.2, 1), (3, 1.0, 3), (6, 0.5, 3)]
-)
-def test_the_averaged_model_is_the_mean_of_the_last_iterates(make_model, train, steps, fraction, averaged):
-    options = {"solver": "none", "constraints": ()} if steps > 4 else {}
-    trainer, recorder = train(make_model(), max_steps=steps, average_fraction=fraction, learning_rate=0.2, **options)
-    assert len(recorder.weights) == steps
-    mean = {
-        name: torch.stack([w[name].double() for w in recorder.weights[-averaged:]]).mean(0).float()
-        for name in recorder.weights[0]
-    }
-    average = trainer.averaged_model()
-    assert_same_weights(average, mean, 3e-7)
-    assert average is not trainer.model
-    assert_same_weights(trainer.model, recorder.weights[-1], 0.0)
-    if averaged > 1:
-        assert any(
-            (p - q).abs().max() > 1e-4 for p, q in zip(average.parameters(), trainer.model.parameters(), strict=True)
-        )
-
-
-def test_nothing_averaged_is_a_copy_of_the_last_iterate(make_model, train):
-    trainer, _ = train(make_model(), average_fraction=0.0, solver="none", constraints=())
-    average = trainer.averaged_model()
-    assert average is not trainer.model
-    assert_same_weights(average, trainer.model, 0.0)
-
-
-def test_the_averaged_model_generates_and_is_saved(make_model, train, tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    trainer, _ = train(make_model(), max_steps=5)
-    average: Any = trainer.averaged_model()
-    out = l3ms.rollout(average, tokenizer, ["a"], max_new_tokens=3)
-    average.save_pretrained(tmp_path / "average")
-    trainer.save_model(str(tmp_path / "last"))
-    for folder, model in (("average", average), ("last", trainer.model)):
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
-        assert torch.equal(again(out.input_ids).logits, model.eval()(out.input_ids).logits)
 
 
 # ---- what goes wrong ----

@@ -1,0 +1,105 @@
+"""Runs of `L3MTrainer` against each other: other splits of a batch, a second time, from a checkpoint, and averaged."""
+
+from typing import Any
+
+import pytest
+import torch
+from training_runs import assert_moved, assert_same_weights, losses, rows
+
+import l3ms
+
+# ---- the same in other splits, and again ----
+
+
+@pytest.mark.parametrize("solver", ["none", "barrier"])
+def test_accumulated_micro_batches_are_one_batch(make_model, train, solver):
+    """Task batches of 2 x 4 and of 8; the responses go through the model in parts of 4 (4 + 2) and 8."""
+    parts, _ = train(make_model(), solver=solver, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    whole, _ = train(make_model(), solver=solver, gradient_accumulation_steps=1, per_device_train_batch_size=8)
+    assert_moved(whole.model, make_model())
+    assert_same_weights(parts.model, whole.model)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    if solver == "barrier":
+        assert parts.l3m_optimizer.constraint_steps == 3
+        ours, theirs = ({k: v for k, v in t.l3m_optimizer.metrics().items() if "task" not in k} for t in (parts, whole))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_is_reproducible_under_its_seed(make_model, train):
+    first, second, other = (train(make_model(), seed=seed)[0] for seed in (1, 1, 2))
+    assert_same_weights(first.model, second.model, 0.0)
+    assert [e for e in first.state.log_history if "loss" in e] == [e for e in second.state.log_history if "loss" in e]
+    with pytest.raises(AssertionError):
+        assert_same_weights(first.model, other.model)
+
+
+def test_mu_ends_where_it_should_when_the_run_counts_epochs(make_model, train):
+    """10 rows in batches of 4 are 2 iterations an epoch."""
+    trainer, _ = train(make_model(), data=rows(10), max_steps=-1, num_train_epochs=3, mu="paper", mu_end=1e-3)
+    assert trainer.state.global_step == 6
+    assert trainer.l3m_optimizer.metrics()["l3m/mu"] == pytest.approx(1e-3, rel=1e-9)
+
+
+def test_training_again_goes_on_with_the_same_optimizer(make_model, train):
+    trainer, _ = train(make_model(), max_steps=2)
+    optimizer = trainer.l3m_optimizer
+    trainer.train()
+    assert trainer.l3m_optimizer is optimizer
+    assert isinstance(optimizer.base, torch.optim.SGD)
+    assert optimizer.constraint_steps == 4
+
+
+def test_a_checkpoint_brings_back_the_barrier(make_model, train, tmp_path):
+    first, _ = train(make_model(), max_steps=4, save_strategy="steps", save_steps=2)
+    state = first.l3m_optimizer.state_dict()["l3m"]
+    again, recorder = train(make_model(), max_steps=4, resume=str(tmp_path / "checkpoint-2"))
+    assert again.l3m_optimizer.constraint_steps == state["constraint_steps"] == 4
+    assert len(recorder.weights) == 2
+    at_two = [entry for entry in first.state.log_history if "loss" in entry][1]
+    resumed = [entry for entry in again.state.log_history if "loss" in entry]
+    assert resumed[1]["constraints/length/estimate"] == at_two["constraints/length/estimate"]
+    assert resumed[2]["l3m/mu"] <= at_two["l3m/mu"]
+
+
+# ---- averaged weights ----
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "averaged"), [(10, 0.2, 2), (7, 0.2, 2), (4, 0.2, 1), (5, 0.2, 1), (3, 1.0, 3), (6, 0.5, 3)]
+)
+def test_the_averaged_model_is_the_mean_of_the_last_iterates(make_model, train, steps, fraction, averaged):
+    options = {"solver": "none", "constraints": ()} if steps > 4 else {}
+    trainer, recorder = train(make_model(), max_steps=steps, average_fraction=fraction, learning_rate=0.2, **options)
+    assert len(recorder.weights) == steps
+    mean = {
+        name: torch.stack([w[name].double() for w in recorder.weights[-averaged:]]).mean(0).float()
+        for name in recorder.weights[0]
+    }
+    average = trainer.averaged_model()
+    assert_same_weights(average, mean, 3e-7)
+    assert average is not trainer.model
+    assert_same_weights(trainer.model, recorder.weights[-1], 0.0)
+    if averaged > 1:
+        assert any(
+            (p - q).abs().max() > 1e-4 for p, q in zip(average.parameters(), trainer.model.parameters(), strict=True)
+        )
+
+
+def test_nothing_averaged_is_a_copy_of_the_last_iterate(make_model, train):
+    trainer, _ = train(make_model(), average_fraction=0.0, solver="none", constraints=())
+    average = trainer.averaged_model()
+    assert average is not trainer.model
+    assert_same_weights(average, trainer.model, 0.0)
+
+
+def test_the_averaged_model_generates_and_is_saved(make_model, train, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer, _ = train(make_model(), max_steps=5)
+    average: Any = trainer.averaged_model()
+    out = l3ms.rollout(average, tokenizer, ["a"], max_new_tokens=3)
+    average.save_pretrained(tmp_path / "average")
+    trainer.save_model(str(tmp_path / "last"))
+    for folder, model in (("average", average), ("last", trainer.model)):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(again(out.input_ids).logits, model.eval()(out.input_ids).logits)
