@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from l3m_kernels.backends import select, workspace
 from l3m_kernels.checks import check_values, packed_batch
@@ -233,7 +234,7 @@ def _setup(ctx, inputs, output):
     _, length, token, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(length, lse)
-    ctx.sequences, ctx.tokens = len(length), len(token)
+    ctx.sequences, ctx.tokens = length.shape[0], token.shape[0]  # len() would fix them in compiled code
     ctx.save_for_backward(hidden, weight, targets, cu_seqlens, bias, lse)
 
 
@@ -308,7 +309,7 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     A graph that is kept needs the copy: who holds the first gradient may change it in place.
     """
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
-    last = real and not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = real and not torch.is_grad_enabled() and not _get_current_graph_task_keep_graph()
     if last and upstream.device.type == "cpu" and upstream.item() == 1:
         return gradient
     return gradient * upstream  # 0-dim fp32: the product is rounded once; a loss scale of 65536 is no fp16 number

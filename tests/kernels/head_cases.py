@@ -134,6 +134,12 @@ class Case:
         return {"softcap": self.softcap, "temperature": self.temperature, "ignore_index": self.ignore_index}
 
 
+def grad_of(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf that has one."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def view(tensor: Tensor, kind: str) -> Tensor:
     """The same values (for "expanded": those of the first row) under other strides or another offset."""
     if kind == "transposed":

@@ -3,9 +3,9 @@
 import math
 import random
 
-import mpmath
 import pytest
 import torch
+from mpmath import log, mpf, workdps
 
 from l3m_kernels import barrier_multiplier, reference, relaxed_log_barrier
 from l3m_kernels.barrier import _barrier_curvature, _barrier_multiplier, _relaxed_log_barrier
@@ -38,18 +38,18 @@ def random_z(draw: random.Random, s: float) -> float:
     return draw.uniform(-2, 2)
 
 
-def exact(z: float, mu: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
-    """Value, slope and curvature with s = mu^2, to 50 digits."""
-    z_, mu_ = mpmath.mpf(z), mpmath.mpf(mu)
+def exact(z: float, mu: float) -> tuple:
+    """Value, slope and curvature (mpf) with s = mu^2, to 50 digits."""
+    z_, mu_ = mpf(z), mpf(mu)
     s = mu_ * mu_
     if -z_ >= s:
-        return -mu_ * mpmath.log(-z_), -mu_ / z_, mu_ / (z_ * z_)
+        return -mu_ * log(-z_), -mu_ / z_, mu_ / (z_ * z_)
     ratio = (z_ + 2 * s) / s
-    return mu_ / 2 * (ratio**2 - 1) - mu_ * mpmath.log(s), mu_ / s * ratio, mu_ / (s * s)
+    return mu_ / 2 * (ratio**2 - 1) - mu_ * log(s), mu_ / s * ratio, mu_ / (s * s)
 
 
-def error_in_ulps(found: float, wanted: mpmath.mpf, size: float = 0.0) -> float:
-    return float(abs(mpmath.mpf(found) - wanted)) / math.ulp(max(abs(float(wanted)), size))
+def error_in_ulps(found: float, wanted, size: float = 0.0) -> float:
+    return float(abs(mpf(found) - wanted)) / math.ulp(max(abs(float(wanted)), size))
 
 
 def check_points(seed: int, points: int) -> None:
@@ -58,7 +58,7 @@ def check_points(seed: int, points: int) -> None:
     z = float64(*(random_z(draw, mu * mu) for _ in range(points)))
     values, slopes = relaxed_log_barrier(z, mu), barrier_multiplier(z, mu)
     curvatures = reference.barrier_curvature(z, *float64(mu, mu * mu))
-    with mpmath.workdps(50):
+    with workdps(50):
         for at, value, slope, curvature in zip(*(t.tolist() for t in (z, values, slopes, curvatures)), strict=True):
             wanted = exact(at, mu)
             where = f"z = {at!r}, mu = {mu!r}"

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, Case, Inputs, assert_close_to_oracle, ulp, unfused
+from head_cases import (
+    HEAD_BACKENDS,
+    VIEWS,
+    WEIGHTED_BACKENDS,
+    Case,
+    Inputs,
+    assert_close_to_oracle,
+    grad_of,
+    ulp,
+    unfused,
+)
 from torch import Tensor
 
 from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
@@ -98,7 +108,7 @@ def test_scaled_loss(op, backend, dtype, scale):
     case = plain(dtype=dtype, bias=False)
     inputs = everything_weighted(case.build())
     (scale * scalar(op, backend, case, inputs, inputs.leaves)).backward()
-    found = {f"d_{name}": leaf.grad for name, leaf in inputs.leaves.items()}
+    found = {f"d_{name}": grad_of(leaf) for name, leaf in inputs.leaves.items()}
     scaled = inputs._replace(
         seq_weight=scale * inputs.seq_weight,
         grad_sequence=scale * inputs.grad_sequence,
@@ -120,7 +130,21 @@ def test_loss_scale_beyond_half_precision(backend):
     (65536 * scalar("weighted", backend, case, inputs, inputs.leaves)).backward()
     oracle = unfused(case, inputs, torch.float64, weighted=True)
     for name, leaf in inputs.leaves.items():
-        torch.testing.assert_close(leaf.grad.double(), 65536 * oracle[f"d_{name}"], rtol=3e-3, atol=1e-1)
+        torch.testing.assert_close(grad_of(leaf).double(), 65536 * oracle[f"d_{name}"], rtol=3e-3, atol=1e-1)
+
+
+@pytest.mark.xfail(reason="gradients are rounded to fp16 before the loss scale is known", strict=True)
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+def test_loss_scale_saves_small_gradients(backend):
+    """What GradScaler is for: a mean over 65,536 tokens has fp16 gradients that underflow unless they are scaled before they are rounded."""
+    case = plain(dtype=torch.float16, bias=False, lengths=(40,), width=16, vocabulary=64, softcap=None)
+    inputs = case.build()
+    inputs = inputs._replace(seq_weight=torch.full((1,), 1 / 65536))
+    (65536 * scalar("weighted", backend, case, inputs, inputs.leaves)).backward()
+    oracle = unfused(case, inputs, torch.float64, weighted=True)
+    for name, leaf in inputs.leaves.items():
+        truth = 65536 * oracle[f"d_{name}"]
+        assert (grad_of(leaf).double() - truth).norm() < 5e-4 * truth.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,9 +162,9 @@ def test_repeated_backward(op, backend, dtype):
     assert all(map(torch.equal, torch.autograd.grad(loss, leaves, retain_graph=True), copies))
     loss.backward(retain_graph=True)
     for leaf in leaves:
-        leaf.grad.zero_()
+        grad_of(leaf).zero_()
     loss.backward(retain_graph=True)
-    assert all(torch.equal(leaf.grad, copy) for leaf, copy in zip(leaves, copies, strict=True))
+    assert all(torch.equal(grad_of(leaf), copy) for leaf, copy in zip(leaves, copies, strict=True))
     twice = torch.autograd.grad(loss + 3 * loss, leaves)
     for grad, copy in zip(twice, copies, strict=True):
         torch.testing.assert_close(grad, 4 * copy, rtol=2 * torch.finfo(dtype).eps, atol=0)
@@ -155,7 +179,8 @@ def test_inputs_are_not_modified(op, backend):
     loss = scalar(op, backend, case, inputs, inputs.leaves)
     loss.backward(retain_graph=True)
     loss.backward()
-    assert all(a is None or torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+    for old, new in zip(before, inputs, strict=True):
+        assert old is new is None or (old is not None and new is not None and torch.equal(old, new))
 
 
 @pytest.mark.parametrize(("op", "backend"), BOTH)
@@ -190,7 +215,7 @@ def test_one_output_used(which, backend):
     getattr(out, which).backward(upstream)
     left_out = {"sequence": "grad_token", "token": "grad_sequence"}[which]
     only = inputs._replace(**{left_out: torch.zeros_like(getattr(inputs, left_out))})
-    found = {f"d_{name}": leaf.grad for name, leaf in inputs.leaves.items()}
+    found = {f"d_{name}": grad_of(leaf) for name, leaf in inputs.leaves.items()}
     assert_close_to_oracle(case, only, found, weighted=False)
 
 
@@ -218,7 +243,7 @@ def test_double_backward_is_refused_by_name(op, backend, of, scale):
     loss = scale * scalar(op, backend, case, inputs, leaves)
     (grad,) = torch.autograd.grad(loss, leaves[of], create_graph=True)
     torch.testing.assert_close(grad.detach(), torch.autograd.grad(loss, leaves[of], retain_graph=True)[0])
-    for source in (below, inputs.weight, inputs.bias):
+    for source in (below, leaves["weight"], leaves["bias"]):
         with pytest.raises(RuntimeError, match=r"log_likelihood .* no second derivative \(double backward\)"):
             torch.autograd.grad(grad.square().sum(), source, retain_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -311,7 +336,7 @@ def test_opcheck_strided_inputs(op, backend, layout):
     if op == "log_likelihood":
         opcheck(_log_likelihood, (*batch, *options), FULL)
         lse = _log_likelihood(*batch, *options)[-1].detach()
-        constants = (tensor.detach() for tensor in (*batch, lse))  # bias is there, and before lse
+        constants = (tensor.detach() for tensor in (*batch, lse) if tensor is not None)  # bias is there
         arguments = (inputs.grad_sequence, inputs.grad_token, *constants, *options, True, True, True)
         opcheck(_log_likelihood_backward, arguments, FULL)
     else:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, view
+from head_cases import HEAD_BACKENDS, VIEWS, WEIGHTED_BACKENDS, grad_of, view
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, chunked, log_likelihood, set_workspace, weighted_log_likelihood
@@ -155,13 +155,13 @@ def test_infinite_and_nan_logits(op, backend, kind, dtype, softcap):
     torch.testing.assert_close(out.token.detach(), token.detach(), equal_nan=True)
     loss_of(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options).backward()
     for leaf, wanted in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad.to(dtype), equal_nan=True)
+        torch.testing.assert_close(grad_of(leaf), grad_of(wanted).to(dtype), equal_nan=True)
     if kind == "-inf bias, not a target":
-        assert leaves[2].grad[0] == 0
+        assert grad_of(leaves[2])[0] == 0
     if kind == "NaN hidden":
         assert torch.equal(out.token.isnan(), torch.arange(6) == 2)
         assert out.sequence.isnan().tolist() == [False, True]
-        assert torch.equal(leaves[0].grad.isnan().any(1), torch.arange(6) == 2)
+        assert torch.equal(grad_of(leaves[0]).isnan().any(1), torch.arange(6) == 2)
 
 
 @both
@@ -174,9 +174,9 @@ def test_unscored_rows_may_hold_anything(op, backend):
         rows = hidden.clone()
         rows[[1, 5]] = garbage
         leaves = [rows.requires_grad_(), weight.clone().requires_grad_()]
-        loss = loss_of(op, *leaves, targets, cu_seqlens, seq_weight, backend=backend)
+        loss = loss_of(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, backend=backend)
         loss.backward()
-        results.append((loss.detach(), leaves[0].grad, leaves[1].grad))
+        results.append((loss.detach(), grad_of(leaves[0]), grad_of(leaves[1])))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
@@ -188,12 +188,12 @@ def test_sequence_of_weight_zero_is_dropped_whatever_its_likelihood(backend, gar
     hidden[:2] = garbage
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     seq_weight = torch.tensor([0.0, 2.0])
-    loss, out = weighted_log_likelihood(*leaves, targets, seq_weight, cu_seqlens, backend=backend)
+    loss, out = weighted_log_likelihood(leaves[0], leaves[1], targets, seq_weight, cu_seqlens, backend=backend)
     loss.backward()
     assert out.sequence.isnan().tolist() == [True, False]
     assert loss == -2 * out.sequence[1]
-    assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
-    assert not leaves[0].grad[:2].any()
+    assert all(bool(grad_of(leaf).isfinite().all()) for leaf in leaves)
+    assert not grad_of(leaves[0])[:2].any()
 
 
 # ---- sums
@@ -228,7 +228,7 @@ def test_16_bit_inputs_are_not_biased(op, backend, dtype):
     exact = hidden.detach().double().requires_grad_()
     token = eager_log_likelihood(exact, weight.double(), targets)
     (-0.01 * token.sum()).backward()
-    for value, truth in ((out.token, token), (hidden.grad, exact.grad)):
+    for value, truth in ((out.token, token), (grad_of(hidden), grad_of(exact))):
         error = (value.double() - truth).detach()
         assert 0 < error.abs().max() < 1e-3
         assert error.mean().abs() < 0.1 * error.std()
@@ -270,8 +270,8 @@ def test_nothing_scored(op, backend, shape, offsets, dtype, bias):
     assert loss == 0
     for leaf in (hidden, weight, vector):
         if leaf is not None:
-            assert leaf.grad.shape == leaf.shape
-            assert not leaf.grad.any()
+            assert grad_of(leaf).shape == leaf.shape
+            assert not grad_of(leaf).any()
 
 
 @both
@@ -293,8 +293,8 @@ def test_one_word_vocabulary(op, backend):
     assert not out.token.any()
     assert out.length.tolist() == [1, 0, 3]
     loss_of(op, hidden, weight, targets, cu_seqlens, torch.ones(3), backend=backend).backward()
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
+    assert not grad_of(hidden).any()
+    assert not grad_of(weight).any()
 
 
 # ---- layouts
@@ -354,8 +354,8 @@ def test_rows_of_a_large_batch_of_which_few_are_scored(op, backend):
     assert out.length.tolist() == [1, 2]
     loss_of(op, *arguments, torch.tensor([1.0, 3.0]), backend=backend).backward()
     (-(token * torch.tensor([1, 3, 3])).sum()).backward()
-    torch.testing.assert_close(hidden.grad[-3:].double(), exact.grad, rtol=1e-6, atol=1e-6)
-    assert not hidden.grad[:-3].any()
+    torch.testing.assert_close(grad_of(hidden)[-3:].double(), grad_of(exact), rtol=1e-6, atol=1e-6)
+    assert not grad_of(hidden)[:-3].any()
 
 
 @pytest.mark.slow
@@ -387,4 +387,4 @@ def test_logits_beyond_two_to_the_31(op, backend, workspace):
     torch.testing.assert_close(out.token[rows].detach().double(), wanted.detach(), rtol=1e-6, atol=2e-6)
     (-(wanted * torch.where(rows < tokens - 5, 1.0, -2.0)).sum()).backward()
     # A sum of 128,256 products in fp32, in the order of the BLAS.
-    torch.testing.assert_close(hidden.grad[rows].double(), exact.grad, rtol=0, atol=1e-3)
+    torch.testing.assert_close(grad_of(hidden)[rows].double(), grad_of(exact), rtol=0, atol=1e-3)

@@ -1,0 +1,157 @@
+"""The table of backends: what is picked, what is refused and why, and what the report says."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import l3m_kernels
+from l3m_kernels import (
+    Bounds,
+    barrier_weights,
+    chunked,
+    initial_state,
+    log_likelihood,
+    reference,
+    set_workspace,
+    weighted_log_likelihood,
+)
+from l3m_kernels import backends as backends_function
+from l3m_kernels.backends import DEFAULT_WORKSPACE, TABLE, Backend, select, workspace
+
+OPS = ("log_likelihood", "log_likelihood_backward", "weighted_log_likelihood", "barrier_weights")
+UNAVAILABLE = [row.name for row in TABLE if row.missing]
+
+
+def call(op: str, backend: str | None):
+    hidden, weight, targets = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([1, 2])
+    cu_seqlens = torch.tensor([0, 2])
+    if op == "log_likelihood":
+        return log_likelihood(hidden, weight, targets, cu_seqlens, backend=backend).sequence
+    if op == "weighted_log_likelihood":
+        return weighted_log_likelihood(hidden, weight, targets, torch.ones(1), cu_seqlens, backend=backend)[0]
+    rewards = torch.ones(2, 1, dtype=torch.float64)
+    return barrier_weights(rewards, initial_state(1), Bounds.of([]), 0.1, backend=backend).estimate
+
+
+PUBLIC = [op for op in OPS if not op.endswith("_backward")]
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_unavailable_backend_says_why(op, name):
+    reason = next(row.missing for row in TABLE if row.name == name) or ""
+    with pytest.raises(RuntimeError) as error:
+        call(op, name)
+    assert all(words in str(error.value) for words in (op, repr(name), reason, "backend=None"))
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_unknown_backend(op):
+    with pytest.raises(ValueError, match=rf"{op}: backend must be one of cuda, triton, cpp, reference .*got 'tirton'"):
+        call(op, "tirton")
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_automatic_choice_equals_the_named_one(op):
+    first = next(row.name for row in TABLE if row.problem(op, "cpu") is None)
+    assert torch.equal(call(op, None), call(op, first))
+    assert torch.equal(call(op, None), call(op, "reference"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])
+def test_reference_has_every_op_on_every_device(device):
+    assert TABLE[-1].name == "reference"
+    assert tuple(TABLE[-1].ops) == OPS
+    for op in OPS:
+        assert TABLE[-1].problem(op, device) is None
+        assert select(op, "auto", device) is not None
+    assert select("log_likelihood", "reference", device) is chunked.log_likelihood
+    assert select("barrier_weights", "reference", device) is reference.barrier_weights
+
+
+def test_order_devices_and_missing_ops(monkeypatch):
+    """auto takes the first row that can; each reason is told apart."""
+
+    def fast():
+        raise AssertionError
+
+    rows = (
+        replace(TABLE[0], missing=None, ops={"log_likelihood": fast}),
+        Backend("cpp", ("cpu",), {"barrier_weights": fast}),
+        TABLE[-1],
+    )
+    monkeypatch.setitem(select.__globals__, "TABLE", rows)
+    assert select("log_likelihood", "auto", "cuda") is fast
+    assert select("log_likelihood", "auto", "cpu") is chunked.log_likelihood
+    assert select("barrier_weights", "auto", "cpu") is fast
+    with pytest.raises(RuntimeError, match="'cuda' cannot be used: runs on cuda, not on cpu"):
+        select("log_likelihood", "cuda", "cpu")
+    with pytest.raises(
+        RuntimeError, match=r"'cpp' cannot be used: does not implement log_likelihood \(it has: barrier_weights\)"
+    ):
+        select("log_likelihood", "cpp", "cpu")
+
+
+def test_report():
+    report = backends_function()
+    assert report.torch == torch.__version__
+    assert report.devices[0] == "cpu"
+    text = str(report)
+    for row in TABLE:
+        line = next(line for line in text.splitlines() if line.split()[0] == row.name)
+        assert (f"not available: {row.missing}" if row.missing else f"available: {', '.join(row.ops)}") in line
+    for op in OPS:
+        chosen = next(row.name for row in TABLE if row.problem(op, "cpu") is None)
+        assert f"{op}: {chosen} on cpu" in text
+
+
+def test_report_from_the_command_line():
+    root = Path(l3m_kernels.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", "l3m_kernels"], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"l3m_kernels {l3m_kernels.__version__}\ntorch {torch.__version__}, Python ")
+    assert str(backends_function()) in done.stdout
+
+
+@pytest.mark.parametrize("size", [0, -1, -(1 << 30)])
+def test_workspace_must_be_positive(size):
+    with pytest.raises(ValueError, match=f"set_workspace: bytes must be positive or None, got {size}"):
+        set_workspace(size)
+    assert workspace("cpu") == DEFAULT_WORKSPACE["cpu"]
+
+
+def test_workspace_is_set_and_restored():
+    set_workspace(12345)
+    assert workspace("cpu") == workspace("cuda") == 12345
+    set_workspace(None)
+    assert (workspace("cpu"), workspace("cuda"), workspace("xpu")) == (64 << 20, 512 << 20, 512 << 20)
+
+
+@pytest.mark.parametrize("size", [1, 5000, 40_000])
+def test_workspace_bounds_the_chunks(size, monkeypatch):
+    """No buffer of logits that the reference makes is larger, but for one row."""
+    seen = []
+    original = torch.empty
+
+    def empty(*shape, **options):
+        tensor = original(*shape, **options)
+        seen.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(chunked.torch, "empty", empty)
+    set_workspace(size)
+    vocabulary = 500
+    log_likelihood(
+        torch.randn(50, 4), torch.randn(vocabulary, 4), torch.arange(50), torch.tensor([0, 50]), backend="reference"
+    )
+    assert max(seen) <= max(size, 4 * vocabulary)
+    assert sum(seen) == 50 * vocabulary * 4
+
+
+def test_every_public_name_is_exported_once():
+    assert len(set(l3m_kernels.__all__)) == len(l3m_kernels.__all__)
+    assert all(hasattr(l3m_kernels, name) for name in l3m_kernels.__all__)
