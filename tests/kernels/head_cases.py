@@ -34,6 +34,7 @@ def backends_of(*ops: str) -> list[str]:
 
 HEAD_BACKENDS = backends_of("log_likelihood", "log_likelihood_backward")
 WEIGHTED_BACKENDS = backends_of("weighted_log_likelihood")
+BOTH = [("log_likelihood", name) for name in HEAD_BACKENDS] + [("weighted", name) for name in WEIGHTED_BACKENDS]
 
 
 class Inputs(NamedTuple):
@@ -96,6 +97,29 @@ class Case:
             logit_size=draw.choice((0.1, 1.0, 4.0, 20.0)),
             workspace=draw.choice((None, 1, row, 3 * row, 10 * row)),
         )
+
+    @classmethod
+    def plain(cls, **changes) -> "Case":
+        """A small float64 case with everything on."""
+        settings = {
+            "seed": 0,
+            "dtype": torch.float64,
+            "lengths": (3, 0, 4, 1),
+            "padded": False,
+            "width": 4,
+            "vocabulary": 7,
+            "unscored": 0.2,
+            "ignore_index": -100,
+            "temperature": 0.7,
+            "softcap": 3.0,
+            "bias": True,
+            "frozen": (),
+            "view": "contiguous",
+            "index_dtype": torch.int64,
+            "logit_size": 2.0,
+            "workspace": None,
+        }
+        return cls(**settings | changes)
 
     def build(self) -> Inputs:
         generator = torch.Generator().manual_seed(self.seed)

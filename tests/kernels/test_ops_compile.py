@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, WEIGHTED_BACKENDS
+from head_cases import BOTH
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from l3m_kernels import log_likelihood, weighted_log_likelihood
 
-BOTH = [("log_likelihood", name) for name in HEAD_BACKENDS] + [("weighted", name) for name in WEIGHTED_BACKENDS]
 both = pytest.mark.parametrize(("op", "backend"), BOTH)
 
 
@@ -89,6 +88,7 @@ def test_fullgraph_with_scaled_loss_and_frozen_head(op, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on importing inductor
 @both
 def test_inductor(op, backend):
     """Generated code checks the strides that the fakes promise."""

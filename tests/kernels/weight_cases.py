@@ -73,6 +73,11 @@ class Run:
         return Bounds.of(self.bounds)
 
 
+def column(*values: float) -> Tensor:
+    """(N, 1) float64, one reward of N responses."""
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
 def present(batch: Batch, reward: int) -> list[float]:
     return [row[reward] for row in batch if not math.isnan(row[reward])]
 
