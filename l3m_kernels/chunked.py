@@ -115,9 +115,8 @@ def weighted_log_likelihood(
         del logits, slope  # or the next chunk's would be held beside them
 
     sequence = sequence_sums(token, cu_seqlens)
-    terms = (seq_weight.double() * sequence).where(
-        seq_weight != 0, 0.0
-    )  # 0 * -inf is 0 here: a dropped sequence is dropped
+    # 0 * -inf is 0 here: a dropped sequence is dropped
+    terms = (seq_weight.double() * sequence).where(seq_weight != 0, 0.0)
     loss = -terms.sum().to(head.compute)
     length = sequence_lengths(targets, cu_seqlens, ignore_index)
     return loss, sequence.to(head.compute), length, token, *gradients.finish()

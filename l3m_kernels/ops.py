@@ -149,7 +149,9 @@ def _gradients(
     """Fake gradients, empty where not needed; fp16 ones stay fp32 until they are scaled."""
     like = (hidden, weight, weight.new_empty(0) if bias is None else bias)
     dtype = torch.float32 if unscaled and hidden.dtype == torch.float16 else hidden.dtype
-    d_hidden, d_weight, d_bias = (t.new_empty(t.shape if n else (0,), dtype=dtype) for t, n in zip(like, needs, strict=True))
+    d_hidden, d_weight, d_bias = (
+        t.new_empty(t.shape if n else (0,), dtype=dtype) for t, n in zip(like, needs, strict=True)
+    )
     return d_hidden, d_weight, d_bias
 
 

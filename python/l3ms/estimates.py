@@ -44,9 +44,7 @@ class Estimates:
         self.bounds = Bounds.of(rows, device)
         self.state = initial_state(len(self.constraints), device)
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
-        self.dropped = torch.zeros(
-            len(self.constraints), dtype=torch.int64, device=device
-        )  # values that were not finite
+        self.dropped = torch.zeros_like(self.missing)  # values that were not finite
         self.last: BarrierWeights | None = None  # of the last applied step
         self.discard()
 
@@ -110,9 +108,11 @@ class Estimates:
         for k, (owner, row) in enumerate(zip(self.owner, self.bounds.table, strict=True)):
             name = self.constraints[owner].name
             if name in values:
-                sign, bound, scale = row[:3]
+                sign, _, scale = row[:3]
                 of_all = self._world * local[owner, 0] / part[owner, 0].clamp(min=1)  # ranks average gradients: undo it
-                loss = loss + share[k] * sign * (values[name].double().mean() * of_all - bound) / scale
+                value = values[name].double().mean() * of_all
+                # C_k of this batch's value: that of the estimate, moved
+                loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
         return loss
 
     def violations(self) -> list[float]:

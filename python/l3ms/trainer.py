@@ -94,9 +94,8 @@ class L3MTrainer(Trainer):
             pad = None if tokenizer is None else tokenizer.pad_token_id
             kwargs["data_collator"] = Collator(0 if pad is None else pad)
         super().__init__(model, args, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            False  # our loss is a mean over sequences: the Trainer divides by accumulation steps
-        )
+        # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
         self._prompts = self.train_dataset if prompts is None else prompts
