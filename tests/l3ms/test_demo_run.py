@@ -65,7 +65,7 @@ def test_report_and_folder(cache: Path, tmp_path: Path) -> None:
     for wanted in ("SFT", "L3M averaged", "perplexity", "report.json"):
         assert wanted in text
 
-    with pytest.raises(ConfigError, match="output: .* is not empty"):
+    with pytest.raises(ConfigError, match=r"output: .* is not empty"):
         main(4, 6, 3, folder, settings=SETTINGS, recipe=RECIPE, console=console)
     again = main(4, 6, 3, folder, overwrite=True, settings=SETTINGS, recipe=RECIPE, console=console)
     assert again["base_from_cache"] is True
