@@ -92,10 +92,11 @@ def test_schedulers_take_it_and_tick_once_an_iteration(make_scheduler, rates):
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-3, 1000.0])
 @pytest.mark.parametrize("unscale_first", [False, True])
-def test_scaled_losses_give_the_same_update(scale, unscale_first):
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.05, None])
+def test_scaled_losses_give_the_same_update(scale, unscale_first, max_grad_norm):
     head, *batch = policy()
     other, *_ = policy()
-    opt, plain = make(head), make(other)
+    opt, plain = (make(p, torch.optim.SGD([p], lr=0.1), max_grad_norm=max_grad_norm) for p in (head, other))
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     if unscale_first:
         step = scaler.step
@@ -138,6 +139,22 @@ def test_an_overflow_that_the_scaler_finds_is_a_skipped_step():
     assert opt.constraint_steps == 1
     assert not torch.equal(head, before)
     assert opt.metrics()["l3m/mu"] == values["l3m/mu"]
+
+
+def test_what_the_scaler_found_counts_also_where_the_gradient_was_mended_since():
+    """As on a rank whose own gradient is finite, or in a loop that replaces NaN after unscaling."""
+    head, hidden, labels, _ = policy()
+    opt, before = make(head), head.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(l3ms.task_loss(hidden, head, labels)).backward()
+    assert head.grad is not None
+    head.grad[0, 0] = math.inf
+    scaler.unscale_(opt)
+    head.grad.nan_to_num_(0.0, 0.0, 0.0)
+    scaler.step(opt)
+    scaler.update()
+    assert torch.equal(head, before)
+    assert opt.skipped_steps == 1
 
 
 # ---- accelerate ----

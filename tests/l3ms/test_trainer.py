@@ -171,15 +171,16 @@ def test_prompts_of_the_rollouts_may_be_other_rows(make_model, train):
 
 
 @pytest.mark.parametrize("half", ["task", "constraint"])
-def test_a_gradient_that_is_not_finite_is_counted_and_not_applied(make_model, train, half):
-    """Clipping before the step would turn an infinite norm into a zero gradient and hide it."""
+@pytest.mark.parametrize("factor", [math.inf, 1e30])
+def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_model, train, half, factor):
+    """Clipping before the step would turn the infinite norm of a finite gradient into a step of 0, and hide it."""
     model = make_model()
     calls = []
 
     def spoil(gradient):
         calls.append(1)
         # Iteration 2: the task's backward is the third call, the constraints' the fourth (one part).
-        return gradient * math.inf if len(calls) == (3 if half == "task" else 4) else gradient
+        return gradient * factor if len(calls) == (3 if half == "task" else 4) else gradient
 
     model.model.norm.weight.register_hook(spoil)
     trainer, recorder = train(model, per_device_train_batch_size=6)
