@@ -3,6 +3,7 @@
 Letters: N sequences, R rewards, K one-sided constraints. All scalars are float64; mu is a 0-dim tensor or a number, never part of a schema.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,9 +57,12 @@ class Bounds(NamedTuple):
             ValueError: a sign that is not +-1, a scale that is not positive, a bound that is not finite, a negative margin.
         """
         for row in rows:
-            _, sign, bound, scale, *margins = row
-            if sign not in (-1, 1) or not scale > 0 or not abs(bound) < float("inf") or not min(margins) >= 0:
-                raise ValueError(f"Bounds.of: wanted sign +-1, finite bound, scale > 0, margins >= 0, got {row}")
+            reward, sign, bound, scale, *margins = row
+            right = reward >= 0 and sign in (-1, 1) and math.isfinite(bound) and 0 < scale < math.inf
+            if not right or not all(margin >= 0 for margin in margins):
+                raise ValueError(
+                    f"Bounds.of: wanted reward >= 0, sign +-1, finite bound, 0 < scale < inf, margins >= 0, got {row}"
+                )
         index = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device)
         table = torch.tensor([row[1:] for row in rows], dtype=torch.float64, device=device).reshape(-1, len(BOUNDS))
         return cls(index, table)
@@ -216,5 +220,5 @@ def _(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_
         violation,
         per_reward,
         torch.empty_like(per_reward),
-        torch.empty_like(state),
+        state.new_empty(state.shape),
     )
