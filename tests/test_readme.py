@@ -1,4 +1,4 @@
-"""The README's code runs as it is written, and what it says of the command line exists."""
+"""The README's code runs as it is written, and what it and PAPER.md name exists."""
 
 import re
 from pathlib import Path
@@ -80,3 +80,13 @@ def test_links_and_commands_exist() -> None:
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     for goal in re.findall(r"`make (\w[\w-]*)", README):
         assert re.search(rf"^{goal}:", makefile, re.MULTILINE), goal
+
+
+def test_symbols_of_the_paper_exist() -> None:
+    root = Path(__file__).parents[1]
+    references = re.findall(r"`([\w/]+\.(?:py|h)):([\w.]+)`", (root / "PAPER.md").read_text(encoding="utf-8"))
+    assert len(references) >= 15
+    for file, symbol in references:
+        source = (root / file).read_text(encoding="utf-8")
+        for part in symbol.split("."):
+            assert re.search(rf"(def|class|double) {part}\b", source), f"{file}:{symbol}"
