@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from head_cases import WEIGHTED_BACKENDS, grad_of
+from head_cases import WEIGHTED_BACKENDS, backends_of, grad_of
 from torch import Tensor
 
 from l3m_kernels import Bounds, barrier_weights, weighted_log_likelihood
@@ -55,8 +55,9 @@ def log_probability(theta: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
+@pytest.mark.parametrize("weights_backend", backends_of("barrier_weights"))
 @pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
-def test_gradient_of_the_constraints(backend, leave_one_out):
+def test_gradient_of_the_constraints(backend, weights_backend, leave_one_out):
     theta = parameters().requires_grad_()
     probability = log_probability(theta).exp()
     expected_rewards = probability @ REWARDS  # (2,) exact
@@ -74,7 +75,7 @@ def test_gradient_of_the_constraints(backend, leave_one_out):
     norm = torch.full((BATCH,), NORM, dtype=torch.float64)
     weights = []
     for batch in drawn.split(BATCH):
-        options = {"smoothing": 1e-12, "norm": norm, "leave_one_out": leave_one_out}
+        options = {"smoothing": 1e-12, "norm": norm, "leave_one_out": leave_one_out, "backend": weights_backend}
         out = barrier_weights(REWARDS[batch], state, BOUNDS, mu, **options)
         weights.append(out.seq_weight)
     torch.testing.assert_close(out.multiplier, lambdas, rtol=1e-9, atol=0)
