@@ -7,7 +7,6 @@ traceback. torch and transformers are imported only by the commands that need th
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import traceback
 from importlib import metadata
@@ -146,8 +145,6 @@ def plot(
 
 def main(arguments: list[str] | None = None) -> int:
     """Console entry: runs a command and returns the exit code, having said in one line what went wrong."""
-    # Idle OpenMP threads sleep instead of spinning: beside one other busy process, sampling with spinning threads is 5 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
