@@ -115,11 +115,6 @@ class Estimates:
                 loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
         return loss
 
-    @property
-    def violated(self) -> bool:
-        """Whether some C_i was positive in the last applied step."""
-        return self.last is not None and bool((self.last.violation > 0).any())
-
     def violations(self) -> list[float]:
         """The worse of each constraint's one-sided C, in the last applied step; NaN where never observed."""
         assert self.last is not None

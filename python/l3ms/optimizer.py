@@ -43,9 +43,6 @@ class L3MOptimizer(torch.optim.Optimizer):
         mu: "auto" (the paper's decay, stopped at the noise floor of the estimates), "paper", or a schedule.
         smoothing: weight of a new batch mean in the moving average of the estimates.
         max_grad_norm: of each half-step; None does not clip. A task gradient above it pulls less than its multiplier says.
-        violated_task_norm: clips the task half-step instead, while the estimate of a constraint is outside its bound (margin included).
-            Both half-steps clipped to one norm can balance far outside a bound that lies far from what the task wants; a lower norm for
-            the task lets the constraint win until it holds. None: no difference.
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
             as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
@@ -77,15 +74,13 @@ class L3MOptimizer(torch.optim.Optimizer):
         process_group: Any = None,
         max_skipped: int = 5,
         backend: str | None = None,
-        violated_task_norm: float | None = None,
     ):
         if not isinstance(base, torch.optim.Optimizer):
             raise ValueError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
         if not 0 < smoothing <= 1:
             raise ValueError(f"smoothing must be in (0, 1], got {smoothing}")
-        for name, norm in (("max_grad_norm", max_grad_norm), ("violated_task_norm", violated_task_norm)):
-            if norm is not None and not norm > 0:
-                raise ValueError(f"{name} must be positive or None, got {norm}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         for name, value, allowed in (
             ("length_norm", length_norm, ("mean", "sequence", "none")),
             ("baseline", baseline, ("leave_one_out", "estimate")),
@@ -99,7 +94,6 @@ class L3MOptimizer(torch.optim.Optimizer):
         self.constraints = check_constraints(constraints)
         self.schedule = as_schedule(mu)
         check_resolution(self.schedule, self.constraints)
-        self.violated_task_norm = violated_task_norm
         self.smoothing, self.max_grad_norm, self.length_norm, self.max_skipped = (
             smoothing,
             max_grad_norm,
@@ -225,8 +219,6 @@ class L3MOptimizer(torch.optim.Optimizer):
         # An exactly zero gradient of the constraints says nothing; stepping on it would only replay the task's momentum.
         if norm > 0 or not constrained:
             limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-            if self.violated_task_norm is not None and not constrained and self.estimates.violated:
-                limit = min(limit, self.violated_task_norm)
             coefficient = min(total, limit / norm if norm > 0 else math.inf) * unscale
             if coefficient != 1.0:
                 torch._foreach_mul_(grads, coefficient)  # pyright: ignore[reportPrivateImportUsage]

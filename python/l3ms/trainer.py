@@ -37,9 +37,6 @@ class L3MConfig(TrainingArguments):
     max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
     length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
-    violated_task_norm: float | None = field(
-        default=None, metadata={"help": "clips the task half-step while a constraint is violated, see L3MOptimizer"}
-    )
     average_fraction: float = field(
         default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
     )
@@ -129,7 +126,6 @@ class L3MTrainer(Trainer):
                 smoothing=args.smoothing,
                 max_grad_norm=args.max_grad_norm or None,
                 length_norm=args.length_norm,
-                violated_task_norm=args.violated_task_norm,
             )
             self.l3m_optimizer = self.optimizer
         return self.optimizer  # type: ignore[return-value]

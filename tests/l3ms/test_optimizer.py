@@ -310,33 +310,3 @@ def test_values_of_a_constraint_may_be_a_batch_whose_mean_is_bounded():
     opt.step()
     assert (before - x).tolist() == pytest.approx([gradient * total] * 3, rel=1e-12)
     assert opt.metrics()["constraints/c/stderr"] == pytest.approx(math.sqrt(7 / 3))
-
-
-def test_the_task_is_clipped_lower_while_a_constraint_is_violated():
-    """By hand, for a gradient of norm 5: limit 1 while nothing is known or all hold, 0.25 while violated; the constraint's limit stays 1."""
-    params = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))]
-    opt = make(params, violated_task_norm=0.25)
-    gradient = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
-
-    def task_step() -> float:
-        before = params[0].detach().clone()
-        task_gradient(opt, gradient)
-        opt.step()
-        opt.zero_grad()
-        return float((params[0].detach() - before).norm()) / 0.1  # the learning rate
-
-    def constraint_step(value: float) -> float:
-        before = params[0].detach().clone()
-        linear = (params[0] * gradient[0]).sum()
-        opt.barrier_loss({"c": linear - linear.detach() + value}).backward()
-        opt.step()
-        opt.zero_grad()
-        return float((params[0].detach() - before).norm()) / 0.1
-
-    assert task_step() == pytest.approx(1.0)
-    assert constraint_step(1.5) == pytest.approx(1.0)  # max is 1: violated
-    assert task_step() == pytest.approx(0.25)
-    constraint_step(0.5)
-    assert task_step() == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="violated_task_norm must be positive"):
-        make(params, violated_task_norm=0.0)
