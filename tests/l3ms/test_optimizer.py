@@ -310,3 +310,17 @@ def test_values_of_a_constraint_may_be_a_batch_whose_mean_is_bounded():
     opt.step()
     assert (before - x).tolist() == pytest.approx([gradient * total] * 3, rel=1e-12)
     assert opt.metrics()["constraints/c/stderr"] == pytest.approx(math.sqrt(7 / 3))
+
+
+def test_overflows_that_a_scaler_finds_do_not_count_towards_giving_up():
+    """GradScaler halves its scale until the gradients fit, which may take more than five steps; they are skipped and counted."""
+    params = parameters(torch.float64)
+    opt = make(params)
+    before = [p.detach().clone() for p in params]
+    vars(opt)["found_inf"] = torch.tensor(1.0)  # as GradScaler sets it around step()
+    for _ in range(7):
+        task_gradient(opt, directions(params))
+        opt.step()
+    del vars(opt)["found_inf"]
+    assert opt.skipped_steps == 7
+    assert all(torch.equal(p.detach(), was) for p, was in zip(params, before, strict=True))
