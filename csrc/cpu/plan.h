@@ -23,11 +23,11 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t count) {
     constexpr size_t kHuge = size_t(2) << 20;
-    const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T), line = bytes < kHuge ? 64 : kHuge;
+    const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T), line = bytes < (32 << 10) ? 64 : kHuge;
     data_.reset(static_cast<T*>(std::aligned_alloc(line, (bytes + line - 1) / line * line)));
     if (!data_) throw std::bad_alloc();
 #ifdef __linux__
-    if (line == kHuge) madvise(data_.get(), bytes / kHuge * kHuge, MADV_HUGEPAGE);
+    if (line == kHuge) madvise(data_.get(), (bytes + kHuge - 1) / kHuge * kHuge, MADV_HUGEPAGE);
 #endif
   }
   T* get() const { return data_.get(); }
