@@ -35,6 +35,7 @@ class Head {
         kernels_(*path().kernels),
         product_(path().brgemm_float),
         tiling_(D_, sizeof(Mul), sizeof(Acc)),
+        ld_(D_ + 64 / int64_t(sizeof(Acc))),
         transform_{Acc(p_.softcap), Acc(p_.softcap ? 1 / p_.softcap : 0), Acc(1 / p_.temperature)} {
     for (int64_t i = 0; i < threads_; ++i) scratch_.emplace_back();
     if (p_.bias) {
@@ -76,9 +77,11 @@ class Head {
     bool gradient;
     std::vector<Block> blocks;
     int64_t columns, slices;
-    std::vector<Mul*> kept;    // per block: exponentials (V, width), or null
-    std::vector<Mul*> packed;  // per block: hidden as an operand, for when exponentials are computed again, or null
     Rows state;
+    int64_t kept = 0;          // columns, of the first blocks, whose exponentials are kept
+    int64_t kept_ld = 0;
+    Buffer<Mul> exponentials;  // (V, kept) of them
+    Buffer<Mul> packed;        // hidden as an operand, of the other blocks: their exponentials are computed again
   };
 
   // ---- work on all threads ----
@@ -133,6 +136,14 @@ class Head {
     }
   }
 
+  // The same, where it is at hand already, or packed now.
+  const Mul* packed_hidden(const Batch& batch, const Block& block, Scratch& scratch) {
+    if (batch.packed && block.offset >= batch.kept) return batch.packed.get() + (block.offset - batch.kept) * D_;
+    Mul* to = at_least(scratch.packed, D_ * tiling_.block);
+    pack_hidden(batch, block, scratch, to);
+    return to;
+  }
+
   // Rows of the weight as the first operand of a product; `ld` is set.
   const Mul* weight_operand(int64_t v, int64_t rows, Scratch& scratch, int64_t* ld) {
     if constexpr (kDirect) {
@@ -150,18 +161,19 @@ class Head {
 
   const Acc* bias_at(int64_t v) const { return p_.bias ? bias_.get() + v : nullptr; }
 
-  // Exponentials of a strip of the vocabulary, the targets' left out; adds them to `others` where it is given.
-  void exponentials(const Batch& batch, const Block& block, int64_t v, int64_t rows, Acc* z, Scratch& scratch,
+  // Products (rows, width), `ld` apart, of a strip of the vocabulary -> exponentials, the targets' left out; adds them to
+  // `others` where it is given.
+  void exponentials(const Batch& batch, const Block& block, int64_t v, int64_t rows, Acc* z, int64_t ld, Scratch& scratch,
                     double* others) {
     const int64_t width = block.width;
     const Acc mask = p_.softcap ? kMasked<Acc> : -std::numeric_limits<Acc>::infinity();
     for (int64_t m = 0; m < block.count; ++m) {
       const int64_t inside = p_.targets[batch.rows[block.first + m]] - v;
-      if (0 <= inside && inside < rows) z[inside * width + m] = mask;
+      if (0 <= inside && inside < rows) z[inside * ld + m] = mask;
     }
     Acc* sums = at_least(scratch.sums, tiling_.block);
     std::fill(sums, sums + width, Acc(0));
-    tile_kernels().exponentials(z, width, rows, width, bias_at(v), batch.state.reference.get() + block.offset, sums,
+    tile_kernels().exponentials(z, ld, rows, width, bias_at(v), batch.state.reference.get() + block.offset, sums,
                                 transform_, batch.gradient);
     if (others) {
       for (int64_t m = 0; m < width; ++m) others[m] += sums[m];
@@ -173,24 +185,36 @@ class Head {
     else return kernels_.tile_float;
   }
 
-  // Exponentials of a panel as the operand (rows, width) of a product; and in pairs of rows, where `pairs` is given.
+  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart; and in pairs of rows, where given.
   void panel(const Batch& batch, const Block& block, const Mul* hidden, int64_t v, int64_t rows, const Mul* weight,
-             int64_t ld, Scratch& scratch, double* others, Mul* to, uint32_t* pairs) {
+             int64_t ld, Scratch& scratch, double* others, Mul* to, int64_t ld_to, uint32_t* pairs) {
     const int64_t width = block.width;
     for (int64_t s = 0; s < rows; s += tiling_.strip) {
       const int64_t count = std::min(tiling_.strip, rows - s);
-      Acc* z;
-      if constexpr (kPairs) z = at_least(scratch.tile, (tiling_.strip + 1) * tiling_.block);
-      else z = to + s * width;
-      product_(count, width, D_, weight + s * ld, ld, hidden, width, z, width, false);
-      exponentials(batch, block, v + s, count, z, scratch, others);
       if constexpr (kPairs) {
+        Acc* z = at_least(scratch.tile, (tiling_.strip + 1) * tiling_.block);
+        product_(count, width, D_, weight + s * ld, ld, hidden, width, z, width, false);
+        exponentials(batch, block, v + s, count, z, width, scratch, others);
         if (!batch.gradient) continue;
         if (count % 2) std::fill(z + count * width, z + (count + 1) * width, Acc(0));
-        kernels_.pair.narrow(z, width, round_up(count, 2), width, to + s * width, width,
+        kernels_.pair.narrow(z, width, round_up(count, 2), width, to + s * ld_to, ld_to,
                              pairs ? pairs + s / 2 * width : nullptr, width);
+      } else {
+        Acc* z = to + s * ld_to;
+        product_(count, width, D_, weight + s * ld, ld, hidden, width, z, ld_to, false);
+        exponentials(batch, block, v + s, count, z, ld_to, scratch, others);
       }
     }
+  }
+
+  // Where a block's exponentials of token v go: kept, or a tile of the thread's. `ld` is set.
+  Mul* tile_of(const Batch& batch, const Block& block, int64_t v, Scratch& scratch, int64_t* ld) {
+    if (block.offset < batch.kept) {
+      *ld = batch.kept_ld;
+      return batch.exponentials.get() + v * batch.kept_ld + block.offset;
+    }
+    *ld = tiling_.block + 32;
+    return at_least(scratch.by_vocabulary, (std::max(tiling_.panel, tiling_.weight) + 1) * *ld);
   }
 
   // ---- the pass over the vocabulary ----
@@ -200,49 +224,44 @@ class Head {
   }
 
   // Sums of one block over one slice of the vocabulary; d hidden (count, D), without the factor, into `d_hidden` where given.
-  void pass(const Batch& batch, int64_t index, int64_t slice, Scratch& scratch, Acc* d_hidden) {
-    const Block& block = batch.blocks[index];
-    const int64_t width = block.width;
-    Mul* hidden = batch.packed[index] ? batch.packed[index] : at_least(scratch.packed, D_ * tiling_.block);
-    if (!batch.packed[index] || slice == 0) pack_hidden(batch, block, scratch, hidden);
+  void pass(const Batch& batch, const Block& block, int64_t slice, Scratch& scratch, Acc* d_hidden) {
+    const Mul* hidden = packed_hidden(batch, block, scratch);
     double* others = batch.state.others.get() + slice * batch.columns + block.offset;
-    std::fill(others, others + width, 0.0);
+    std::fill(others, others + block.width, 0.0);
     const int64_t begin = slice_begin(batch, slice), end = slice_begin(batch, slice + 1);
+    uint32_t* pairs = kPairs && d_hidden ? at_least(scratch.pairs, tiling_.panel * tiling_.block) : nullptr;
     for (int64_t v = begin; v < end; v += tiling_.panel) {
       const int64_t rows = std::min(tiling_.panel, end - v);
-      int64_t ld;
+      int64_t ld, ld_tile;
       const Mul* weight = weight_operand(v, rows, scratch, &ld);
-      Mul* to = batch.kept[index] ? batch.kept[index] + v * width
-                                  : at_least(scratch.by_vocabulary,
-                                             (std::max(tiling_.panel, tiling_.weight) + 1) * tiling_.block);
-      uint32_t* pairs = kPairs && d_hidden ? at_least(scratch.pairs, tiling_.panel * tiling_.block) : nullptr;
-      panel(batch, block, hidden, v, rows, weight, ld, scratch, others, to, pairs);
-      if (d_hidden) add_to_hidden(block, v, rows, weight, ld, to, pairs, v > begin, scratch, d_hidden);
+      Mul* tile = tile_of(batch, block, v, scratch, &ld_tile);
+      panel(batch, block, hidden, v, rows, weight, ld, scratch, others, tile, ld_tile, pairs);
+      if (d_hidden) add_to_hidden(block, v, rows, weight, ld, tile, ld_tile, pairs, v > begin, scratch, d_hidden);
     }
-    if (d_hidden && begin == end) std::fill(d_hidden, d_hidden + block.count * D_, Acc(0));
+    if (d_hidden && begin == end) std::fill(d_hidden, d_hidden + block.count * ld_, Acc(0));
   }
 
   // d_hidden (count, D) (+)= E^T W over a panel.
   void add_to_hidden(const Block& block, int64_t v, int64_t rows, const Mul* weight, int64_t ld, const Mul* tile,
-                     const uint32_t* pairs, bool add, Scratch& scratch, Acc* d_hidden) {
-    const int64_t even = round_up(rows, 2), stride = tiling_.panel + 32;
+                     int64_t ld_tile, const uint32_t* pairs, bool add, Scratch& scratch, Acc* d_hidden) {
+    const int64_t stride = tiling_.panel + 32;
     Mul* by_row = at_least(scratch.by_row, tiling_.block * stride);
     if constexpr (kPairs) {
+      const int64_t even = round_up(rows, 2);
       kernels_.pair.transpose(pairs, block.width, even / 2, block.count, reinterpret_cast<uint32_t*>(by_row), stride / 2);
-      Mul* words = at_least(scratch.weight, (tiling_.panel + 1) * D_);
+      auto* words = reinterpret_cast<uint32_t*>(at_least(scratch.weight, (tiling_.panel + 1) * tiling_.columns));
       for (int64_t n = 0; n < D_; n += tiling_.columns) {
         const int64_t count = std::min(tiling_.columns, D_ - n);
-        auto* to = reinterpret_cast<uint32_t*>(words + n * even);
         for (int64_t i = 0; i < rows; i += 2) {
-          kernels_.pair.interleave(weight_row(v + i) + n, i + 1 < rows ? weight_row(v + i + 1) + n : nullptr, count,
-                                   to + i / 2 * count);
+          const BFloat16* next = i + 1 < rows ? weight_row(v + i + 1) + n : nullptr;
+          kernels_.pair.interleave(weight_row(v + i) + n, next, count, words + i / 2 * count);
         }
-        product_(block.count, count, even, by_row, stride, words + n * even, count, d_hidden + n, D_, add);
+        product_(block.count, count, even, by_row, stride, reinterpret_cast<Mul*>(words), count, d_hidden + n, ld_, add);
       }
     } else {
-      tile_kernels().transpose(tile, block.width, rows, block.count, by_row, stride);
+      tile_kernels().transpose(tile, ld_tile, rows, block.count, by_row, stride);
       for (int64_t n = 0; n < D_; n += tiling_.columns) {
-        product_(block.count, std::min(tiling_.columns, D_ - n), rows, by_row, stride, weight + n, ld, d_hidden + n, D_, add);
+        product_(block.count, std::min(tiling_.columns, D_ - n), rows, by_row, stride, weight + n, ld, d_hidden + n, ld_, add);
       }
     }
   }
@@ -250,8 +269,7 @@ class Head {
   // Largest logit of each row of a block, for the rows whose sum was out of range.
   void find_maxima(const Batch& batch, const Block& block, Scratch& scratch, Acc* maximum) {
     const int64_t width = block.width;
-    Mul* hidden = at_least(scratch.packed, D_ * tiling_.block);
-    pack_hidden(batch, block, scratch, hidden);
+    const Mul* hidden = packed_hidden(batch, block, scratch);
     Acc* z = at_least(scratch.tile, (tiling_.strip + 1) * tiling_.block);
     std::fill(maximum, maximum + width, -std::numeric_limits<Acc>::infinity());
     for (int64_t v = 0; v < V_; v += tiling_.strip) {
@@ -336,7 +354,7 @@ class Head {
     Acc* row = at_least(scratch.row, D_);
     for (int64_t m = 0; m < block.count; ++m) {
       const int64_t column = block.offset + m, index = batch.rows[block.first + m];
-      row_kernels<Acc>(kernels_).widen(sums + m * D_, D_, batch.state.factor.get()[column], row);
+      row_kernels<Acc>(kernels_).widen(sums + m * ld_, D_, batch.state.factor.get()[column], row);
       row_kernels<In>(kernels_).add_scaled(weight_row(p_.targets[index]), D_, batch.state.coefficient.get()[column], row);
       row_kernels<Out>(kernels_).narrow(row, D_, Acc(1), p_.d_hidden + index * D_);
     }
@@ -349,14 +367,11 @@ class Head {
     const int64_t columns = blocks.empty() ? 0 : blocks.back().offset + blocks.back().width;
     const int64_t slices =
         blocks.empty() ? 1 : std::min(ceil_div(threads_, blocks.size()), std::max<int64_t>(V_ / (4 * tiling_.panel), 1));
-    const size_t count = blocks.size();
     return {std::move(rows),
             gradient,
             std::move(blocks),
             columns,
             slices,
-            std::vector<Mul*>(count, nullptr),
-            std::vector<Mul*>(count, nullptr),
             Rows(columns, slices)};
   }
 
@@ -365,7 +380,7 @@ class Head {
     const int64_t blocks = batch.blocks.size(), slices = batch.slices;
     const bool need_hidden = batch.gradient && p_.d_hidden;
     Buffer<Acc> partial;
-    const int64_t part = tiling_.block * D_;
+    const int64_t part = tiling_.block * ld_;
     if (need_hidden && slices > 1) partial = Buffer<Acc>(blocks * slices * part);
     in_parallel(blocks, [&](int64_t i, Scratch&) { prepare(batch, batch.blocks[i]); });
     std::vector<char> again(blocks, 1);
@@ -390,12 +405,12 @@ class Head {
         Acc* sums = !need_hidden ? nullptr
                     : slices > 1 ? partial.get() + items[k] * part
                                  : at_least(scratch.d_hidden, part);
-        pass(batch, i, slice, scratch, sums);
+        pass(batch, batch.blocks[i], slice, scratch, sums);
         if (slices == 1) whole(i, sums, scratch);
       });
       if (slices == 1) continue;
       in_parallel(items.size() / slices, [&](int64_t k, Scratch& scratch) {
-        const int64_t i = items[k * slices] / slices, size = batch.blocks[i].count * D_;
+        const int64_t i = items[k * slices] / slices, size = batch.blocks[i].count * ld_;
         Acc* sums = need_hidden ? partial.get() + i * slices * part : nullptr;
         for (int64_t slice = 1; need_hidden && slice < slices; ++slice) {
           row_kernels<Acc>(kernels_).add_scaled(sums + slice * part, size, Acc(1), sums);
@@ -425,8 +440,7 @@ class Head {
     for (int64_t c = 0; c < chunks; ++c) {
       const auto begin = p_.gradient_rows.begin();
       Batch batch = make_batch({begin + n * c / chunks, begin + n * (c + 1) / chunks}, true);
-      std::vector<Buffer<Mul>> memory;
-      if (need_weight) keep(batch, memory);
+      if (need_weight) keep(batch);
       statistics(batch);
       if (need_weight) weight_gradient(batch, sums.get(), c > 0, c + 1 == chunks);
     }
@@ -467,30 +481,30 @@ class Head {
   }
 
   // Memory for the operands of d weight, and for the exponentials of as many blocks as the budget allows.
-  void keep(Batch& batch, std::vector<Buffer<Mul>>& memory) {
+  void keep(Batch& batch) {
     scaled_ = Buffer<Mul>(batch.columns * D_);
-    int64_t left = budget(p_.gradient_rows.size() > batch.rows.size()) - batch.columns * bytes_per_row();
-    for (size_t i = 0; i < batch.blocks.size(); ++i) {
-      const int64_t width = batch.blocks[i].width, size = (V_ + 1) * width;
-      left -= size * int64_t(sizeof(Mul));
-      if (left >= 0) {
-        memory.emplace_back(size);
-        batch.kept[i] = memory.back().get();
-      } else {
-        memory.emplace_back(D_ * width);
-        batch.packed[i] = memory.back().get();
-      }
+    const int64_t columns = (budget(p_.gradient_rows.size() > batch.rows.size()) - batch.columns * bytes_per_row()) /
+                            (V_ * int64_t(sizeof(Mul)));
+    for (const Block& block : batch.blocks) {
+      if (block.offset + block.width <= columns) batch.kept = block.offset + block.width;
     }
+    batch.kept_ld = batch.kept % 64 ? batch.kept : batch.kept + 32;
+    if (batch.kept) batch.exponentials = Buffer<Mul>((V_ + 1) * batch.kept_ld);
+    if (batch.kept == batch.columns) return;
+    batch.packed = Buffer<Mul>((batch.columns - batch.kept) * D_);
+    in_parallel(batch.blocks.size(), [&](int64_t i, Scratch& scratch) {
+      const Block& block = batch.blocks[i];
+      if (block.offset >= batch.kept) pack_hidden(batch, block, scratch, batch.packed.get() + (block.offset - batch.kept) * D_);
+    });
   }
 
-  // hidden times the rows' factors, as the second operand (width, D) of d weight, in strips of `columns` columns.
+  // hidden times the rows' factors, as the second operand (columns, D) of d weight, in strips of the hidden size.
   void scale_hidden(const Batch& batch, const Block& block) {
     Acc* factors = batch.state.factor.get() + block.offset;
-    Mul* to = scaled_.get() + block.offset * D_;
     for (int64_t m = 0; m < block.count; ++m) factors[m] /= scale_;
-    for (int64_t n = 0; n < D_; n += tiling_.columns) {
-      const int64_t count = std::min(tiling_.columns, D_ - n);
-      Mul* strip = to + n * block.width;
+    for (int64_t n = 0; n < D_; n += tiling_.weight_columns) {
+      const int64_t count = std::min(tiling_.weight_columns, D_ - n);
+      Mul* strip = scaled_.get() + n * batch.columns + block.offset * count;
       for (int64_t m = 0; m < block.width; m += kPairs ? 2 : 1) {
         const auto row = [&](int64_t k) {
           return k < block.count ? hidden_row(batch.rows[block.first + k]) + n : nullptr;
@@ -507,6 +521,20 @@ class Head {
     }
   }
 
+  // total (rows, D) (+)= E X and d_bias, over columns from `offset` on, for tokens from v on.
+  void add_to_weight(const Batch& batch, const Mul* tile, int64_t ld, int64_t v, int64_t rows, int64_t offset, int64_t width,
+                     bool add, Acc* total, int64_t ld_total) {
+    for (int64_t n = 0; total && n < D_; n += tiling_.weight_columns) {
+      const int64_t count = std::min(tiling_.weight_columns, D_ - n);
+      const Mul* strip = scaled_.get() + n * batch.columns + offset * count;
+      product_(rows, count, width, tile, ld, strip, count, total + n, ld_total, add);
+    }
+    if (!p_.d_bias) return;
+    const Acc* factors = batch.state.factor.get() + offset;
+    if constexpr (kPairs) kernels_.pair.weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
+    else tile_kernels().weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
+  }
+
   void weight_gradient(const Batch& batch, Acc* sums, bool add, bool last) {
     std::vector<std::pair<int64_t, int64_t>> targets;  // (token, column), for the rows' own terms
     std::vector<int64_t> row_of(batch.columns);
@@ -521,49 +549,43 @@ class Head {
     in_parallel(ceil_div(V_, tiling_.weight), [&](int64_t item, Scratch& scratch) {
       const int64_t v = item * tiling_.weight, rows = std::min(tiling_.weight, V_ - v);
       Acc* total = nullptr;
-      if (sums) total = sums + v * D_;
-      else if constexpr (std::is_same_v<Acc, Out>) total = p_.d_weight ? p_.d_weight + v * D_ : nullptr;
-      else if (p_.d_weight) total = at_least(scratch.d_weight, tiling_.weight * D_);
-      int64_t ld = 0;
-      const Mul* weight = nullptr;
-      for (size_t i = 0; i < batch.blocks.size(); ++i) {
-        const Block& block = batch.blocks[i];
-        const Mul* tile;
-        if (batch.kept[i]) {
-          tile = batch.kept[i] + v * block.width;
-        } else {
-          if (!weight) weight = weight_operand(v, rows, scratch, &ld);
-          Mul* to = at_least(scratch.by_vocabulary, (std::max(tiling_.panel, tiling_.weight) + 1) * tiling_.block);
-          panel(batch, block, batch.packed[i], v, rows, weight, ld, scratch, nullptr, to, nullptr);
-          tile = to;
-        }
-        for (int64_t n = 0; total && n < D_; n += tiling_.columns) {
-          const int64_t count = std::min(tiling_.columns, D_ - n);
-          product_(rows, count, block.width, tile, block.width, scaled_.get() + block.offset * D_ + n * block.width, count,
-                   total + n, D_, add || i > 0);
-        }
-        if (p_.d_bias) {
-          const Acc* factors = batch.state.factor.get() + block.offset;
-          weighted_sums(tile, block.width, rows, block.width, factors, d_bias_.get() + v);
-        }
+      int64_t ld_total = D_;
+      if (sums) {
+        total = sums + v * D_;
+      } else if constexpr (std::is_same_v<Acc, Out>) {
+        total = p_.d_weight ? p_.d_weight + v * D_ : nullptr;
+      } else if (p_.d_weight) {
+        total = at_least(scratch.d_weight, tiling_.weight * ld_);
+        ld_total = ld_;
+      }
+      for (int64_t offset = 0; offset < batch.kept; offset += tiling_.depth) {
+        const int64_t width = std::min(tiling_.depth, batch.kept - offset);
+        const Mul* tile = batch.exponentials.get() + v * batch.kept_ld + offset;
+        add_to_weight(batch, tile, batch.kept_ld, v, rows, offset, width, add || offset > 0, total, ld_total);
+      }
+      int64_t ld = 0, ld_tile = 0;
+      const Mul* weight = batch.kept < batch.columns ? weight_operand(v, rows, scratch, &ld) : nullptr;
+      for (const Block& block : batch.blocks) {
+        if (block.offset < batch.kept) continue;
+        Mul* tile = tile_of(batch, block, v, scratch, &ld_tile);
+        panel(batch, block, packed_hidden(batch, block, scratch), v, rows, weight, ld, scratch, nullptr, tile, ld_tile, nullptr);
+        add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, add || block.offset > 0, total, ld_total);
       }
       const auto from = std::lower_bound(targets.begin(), targets.end(), std::pair<int64_t, int64_t>(v, 0));
       for (auto it = from; it != targets.end() && it->first < v + rows; ++it) {
         const Acc coefficient = batch.state.coefficient.get()[it->second] / scale_;
         if (total) {
-          row_kernels<In>(kernels_).add_scaled(hidden_row(row_of[it->second]), D_, coefficient, total + (it->first - v) * D_);
+          row_kernels<In>(kernels_).add_scaled(hidden_row(row_of[it->second]), D_, coefficient,
+                                               total + (it->first - v) * ld_total);
         }
         if (p_.d_bias) d_bias_.get()[it->first] += coefficient;
       }
       if constexpr (!std::is_same_v<Acc, Out>) {
-        if (total && last) row_kernels<Out>(kernels_).narrow(total, rows * D_, scale_, p_.d_weight + v * D_);
+        for (int64_t i = 0; total && last && i < rows; ++i) {
+          row_kernels<Out>(kernels_).narrow(total + i * ld_total, D_, scale_, p_.d_weight + (v + i) * D_);
+        }
       }
     });
-  }
-
-  void weighted_sums(const Mul* tile, int64_t ld, int64_t rows, int64_t columns, const Acc* factor, Acc* out) const {
-    if constexpr (kPairs) kernels_.pair.weighted_sums(tile, ld, rows, columns, factor, out);
-    else tile_kernels().weighted_sums(tile, ld, rows, columns, factor, out);
   }
 
   const HeadProblem<In, Out, Acc>& p_;
@@ -571,6 +593,7 @@ class Head {
   const Kernels& kernels_;
   const Product<Mul, Acc> product_;
   const Tiling tiling_;
+  const int64_t ld_;  // of sums with D columns: a power of 2 apart, rows would share a set of the cache
   const Transform<Acc> transform_;
   Acc scale_ = 1;
   Buffer<Acc> bias_, d_bias_;

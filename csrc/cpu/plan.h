@@ -46,7 +46,9 @@ struct Tiling {
   int64_t panel;      // rows of the vocabulary between two products into d hidden
   int64_t strip;      // of them in one product of logits
   int64_t weight;     // rows of the vocabulary whose d weight is summed up at a time
-  int64_t columns;    // of the hidden size in one product into a gradient
+  int64_t columns;    // of the hidden size in one product into d hidden
+  int64_t weight_columns;  // and into d weight
+  int64_t depth;      // rows of the batch in one product into d weight
   Tiling(int64_t hidden_size, int64_t operand_bytes, int64_t acc_bytes);
 };
 
@@ -64,7 +66,9 @@ inline Tiling::Tiling(int64_t hidden_size, int64_t operand_bytes, int64_t acc_by
   panel = environment_or("L3M_PANEL", fit(512 << 10, D * operand_bytes, 32, 256));
   strip = environment_or("L3M_STRIP", 64);
   weight = environment_or("L3M_WEIGHT", fit(1024 << 10, D * acc_bytes, 32, 256));
-  columns = environment_or("L3M_COLUMNS", 256);
+  columns = environment_or("L3M_COLUMNS", 64);
+  weight_columns = environment_or("L3M_WCOLUMNS", 256);
+  depth = environment_or("L3M_DEPTH", 512);
 }
 
 // A batch's rows that go through the vocabulary together.
