@@ -11,6 +11,7 @@
 
 #include "cpu/head.h"
 #include "cpu/kernels.h"
+#include "cpu/plan.h"
 
 namespace l3m {
 namespace {
@@ -122,6 +123,7 @@ void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, 
     const auto output = [](Tensor& tensor) { return tensor.numel() ? static_cast<Out*>(tensor.mutable_data_ptr()) : nullptr; };
     problem.d_hidden = output(gradients->hidden);
     problem.d_weight = output(gradients->weight);
+    if (problem.d_weight) cpu::prefer_huge_pages(problem.d_weight, gradients->weight.nbytes());
     problem.d_bias = output(gradients->bias);
   }
   cpu::run_head<In, Out, Mul, Acc>(problem);

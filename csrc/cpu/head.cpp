@@ -79,8 +79,7 @@ class Head {
     int64_t columns, slices;
     Rows state;
     int64_t kept = 0;          // columns, of the first blocks, whose exponentials are kept
-    int64_t kept_ld = 0;
-    Buffer<Mul> exponentials;  // (V, kept) of them
+    std::vector<Buffer<Mul>> exponentials;  // (V, width) of each of these blocks
     Buffer<Mul> packed;        // hidden as an operand, of the other blocks: their exponentials are computed again
   };
 
@@ -185,9 +184,9 @@ class Head {
     else return kernels_.tile_float;
   }
 
-  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart; and in pairs of rows, where given.
+  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart; and transposed, (count, rows), where given.
   void panel(const Batch& batch, const Block& block, const Mul* hidden, int64_t v, int64_t rows, const Mul* weight,
-             int64_t ld, Scratch& scratch, double* others, Mul* to, int64_t ld_to, uint32_t* pairs) {
+             int64_t ld, Scratch& scratch, double* others, Mul* to, int64_t ld_to, Mul* by_row) {
     const int64_t width = block.width;
     for (int64_t s = 0; s < rows; s += tiling_.strip) {
       const int64_t count = std::min(tiling_.strip, rows - s);
@@ -196,25 +195,30 @@ class Head {
         product_(count, width, D_, weight + s * ld, ld, hidden, width, z, width, false);
         exponentials(batch, block, v + s, count, z, width, scratch, others);
         if (!batch.gradient) continue;
-        if (count % 2) std::fill(z + count * width, z + (count + 1) * width, Acc(0));
-        kernels_.pair.narrow(z, width, round_up(count, 2), width, to + s * ld_to, ld_to,
-                             pairs ? pairs + s / 2 * width : nullptr, width);
+        const int64_t even = round_up(count, 2);
+        if (count % 2) std::fill(z + count * width, z + even * width, Acc(0));
+        uint32_t* pairs = by_row ? at_least(scratch.pairs, (tiling_.strip + 1) / 2 * tiling_.block) : nullptr;
+        kernels_.pair.narrow(z, width, even, width, to + s * ld_to, ld_to, pairs, width, block.offset < batch.kept);
+        if (by_row) {
+          kernels_.pair.transpose(pairs, width, even / 2, block.count, reinterpret_cast<uint32_t*>(by_row + s), by_row_ld() / 2);
+        }
       } else {
         Acc* z = to + s * ld_to;
         product_(count, width, D_, weight + s * ld, ld, hidden, width, z, ld_to, false);
         exponentials(batch, block, v + s, count, z, ld_to, scratch, others);
+        if (by_row) tile_kernels().transpose(z, ld_to, count, block.count, by_row + s, by_row_ld());
       }
     }
   }
 
+  int64_t by_row_ld() const { return tiling_.panel + 32; }
+
   // Where a block's exponentials of token v go: kept, or a tile of the thread's. `ld` is set.
   Mul* tile_of(const Batch& batch, const Block& block, int64_t v, Scratch& scratch, int64_t* ld) {
-    if (block.offset < batch.kept) {
-      *ld = batch.kept_ld;
-      return batch.exponentials.get() + v * batch.kept_ld + block.offset;
-    }
-    *ld = tiling_.block + 32;
-    return at_least(scratch.by_vocabulary, (std::max(tiling_.panel, tiling_.weight) + 1) * *ld);
+    // A power of 2 apart, rows would share a set of the cache.
+    *ld = block.width % 64 ? block.width : block.width + 32;
+    if (block.offset < batch.kept) return batch.exponentials[&block - batch.blocks.data()].get() + v * *ld;
+    return at_least(scratch.by_vocabulary, (std::max(tiling_.panel, tiling_.weight) + 1) * (tiling_.block + 32));
   }
 
   // ---- the pass over the vocabulary ----
@@ -229,39 +233,42 @@ class Head {
     double* others = batch.state.others.get() + slice * batch.columns + block.offset;
     std::fill(others, others + block.width, 0.0);
     const int64_t begin = slice_begin(batch, slice), end = slice_begin(batch, slice + 1);
-    uint32_t* pairs = kPairs && d_hidden ? at_least(scratch.pairs, tiling_.panel * tiling_.block) : nullptr;
+    Mul* by_row = d_hidden ? at_least(scratch.by_row, tiling_.block * by_row_ld()) : nullptr;
     for (int64_t v = begin; v < end; v += tiling_.panel) {
       const int64_t rows = std::min(tiling_.panel, end - v);
       int64_t ld, ld_tile;
       const Mul* weight = weight_operand(v, rows, scratch, &ld);
       Mul* tile = tile_of(batch, block, v, scratch, &ld_tile);
-      panel(batch, block, hidden, v, rows, weight, ld, scratch, others, tile, ld_tile, pairs);
-      if (d_hidden) add_to_hidden(block, v, rows, weight, ld, tile, ld_tile, pairs, v > begin, scratch, d_hidden);
+      panel(batch, block, hidden, v, rows, weight, ld, scratch, others, tile, ld_tile, by_row);
+      if (d_hidden) add_to_hidden(block, v, rows, weight, ld, by_row, v > begin, scratch, d_hidden);
     }
     if (d_hidden && begin == end) std::fill(d_hidden, d_hidden + block.count * ld_, Acc(0));
   }
 
   // d_hidden (count, D) (+)= E^T W over a panel.
-  void add_to_hidden(const Block& block, int64_t v, int64_t rows, const Mul* weight, int64_t ld, const Mul* tile,
-                     int64_t ld_tile, const uint32_t* pairs, bool add, Scratch& scratch, Acc* d_hidden) {
-    const int64_t stride = tiling_.panel + 32;
-    Mul* by_row = at_least(scratch.by_row, tiling_.block * stride);
-    if constexpr (kPairs) {
-      const int64_t even = round_up(rows, 2);
-      kernels_.pair.transpose(pairs, block.width, even / 2, block.count, reinterpret_cast<uint32_t*>(by_row), stride / 2);
-      auto* words = reinterpret_cast<uint32_t*>(at_least(scratch.weight, (tiling_.panel + 1) * tiling_.columns));
-      for (int64_t n = 0; n < D_; n += tiling_.columns) {
-        const int64_t count = std::min(tiling_.columns, D_ - n);
-        for (int64_t i = 0; i < rows; i += 2) {
-          const BFloat16* next = i + 1 < rows ? weight_row(v + i + 1) + n : nullptr;
-          kernels_.pair.interleave(weight_row(v + i) + n, next, count, words + i / 2 * count);
+  void add_to_hidden(const Block& block, int64_t v, int64_t rows, const Mul* weight, int64_t ld, const Mul* by_row, bool add,
+                     Scratch& scratch, Acc* d_hidden) {
+    const int64_t even = round_up(rows, 2);
+    for (int64_t n = 0; n < D_; n += tiling_.columns) {
+      const int64_t count = std::min(tiling_.columns, D_ - n);
+      if constexpr (kPairs) {
+        // Pairs of rows of the weight, a few products' worth at a time: long runs of a row for the prefetcher.
+        constexpr int64_t kProducts = 4;
+        Mul* words = at_least(scratch.weight, (tiling_.panel + 1) * tiling_.columns * kProducts);
+        const int64_t part = n / tiling_.columns % kProducts;
+        if (part == 0) {
+          for (int64_t i = 0; i < rows; i += 2) {
+            for (int64_t k = 0; k < kProducts && n + k * tiling_.columns < D_; ++k) {
+              const int64_t from = n + k * tiling_.columns, length = std::min(tiling_.columns, D_ - from);
+              const BFloat16* next = i + 1 < rows ? weight_row(v + i + 1) + from : nullptr;
+              kernels_.pair.interleave(weight_row(v + i) + from, next, length,
+                                       reinterpret_cast<uint32_t*>(words + k * even * tiling_.columns + i * length));
+            }
+          }
         }
-        product_(block.count, count, even, by_row, stride, reinterpret_cast<Mul*>(words), count, d_hidden + n, ld_, add);
-      }
-    } else {
-      tile_kernels().transpose(tile, ld_tile, rows, block.count, by_row, stride);
-      for (int64_t n = 0; n < D_; n += tiling_.columns) {
-        product_(block.count, std::min(tiling_.columns, D_ - n), rows, by_row, stride, weight + n, ld, d_hidden + n, ld_, add);
+        product_(block.count, count, even, by_row, by_row_ld(), words + part * even * tiling_.columns, count, d_hidden + n, ld_, add);
+      } else {
+        product_(block.count, count, rows, by_row, by_row_ld(), weight + n, ld, d_hidden + n, ld_, add);
       }
     }
   }
@@ -486,10 +493,10 @@ class Head {
     const int64_t columns = (budget(p_.gradient_rows.size() > batch.rows.size()) - batch.columns * bytes_per_row()) /
                             (V_ * int64_t(sizeof(Mul)));
     for (const Block& block : batch.blocks) {
-      if (block.offset + block.width <= columns) batch.kept = block.offset + block.width;
+      if (block.offset + block.width > columns) break;
+      batch.kept = block.offset + block.width;
+      batch.exponentials.emplace_back((V_ + 1) * (block.width + 32));
     }
-    batch.kept_ld = batch.kept % 64 ? batch.kept : batch.kept + 32;
-    if (batch.kept) batch.exponentials = Buffer<Mul>((V_ + 1) * batch.kept_ld);
     if (batch.kept == batch.columns) return;
     batch.packed = Buffer<Mul>((batch.columns - batch.kept) * D_);
     in_parallel(batch.blocks.size(), [&](int64_t i, Scratch& scratch) {
@@ -558,17 +565,14 @@ class Head {
         total = at_least(scratch.d_weight, tiling_.weight * ld_);
         ld_total = ld_;
       }
-      for (int64_t offset = 0; offset < batch.kept; offset += tiling_.depth) {
-        const int64_t width = std::min(tiling_.depth, batch.kept - offset);
-        const Mul* tile = batch.exponentials.get() + v * batch.kept_ld + offset;
-        add_to_weight(batch, tile, batch.kept_ld, v, rows, offset, width, add || offset > 0, total, ld_total);
-      }
       int64_t ld = 0, ld_tile = 0;
       const Mul* weight = batch.kept < batch.columns ? weight_operand(v, rows, scratch, &ld) : nullptr;
       for (const Block& block : batch.blocks) {
-        if (block.offset < batch.kept) continue;
         Mul* tile = tile_of(batch, block, v, scratch, &ld_tile);
-        panel(batch, block, packed_hidden(batch, block, scratch), v, rows, weight, ld, scratch, nullptr, tile, ld_tile, nullptr);
+        if (block.offset >= batch.kept) {
+          const Mul* hidden = packed_hidden(batch, block, scratch);
+          panel(batch, block, hidden, v, rows, weight, ld, scratch, nullptr, tile, ld_tile, nullptr);
+        }
         add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, add || block.offset > 0, total, ld_total);
       }
       const auto from = std::lower_bound(targets.begin(), targets.end(), std::pair<int64_t, int64_t>(v, 0));

@@ -41,9 +41,10 @@ struct TileKernels {
 
 // Operands of a product of 16-bit numbers hold pairs of consecutive k in one word: (k / 2, n) words, low half the even k.
 struct PairKernels {
-  // Rows of exponentials -> bf16 rows, and (rows / 2, ld_pairs) words of two rows each where `pairs` is given. Rows are even in number.
+  // Rows of exponentials -> bf16 rows, and (rows / 2, ld_pairs) words of two rows each where `pairs` is given. Rows are even in
+  // number. `stream`: `to` is not read again soon, and need not pass through the cache.
   void (*narrow)(const float* tile, int64_t ld, int64_t rows, int64_t columns, BFloat16* to, int64_t ld_to,
-                 uint32_t* pairs, int64_t ld_pairs);
+                 uint32_t* pairs, int64_t ld_pairs, bool stream);
   // Two rows -> words; `odd` may be null (zeros).
   void (*interleave)(const BFloat16* even, const BFloat16* odd, int64_t count, uint32_t* to);
   // Two rows times a factor each -> words; a null row gives zeros.
