@@ -43,7 +43,11 @@ def _identity(version: str, git_version: str, cxx11_abi: bool) -> str:
 
 @functools.cache
 def load() -> NativeStatus:
-    """The native module or why there is none. Warns, once, if there is one that cannot be used."""
+    """The native module or why there is none. Warns, once, if there is one that cannot be used.
+
+    Raises:
+        RuntimeError: the environment variable L3M_CPU names instructions that this machine does not have.
+    """
     try:
         record = json.loads((FOLDER / "_build.json").read_text())
     except FileNotFoundError:
@@ -61,4 +65,4 @@ def load() -> NativeStatus:
         return _unusable(f"l3m_kernels._C does not load: {error}")
     without = "; ".join(f"no {part}: {why}" for part, why in record["missing"].items())
     how = f"{record['compiler']} as C++{built['cpp_standard']}"
-    return NativeStatus(module, f"built against torch {then} by {how} ({without})")
+    return NativeStatus(module, f"built against torch {then} by {how} ({without}), runs on {module.cpu_path()}")

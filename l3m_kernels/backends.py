@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from l3m_kernels import _native, chunked, reference
+from l3m_kernels import _native, _native_head, chunked, reference
 
 NATIVE = _native.load()
 
@@ -34,7 +34,14 @@ class Backend:
 
 
 def _native_ops() -> dict[str, Callable]:
-    return {"barrier_weights": torch.ops.l3m_kernels.cpp_barrier_weights} if NATIVE.module else {}
+    if NATIVE.module is None:
+        return {}
+    return {
+        "log_likelihood": _native_head.log_likelihood,
+        "log_likelihood_backward": _native_head.log_likelihood_backward,
+        "weighted_log_likelihood": _native_head.weighted_log_likelihood,
+        "barrier_weights": torch.ops.l3m_kernels.cpp_barrier_weights,
+    }
 
 
 # Fastest first: `auto` goes down this list.
@@ -79,25 +86,36 @@ def select(op: str, backend: str, device: str) -> Callable:
 # Bytes held beyond inputs, outputs and gradient accumulators. On a GPU large chunks amortise the traffic of the weight gradient.
 DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
 _workspace: int | None = None
+_low_memory = False
 
 
-def set_workspace(bytes: int | None) -> None:
+def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
     """Bound the memory that the head's ops hold beyond inputs, outputs and gradient accumulators, in bytes.
 
-    None restores the default: 64 MiB on a CPU, 512 MiB on a GPU. At least one row of logits (4 V bytes) is always held.
+    Args:
+        bytes: None restores the default: 64 MiB on a CPU, 512 MiB on a GPU. At least one row of logits (4 V bytes) is always held,
+            and the tiles of the threads. Where the weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top,
+            or exponentials of that size.
+        low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
+            gradient is written once. Backend `cpp` has this; the reference holds an accumulator whatever is said here.
 
     Raises:
         ValueError: not a positive number of bytes.
     """
-    global _workspace
+    global _workspace, _low_memory
     if bytes is not None and bytes <= 0:
         raise ValueError(f"set_workspace: bytes must be positive or None, got {bytes}")
-    _workspace = bytes
+    _workspace, _low_memory = bytes, low_memory
 
 
 def workspace(device: str) -> int:
     """The bound in force on a device type, in bytes."""
     return _workspace or DEFAULT_WORKSPACE.get(device, DEFAULT_WORKSPACE["cuda"])
+
+
+def low_memory() -> bool:
+    """Whether memory is to be saved at the price of time."""
+    return _low_memory
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from l3m_kernels.backends import select, workspace
+from l3m_kernels.backends import low_memory, select, workspace
 from l3m_kernels.checks import check_values, packed_batch
 from l3m_kernels.chunked import Head
 
@@ -129,7 +129,7 @@ def weighted_log_likelihood(
 
 
 def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Head:
-    return Head(weight, bias, softcap, temperature, workspace(weight.device.type))
+    return Head(weight, bias, softcap, temperature, workspace(weight.device.type), low_memory())
 
 
 def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -370,7 +370,7 @@ class Head {
   // ---- a batch ----
 
   Batch make_batch(std::vector<int64_t> rows, bool gradient) {
-    std::vector<Block> blocks = cut(0, rows.size(), tiling_.block, threads_);
+    std::vector<Block> blocks = cut(rows.size(), tiling_.block, threads_);
     const int64_t columns = blocks.empty() ? 0 : blocks.back().offset + blocks.back().width;
     const int64_t slices =
         blocks.empty() ? 1 : std::min(ceil_div(threads_, blocks.size()), std::max<int64_t>(V_ / (4 * tiling_.panel), 1));
@@ -449,7 +449,7 @@ class Head {
       Batch batch = make_batch({begin + n * c / chunks, begin + n * (c + 1) / chunks}, true);
       if (need_weight) keep(batch);
       statistics(batch);
-      if (need_weight) weight_gradient(batch, sums.get(), c > 0, c + 1 == chunks);
+      if (need_weight) weight_gradient(batch, sums.get(), c == 0, c + 1 == chunks);
     }
     if (n == 0 && p_.d_weight) std::fill(p_.d_weight, p_.d_weight + V_ * D_, Out{});
     if (p_.d_bias) row_kernels<Out>(kernels_).narrow(d_bias_.get(), V_, scale_, p_.d_bias);
@@ -528,13 +528,13 @@ class Head {
     }
   }
 
-  // total (rows, D) (+)= E X and d_bias, over columns from `offset` on, for tokens from v on.
+  // total (rows, D) (+)= E X, and d_bias, over columns from `offset` on, for tokens from v on.
   void add_to_weight(const Batch& batch, const Mul* tile, int64_t ld, int64_t v, int64_t rows, int64_t offset, int64_t width,
-                     bool add, Acc* total, int64_t ld_total) {
+                     bool add, Acc* total) {
     for (int64_t n = 0; total && n < D_; n += tiling_.weight_columns) {
       const int64_t count = std::min(tiling_.weight_columns, D_ - n);
       const Mul* strip = scaled_.get() + n * batch.columns + offset * count;
-      product_(rows, count, width, tile, ld, strip, count, total + n, ld_total, add);
+      product_(rows, count, width, tile, ld, strip, count, total + n, ld_, add);
     }
     if (!p_.d_bias) return;
     const Acc* factors = batch.state.factor.get() + offset;
@@ -542,7 +542,7 @@ class Head {
     else tile_kernels().weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
   }
 
-  void weight_gradient(const Batch& batch, Acc* sums, bool add, bool last) {
+  void weight_gradient(const Batch& batch, Acc* sums, bool first, bool last) {
     std::vector<std::pair<int64_t, int64_t>> targets;  // (token, column), for the rows' own terms
     std::vector<int64_t> row_of(batch.columns);
     for (const Block& block : batch.blocks) {
@@ -555,16 +555,7 @@ class Head {
     in_parallel(batch.blocks.size(), [&](int64_t i, Scratch&) { scale_hidden(batch, batch.blocks[i]); });
     in_parallel(ceil_div(V_, tiling_.weight), [&](int64_t item, Scratch& scratch) {
       const int64_t v = item * tiling_.weight, rows = std::min(tiling_.weight, V_ - v);
-      Acc* total = nullptr;
-      int64_t ld_total = D_;
-      if (sums) {
-        total = sums + v * D_;
-      } else if constexpr (std::is_same_v<Acc, Out>) {
-        total = p_.d_weight ? p_.d_weight + v * D_ : nullptr;
-      } else if (p_.d_weight) {
-        total = at_least(scratch.d_weight, tiling_.weight * ld_);
-        ld_total = ld_;
-      }
+      Acc* total = p_.d_weight ? at_least(scratch.d_weight, tiling_.weight * ld_) : nullptr;
       int64_t ld = 0, ld_tile = 0;
       const Mul* weight = batch.kept < batch.columns ? weight_operand(v, rows, scratch, &ld) : nullptr;
       for (const Block& block : batch.blocks) {
@@ -573,23 +564,30 @@ class Head {
           const Mul* hidden = packed_hidden(batch, block, scratch);
           panel(batch, block, hidden, v, rows, weight, ld, scratch, nullptr, tile, ld_tile, nullptr);
         }
-        add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, add || block.offset > 0, total, ld_total);
+        add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, block.offset > 0, total);
       }
       const auto from = std::lower_bound(targets.begin(), targets.end(), std::pair<int64_t, int64_t>(v, 0));
       for (auto it = from; it != targets.end() && it->first < v + rows; ++it) {
         const Acc coefficient = batch.state.coefficient.get()[it->second] / scale_;
         if (total) {
           row_kernels<In>(kernels_).add_scaled(hidden_row(row_of[it->second]), D_, coefficient,
-                                               total + (it->first - v) * ld_total);
+                                               total + (it->first - v) * ld_);
         }
         if (p_.d_bias) d_bias_.get()[it->first] += coefficient;
       }
-      if constexpr (!std::is_same_v<Acc, Out>) {
-        for (int64_t i = 0; total && last && i < rows; ++i) {
-          row_kernels<Out>(kernels_).narrow(total + i * ld_total, D_, scale_, p_.d_weight + (v + i) * D_);
-        }
-      }
+      for (int64_t i = 0; total && i < rows; ++i) store_weight(total + i * ld_, v + i, sums, first, last);
     });
+  }
+
+  // A row of d weight, of one chunk of several.
+  void store_weight(const Acc* row, int64_t v, Acc* sums, bool first, bool last) {
+    if constexpr (std::is_same_v<Acc, Out>) sums = p_.d_weight;
+    Acc* sum = sums ? sums + v * D_ : nullptr;
+    if (!first) row_kernels<Acc>(kernels_).add_scaled(row, D_, Acc(1), sum);
+    else if (!last) row_kernels<Acc>(kernels_).widen(row, D_, Acc(1), sum);
+    if (last && !(std::is_same_v<Acc, Out> && !first)) {
+      row_kernels<Out>(kernels_).narrow(first ? row : sum, D_, scale_, p_.d_weight + v * D_);
+    }
   }
 
   const HeadProblem<In, Out, Acc>& p_;

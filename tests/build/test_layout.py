@@ -12,7 +12,7 @@ PACKAGES = {"l3m_kernels": ROOT / "l3m_kernels", "l3ms": ROOT / "python" / "l3ms
 GROUND = {
     "reference": ("l3m_kernels.reference", "l3m_kernels.chunked"),
     "triton": ("l3m_kernels.triton_ops",),
-    "native": ("l3m_kernels._C", "l3m_kernels._native"),
+    "native": ("l3m_kernels._C", "l3m_kernels._native", "l3m_kernels._native_head"),
 }
 MOST_LINES = 350  # "about 300"
 # path from the root: why it is one file all the same
