@@ -346,7 +346,7 @@ class Head {
       const int64_t column = block.offset + m, row = batch.rows[block.first + m];
       const double others = sum_of_others(batch, column), reference = batch.state.reference.get()[column];
       const double shifted = batch.state.target_logit.get()[column] - reference;
-      const double total = p_.known_lse ? 1.0 : others + std::exp(shifted);
+      const double total = others + std::exp(shifted);  // with a known lse, 1 but for that number's rounding
       const double log_sum = std::log1p(others + std::expm1(shifted));
       if (p_.token) p_.token[row] = Acc(std::min(shifted - log_sum, 0.0));
       if (p_.lse) p_.lse[row] = Acc(reference + log_sum);

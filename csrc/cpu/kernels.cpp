@@ -147,8 +147,7 @@ inline void store(double* to, double x) { *to = x; }
 template <bool kSoftcap, typename Acc>
 inline Acc logit(Acc z, const Transform<Acc>& t) {
   if constexpr (kSoftcap) {
-    const Acc capped = t.softcap * tanh(z * t.inverse_softcap);
-    z = z <= kMasked<Acc> ? z : capped;
+    z = t.softcap * tanh(z * t.inverse_softcap);
   }
   return z * t.inverse_temperature;
 }
@@ -161,7 +160,8 @@ void exponentials_of(Acc* z, int64_t ld, int64_t rows, int64_t columns, const Ac
     const Acc b = bias ? bias[v] : Acc(0);
     for (int64_t m = 0; m < columns; ++m) {
       const Acc raw = row[m] + b;
-      const Acc e = exponential(logit<kSoftcap>(raw, t) - reference[m]);
+      Acc e = exponential(logit<kSoftcap>(raw, t) - reference[m]);
+      if constexpr (kSoftcap) e = row[m] == kMasked<Acc> ? Acc(0) : e;
       sums[m] += e;
       if constexpr (kSlope) {
         const Acc ratio = tanh(raw * t.inverse_softcap);

@@ -20,7 +20,7 @@ struct Transform {
   Acc softcap, inverse_softcap, inverse_temperature;
 };
 
-// A product's element that stands for "leave this one out": its exponential is 0, its softcap too.
+// A product's element that stands for "leave this one out", where there is a softcap: -inf would become -softcap.
 template <typename Acc>
 inline constexpr Acc kMasked = Acc(-3.0e38);
 

@@ -8,6 +8,9 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
+#include <type_traits>
+
 #include "cpu/kernels.h"
 
 namespace l3m::cpu {
@@ -21,6 +24,10 @@ class Product {
   void operator()(int64_t m, int64_t n, int64_t k, const Number* a, int64_t lda, const Number* b, int64_t ldb, Acc* c,
                   int64_t ldc, bool add) const {
     if (m == 0 || n == 0) return;
+    if (k == 0) {
+      for (int64_t i = 0; i < m && !add; ++i) std::fill(c + i * ldc, c + i * ldc + n, Acc(0));
+      return;
+    }
     if constexpr (std::is_same_v<Number, BFloat16>) {
       at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
                                   reinterpret_cast<const at::BFloat16*>(b), c, true);

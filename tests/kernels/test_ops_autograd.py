@@ -11,7 +11,9 @@ from head_cases import (
     Case,
     Inputs,
     assert_close_to_oracle,
+    condition_scales,
     grad_of,
+    multiplies_in,
     ulp,
     unfused,
 )
@@ -88,7 +90,10 @@ def test_scaled_loss(op, backend, dtype, scale):
     for name, grad in found.items():
         # Rounded once where it is formed and once where it is scaled.
         error = (grad.double() - oracle[name]).abs()
-        assert bool((error <= 1.1 * ulp(oracle[name].abs().clamp(min=1e-3), dtype) + 1e-5 * abs(scale)).all()), name
+        rounding = 1.1 * ulp(oracle[name].abs().clamp(min=1e-3), dtype)
+        if multiplies_in(backend, dtype) == dtype == torch.bfloat16:  # the gradients of the logits are rounded too
+            rounding = rounding + 2 * ulp(condition_scales(case, scaled, op == "weighted")[name], dtype)
+        assert bool((error <= rounding + 1e-5 * abs(scale)).all()), name
 
 
 @pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
@@ -185,7 +190,7 @@ def test_one_output_used(which, backend):
     left_out = {"sequence": "grad_token", "token": "grad_sequence"}[which]
     only = inputs._replace(**{left_out: torch.zeros_like(getattr(inputs, left_out))})
     found = {f"d_{name}": grad_of(leaf) for name, leaf in inputs.leaves.items()}
-    assert_close_to_oracle(case, only, found, weighted=False)
+    assert_close_to_oracle(case, only, found, weighted=False, backend=backend)
 
 
 @pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)

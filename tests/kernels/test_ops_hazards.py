@@ -3,7 +3,7 @@
 import pytest
 import torch
 from head_calls import batch, both, call, loss_of
-from head_cases import WEIGHTED_BACKENDS, grad_of
+from head_cases import WEIGHTED_BACKENDS, grad_of, multiplies_in
 from torch import Tensor
 
 from l3m_kernels import chunked, weighted_log_likelihood
@@ -122,8 +122,10 @@ def test_infinite_and_nan_logits(op, backend, kind, dtype, softcap):
     out = call(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options)
     torch.testing.assert_close(out.token.detach(), token.detach(), equal_nan=True)
     loss_of(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options).backward()
+    rounded = multiplies_in(backend, dtype) == torch.bfloat16  # the gradients of the logits too: half an ulp of 1
+    tolerance = {"rtol": 2e-2, "atol": 2**-8} if rounded else {}
     for leaf, wanted in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(grad_of(leaf), grad_of(wanted).to(dtype), equal_nan=True)
+        torch.testing.assert_close(grad_of(leaf), grad_of(wanted).to(dtype), equal_nan=True, **tolerance)
     if kind == "-inf bias, not a target":
         assert grad_of(leaves[2])[0] == 0
     if kind == "NaN hidden":

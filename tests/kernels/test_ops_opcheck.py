@@ -103,8 +103,11 @@ def test_opcheck_once_differentiable(layout):
 
 
 def test_every_op_of_the_package_is_checked():
-    """A new op belongs into one of the tests of opcheck, here or in those of the barrier; then into this list."""
+    """A new op belongs into one of the tests of opcheck, here or in those of the barrier; then into this list.
+
+    `cpp_` ops are what backend "cpp" runs inside of these.
+    """
     head = {"log_likelihood", "log_likelihood_backward", "weighted_log_likelihood", "once_differentiable"}
     barrier = {"relaxed_log_barrier", "barrier_multiplier", "barrier_curvature", "barrier_weights"}
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("l3m_kernels::")}
-    assert names - {"cpp_barrier_weights"} == head | barrier
+    assert {name for name in names if not name.startswith("cpp_")} == head | barrier

@@ -52,7 +52,7 @@ def test_log_likelihood(seed, backend):
     if out.sequence.requires_grad:
         torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
     found |= check_gradients(case, inputs)
-    assert_close_to_oracle(case, inputs, found, weighted=False)
+    assert_close_to_oracle(case, inputs, found, weighted=False, backend=backend)
 
 
 @pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
@@ -74,4 +74,4 @@ def test_weighted_log_likelihood(seed, backend):
     if loss.requires_grad:
         loss.backward()
     found |= check_gradients(case, inputs)
-    assert_close_to_oracle(case, inputs, found, weighted=True)
+    assert_close_to_oracle(case, inputs, found, weighted=True, backend=backend)

@@ -1,0 +1,148 @@
+"""The native head where it cuts its work: many blocks of rows, panels and slices of the vocabulary, chunks, kept or recomputed
+exponentials, each set of instructions; on shapes that are larger than those of `test_ops_oracle`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from head_cases import HEAD_BACKENDS, NATIVE, Case, assert_close_to_oracle
+from test_ops_oracle import check_gradients, check_statistics
+
+from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
+
+pytestmark = pytest.mark.skipif("cpp" not in HEAD_BACKENDS, reason="backend cpp is not built here")
+
+# rows, D, V: several blocks; more tokens than a panel; fewer rows than threads; an odd size of everything
+SHAPES = ((1100, 24, 700), (150, 40, 2600), (3, 16, 3001), (301, 33, 1037))
+MEMORY = {"default": (None, False), "low-memory": (None, True), "small": (1 << 20, False), "smallest": (1, False)}
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def large_case(shape, dtype, **changes) -> Case:
+    rows, width, vocabulary = shape
+    lengths = (rows // 3, 0, rows - rows // 3)
+    settings = {"lengths": lengths, "width": width, "vocabulary": vocabulary, "dtype": dtype, "logit_size": 3.0}
+    return Case.plain(**settings | changes)
+
+
+def check(case: Case, op: str) -> None:
+    inputs = case.build()
+    hidden, weight, targets, cu_seqlens, bias, seq_weight = inputs[:6]
+    if op == "weighted":
+        options = {"bias": bias, "backend": "cpp", **case.options}
+        loss, out = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
+        found = {"loss": loss.detach()} | check_statistics(case, inputs, out)
+        loss.backward()
+    else:
+        out = log_likelihood(hidden, weight, targets, cu_seqlens, bias=bias, backend="cpp", **case.options)
+        found = check_statistics(case, inputs, out)
+        torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
+    found |= check_gradients(case, inputs)
+    assert_close_to_oracle(case, inputs, found, weighted=op == "weighted", backend="cpp")
+
+
+@pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_that_are_cut(shape, dtype, memory, op, threads):
+    size, low_memory = MEMORY[memory]
+    set_workspace(size, low_memory=low_memory)
+    check(large_case(shape, dtype, seed=threads), op)
+
+
+@pytest.mark.parametrize("options", [{"softcap": None, "temperature": 1.0, "bias": False}, {"view": "strided"}, {"view": "transposed"}])
+@pytest.mark.parametrize("frozen", [("hidden",), ("weight",), ("hidden", "bias"), ("weight", "bias")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_inputs_and_plain_logits(dtype, frozen, options):
+    check(large_case(SHAPES[1], dtype, frozen=frozen, **options), "weighted")
+
+
+@pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_targets_far_below_the_largest_logit(dtype, op, low_memory):
+    """exp(z - z_target) would overflow: such rows take the largest logit for a reference, their neighbours keep the target's."""
+    set_workspace(None, low_memory=low_memory)
+    case = large_case((90, 16, 1200), dtype, logit_size=22.0, softcap=None, temperature=1.0)
+    inputs = case.build()
+    out = log_likelihood(inputs.hidden, inputs.weight, inputs.targets, inputs.cu_seqlens, bias=inputs.bias, backend="cpp")
+    assert out.token.min() < -90  # exp(90) is no fp32 number
+    assert ((out.token > -36) & (out.token < 0)).any()  # sums below 1e16
+    check(case, op)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_same_bits_for_the_same_threads(dtype, threads):
+    case = large_case((1100, 24, 700), dtype)
+    results = []
+    for _ in range(3):
+        inputs = case.build()
+        options = {"bias": inputs.bias, "backend": "cpp", **case.options}
+        loss, out = weighted_log_likelihood(
+            inputs.hidden, inputs.weight, inputs.targets, inputs.seq_weight, inputs.cu_seqlens, **options
+        )
+        loss.backward()
+        results.append((loss.detach(), *out, *(leaf.grad for leaf in inputs.leaves.values())))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("exponent", [-100, -40, 40, 80])
+def test_upstream_gradients_of_any_size(exponent):
+    """16-bit products flush numbers below 1e-38 to 0; a power of two is taken out of the upstream gradients first."""
+    inputs = large_case((200, 32, 300), torch.bfloat16, softcap=None).build()
+    gradients = []
+    for factor in (1.0, 2.0**exponent):
+        weights = inputs.seq_weight * factor
+        options = {"bias": inputs.bias, "backend": "cpp"}
+        loss, _ = weighted_log_likelihood(inputs.hidden, inputs.weight, inputs.targets, weights, inputs.cu_seqlens, **options)
+        gradients.append(torch.autograd.grad(loss, list(inputs.leaves.values())))
+    for plain, scaled in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        assert torch.equal(scaled.double(), plain.double() * 2.0**exponent)
+
+
+def test_no_weight_gradient_without_rows():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.full((5, 8), 3.0).requires_grad_()
+    arguments = (hidden, weight, torch.tensor([0, 1, 2, 3]), torch.zeros(1), torch.tensor([0, 4]))
+    weighted_log_likelihood(*arguments, backend="cpp")[0].backward()
+    assert not weight.grad.any()
+    assert not hidden.grad.any()
+
+
+PATHS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+RUN = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_oracle_on_every_path_that_this_machine_runs(path):
+    """The same cases on slower instructions; the path in use is tested by everything else."""
+    environment = {**os.environ, "L3M_CPU": path, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    probe = [sys.executable, "-c", "from l3m_kernels import _native; print(_native.load().module.cpu_path())"]
+    found = subprocess.run(probe, env=environment, capture_output=True, text=True, timeout=120)
+    if found.returncode:
+        assert "L3M_CPU must be one of generic" in found.stderr
+        pytest.skip(f"this machine does not run {path}: {found.stderr.strip().splitlines()[-1]}")
+    assert found.stdout.strip() == path
+    if NATIVE.module is not None and NATIVE.module.cpu_path() == path:
+        return
+    folder = Path(__file__).parent
+    selection = [str(folder / "test_cpp_head.py"), str(folder / "test_ops_oracle.py"), str(folder / "test_ops_hazards.py")]
+    cases = "cpp and not every_path and not low-memory and not smallest and not (log_likelihood and 1100)"
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", cases, *selection]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder.parents[1])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
