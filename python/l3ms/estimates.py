@@ -45,7 +45,8 @@ class Estimates:
         self.state = initial_state(len(self.constraints), device)
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
-        self.last: BarrierWeights | None = None  # of the last applied step
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)  # applied constraint steps
+        self._last: BarrierWeights | None = None
         self.discard()
 
     # ---- the half-step that is being prepared ----
@@ -57,11 +58,17 @@ class Estimates:
         self._responses = 0
         self._sums = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
 
-    def commit(self) -> None:
-        """The step was applied: the moving averages advance, once."""
+    def commit(self, applied: Tensor) -> None:
+        """The step was `applied` () bool: the moving averages advance, once. Or it was not, and what was observed is forgotten."""
         assert self.pending is not None
-        self.state, self.last = self.pending.state, self.pending
-        self.missing += self._sums[:-1, 0] == 0
+        new = self.pending._replace(seq_weight=self.pending.seq_weight.new_empty(0))
+        old = new if self._last is None else self._last
+        self._last = BarrierWeights(
+            *(torch.where(applied, after, before) for after, before in zip(new, old, strict=True))
+        )
+        self.state = torch.where(applied, new.state, self.state)
+        self.steps = self.steps + applied
+        self.missing += (self._sums[:-1, 0] == 0) & applied
         self.discard()
 
     def observe(self, values: Values, lengths: Tensor | None, normalisation: str, mu: Tensor) -> Tensor:
@@ -115,38 +122,34 @@ class Estimates:
                 loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
         return loss
 
-    def violations(self) -> list[float]:
-        """The worse of each constraint's one-sided C, in the last applied step; NaN where never observed."""
-        assert self.last is not None
-        values = self.last.violation.tolist()
-        return [
-            max(v for v, owner in zip(values, self.owner, strict=True) if owner == i)
-            for i in range(len(self.constraints))
-        ]
+    @property
+    def last(self) -> BarrierWeights | None:
+        """Of the last applied step, without the weights of its responses; None before the first. Waits for the device."""
+        return self._last if self.steps > 0 else None
 
     def metrics(self) -> dict[str, float]:
         """`constraints/<name>/...` of the last applied step, see `L3MOptimizer.metrics`."""
         values: dict[str, float] = {}
+        last = self.last
         for i, constraint in enumerate(self.constraints):
             prefix = f"constraints/{constraint.name}"
             for counter, counts in (("missing", self.missing), ("dropped", self.dropped)):
                 if counts[i]:
                     values[f"{prefix}/{counter}"] = float(counts[i])
-            if self.last is not None:
+            if last is not None:
                 sides = [k for k, owner in enumerate(self.owner) if owner == i]
-                values[f"{prefix}/estimate"] = float(self.last.estimate[i])
-                values[f"{prefix}/stderr"] = float(self.last.stderr[i])
-                values[f"{prefix}/lambda"] = float(self.last.multiplier[sides].sum())
-                values[f"{prefix}/slack"] = float(-self.last.violation[sides].max())
+                values[f"{prefix}/estimate"] = float(last.estimate[i])
+                values[f"{prefix}/stderr"] = float(last.stderr[i])
+                values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
+                values[f"{prefix}/slack"] = float(-last.violation[sides].max())
         return values
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
         self.state = kept["estimates"].to(self.state)
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
-        self.last = (
-            None if kept["last"] is None else BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"]))
-        )
+        self.steps = torch.full_like(self.steps, kept["constraint_steps"])
+        self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
         self.discard()
 
     # ---- parts ----

@@ -140,9 +140,11 @@ class L3MTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Ours clips inside its step; clipping before it would hide an infinite norm behind a zero gradient."""
-        if self.l3m_optimizer is None:
-            return super()._clip_grad_norm(model)
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return super()._clip_grad_norm(model) if self.l3m_optimizer is None else None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before the step, which computes the norm: `log` takes it from there."""
+        return super()._get_grad_norm(model, grad_norm) if self.l3m_optimizer is None else None
 
     # ---- the constraint half-step ----
 
@@ -215,7 +217,8 @@ class L3MTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
-            logs.update(self.l3m_optimizer.metrics())
+            metrics = self.l3m_optimizer.metrics()
+            logs.update({"grad_norm": metrics["l3m/grad_norm/task"], **metrics})
             if self.last_rollout is not None:
                 logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
         super().log(logs, start_time)

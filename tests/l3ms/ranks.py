@@ -61,7 +61,9 @@ def run(split, rank, world):
         opt.zero_grad()
         last = opt.estimates.last
         assert last is not None
-        found.append([first, last.multiplier, last.estimate, last.stderr, opt.mu, gradient, head.detach().clone()])
+        found.append(
+            [first, last.multiplier, last.estimate, last.stderr, opt.mu.clone(), gradient, head.detach().clone()]
+        )
     return found
 
 
