@@ -49,6 +49,20 @@ class Estimates:
         self._last: BarrierWeights | None = None
         self.discard()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which cannot follow a group of processes: that of all is found again."""
+        kept = vars(self).copy()
+        if self.process_group is not None:
+            if self.process_group is not dist.group.WORLD:
+                raise TypeError("an L3MOptimizer with a process_group of its own is not copied; keep its state_dict()")
+            kept["process_group"] = "world"
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.process_group == "world":
+            self.process_group = dist.group.WORLD
+
     # ---- the half-step that is being prepared ----
 
     def discard(self) -> None:

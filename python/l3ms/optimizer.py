@@ -23,6 +23,12 @@ from l3ms.losses import scored_lengths, shift
 from l3ms.schedules import MuSchedule, as_schedule, check_resolution
 from l3ms.step_reports import Progress, StepNumbers, StepReports
 
+# Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
+_KEPT = (
+    *("base", "constraints", "schedule", "smoothing", "max_grad_norm", "length_norm"),
+    *("estimates", "_units", "_progress", "_one", "_norms", "_reports"),
+)
+
 
 class ConstraintLoss(NamedTuple):
     loss: Tensor  # (), its gradient is that of the barrier divided by S
@@ -55,9 +61,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         ValueError: an argument is wrong (named), or mu ends so low that mu^2 is below 4 ulp of a bound.
     """
 
-    _step_supports_amp_scaling = (
-        True  # GradScaler hands grad_scale and found_inf to step() instead of silently not calling it
-    )
+    # GradScaler hands grad_scale and found_inf to step() instead of silently not calling it
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -93,12 +98,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         self.constraints = check_constraints(constraints)
         self.schedule = as_schedule(mu)
         check_resolution(self.schedule, self.constraints)
-        self.smoothing, self.max_grad_norm, self.length_norm, self.max_skipped = (
-            smoothing,
-            max_grad_norm,
-            length_norm,
-            max_skipped,
-        )
+        self.smoothing, self.max_grad_norm, self.length_norm = smoothing, max_grad_norm, length_norm
         device = base.param_groups[0]["params"][0].device
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
@@ -127,6 +127,17 @@ class L3MOptimizer(torch.optim.Optimizer):
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: torch's own would keep the parameters and leave out the barrier. Hooks go, as there."""
+        self._reports.wait()
+        return {name: value for name, value in vars(self).items() if name in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        base = state["base"]
+        super().__setstate__({"param_groups": base.param_groups, "state": base.state, "defaults": base.defaults})
+        vars(self).update(state)
+        self._share()
 
     # ---- the constraint half-step ----
 
