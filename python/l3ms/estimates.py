@@ -5,7 +5,8 @@ and every split of a batch finds the same multipliers. Nothing here is committed
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,21 +88,22 @@ class Estimates:
 
     def observe(self, values: Values, lengths: Tensor | None, normalisation: str, mu: Tensor) -> Tensor:
         """Rewards of n responses -> (n,) fp32 weights; `lengths` (n,) are the responses' tokens, for the normalisation."""
-        rewards = self._table(values)
-        count = len(rewards)
-        if lengths is not None and lengths.shape != (count,):
-            raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+        with self.errors_on_all_ranks():
+            rewards = self._table(values)
+            count = len(rewards)
+            if lengths is not None and lengths.shape != (count,):
+                raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+            if self.leave_one_out and (self._responses + count) * self._world == 1:
+                raise ValueError(
+                    "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
+                    'give more, or use L3MOptimizer(baseline="estimate")'
+                )
         tokens = torch.ones(count, dtype=torch.float64, device=self.device)
         if lengths is not None:
             tokens = lengths.to(self.device, torch.float64)
         local = torch.cat(
             [reward_sums(rewards), torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])[None]]
         )
-        if self.leave_one_out and (self._responses + count) * self._world == 1:
-            raise ValueError(
-                "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
-                'give more, or use L3MOptimizer(baseline="estimate")'
-            )
         part, sums = self._add(local)
         self._responses += count
         norm = torch.ones_like(tokens)
@@ -116,11 +118,12 @@ class Estimates:
 
     def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
         """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
-        columns = {name: value.detach().reshape(-1) for name, value in values.items()}
-        self._check_names(columns)
         local = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
-        for name, column in columns.items():
-            local[self.index[name]] = reward_sums(self._finite(name, column)[:, None])[0]
+        with self.errors_on_all_ranks():
+            self._check_names(values)
+            for name, value in values.items():
+                column = self._finite(name, value.detach().reshape(-1))
+                local[self.index[name]] = reward_sums(column[:, None])[0]
         part, sums = self._add(local)
         empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
         weights = self._weights(empty, empty[:, 0], sums, mu)
@@ -182,11 +185,27 @@ class Estimates:
         assert self.total is not None
         return (weights.total / self.total).clamp(max=LARGEST_RATIO)
 
+    @contextmanager
+    def errors_on_all_ranks(self) -> Iterator[None]:
+        """Around what comes before an observation: an error in it is one on the other ranks too, where they wait for this one's sums."""
+        try:
+            yield
+        except Exception:
+            if self.process_group is not None:
+                failed = torch.zeros_like(self._sums)
+                failed[-1, 2] = 1.0
+                dist.all_reduce(failed, group=self.process_group)
+            raise
+
     def _add(self, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses and their tokens."""
+        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses, their tokens, ranks that failed."""
         part = local.clone()
         if self.process_group is not None:
             dist.all_reduce(part, group=self.process_group)
+            if part[-1, 2] > 0:  # on a GPU this waits
+                raise ValueError(
+                    "observe: another rank refused its values or could not compute them; its error says why"
+                )
         self._sums = self._sums + part
         return part, self._sums
 
@@ -232,7 +251,7 @@ class Estimates:
         elif bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise ValueError(
-                f"observe: constraint {name!r}: row {row} is {column[row].item()}; "
+                f"observe: {self.constraints[self.index[name]].where}: row {row} is {column[row].item()}; "
                 'pass None to exclude a response, or use L3MOptimizer(nonfinite="drop")'
             )
         return column.to(self.device, torch.float64)

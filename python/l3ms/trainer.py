@@ -37,6 +37,7 @@ class L3MConfig(TrainingArguments):
     max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
     length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
+    nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
     average_fraction: float = field(
         default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
     )
@@ -49,6 +50,8 @@ class L3MConfig(TrainingArguments):
             raise ValueError(f"solver must be barrier or none, got {self.solver!r}")
         if self.mu not in ("auto", "paper"):
             raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
+        if self.nonfinite not in ("raise", "drop"):
+            raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
         if self.constraint_batch_size < 2:
             raise ValueError(
                 f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
@@ -126,6 +129,7 @@ class L3MTrainer(Trainer):
                 smoothing=args.smoothing,
                 max_grad_norm=args.max_grad_norm or None,
                 length_norm=args.length_norm,
+                nonfinite=args.nonfinite,
             )
             self.l3m_optimizer = self.optimizer
         return self.optimizer  # type: ignore[return-value]
@@ -165,7 +169,9 @@ class L3MTrainer(Trainer):
             temperature=args.temperature,  # type: ignore[attr-defined]
             columns=further_columns(rows),
         )
-        weights = optimizer.observe(responses.rewards(self.constraints), responses.lengths)
+        with optimizer.estimates.errors_on_all_ranks():
+            rewards = responses.rewards(self.constraints)
+        weights = optimizer.observe(rewards, responses.lengths)
         size = args.per_device_train_batch_size
         model.train()
         for start in range(0, len(responses), size):

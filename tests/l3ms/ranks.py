@@ -67,9 +67,44 @@ def run(split, rank, world):
     return found
 
 
+def refused(rank, world):
+    """What is wrong on the second rank alone -> what each says, and what both find afterwards."""
+    head = torch.nn.Parameter(torch.zeros(1))
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([head], lr=0.5), [l3ms.Constraint("polite", min=0.5)])
+    bad = float("nan") if rank else 1.0
+
+    def broken(prompts, completions, **columns):
+        return [1.0 / (world - 1 - rank)] * len(completions)
+
+    def roll():
+        with opt.estimates.errors_on_all_ranks():
+            values = l3ms.Constraint("polite", broken, min=0.5).values(["p"], ["x"], [1])
+        opt.observe({"polite": values})
+
+    attempts = {
+        "list": lambda: opt.observe({"polite": [1.0, bad]}),
+        "tensor": lambda: opt.observe({"polite": torch.tensor([bad, 1.0])}),
+        "differentiable": lambda: opt.barrier_loss({"polite": head * bad}),
+        "name": lambda: opt.observe({"rude" if rank else "polite": [1.0, 2.0]}),
+        "function": roll,
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "nothing"
+        except (ValueError, ZeroDivisionError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    opt.observe({"polite": [float(rank), 2.0]})
+    head.grad = torch.ones_like(head)
+    opt.step()
+    return {**found, "estimate": opt.metrics()["constraints/polite/estimate"]}
+
+
 if __name__ == "__main__":
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    torch.save({name: run(split, rank, world) for name, split in SPLITS.items()}, sys.argv[4])
+    found = {name: run(split, rank, world) for name, split in SPLITS.items()}
+    torch.save({**found, "refused": refused(rank, world)}, sys.argv[4])
     dist.destroy_process_group()

@@ -63,6 +63,24 @@ def test_lengths_give_bit_identical_multipliers_however_they_are_split(two_ranks
         assert torch.equal(two_ranks[0][split][0][0][1:3], one_rank[0][0][1:3])  # both bounds of the length
 
 
+REFUSALS = {
+    "list": "ValueError: observe: constraint 'polite': row 1 is nan",
+    "tensor": "ValueError: observe: constraint 'polite': row 0 is nan",
+    "differentiable": "ValueError: observe: constraint 'polite': row 0 is nan",
+    "name": "ValueError: observe: wanted values for constraints among ['polite'], got ['rude']",
+    "function": "ZeroDivisionError: ",
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_one_rank_refuses_is_an_error_on_every_rank(two_ranks, case):
+    """The others would wait for its sums. What was refused leaves nothing behind."""
+    first, second = (rank["refused"] for rank in two_ranks)
+    assert second[case].startswith(REFUSALS[case])
+    assert first[case].startswith("ValueError: observe: another rank refused its values")
+    assert first["estimate"] == second["estimate"] == (0 + 2 + 1 + 2) / 4
+
+
 def test_the_whole_world_is_used_only_where_it_is_initialised():
     base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     assert l3ms.L3MOptimizer(base, [l3ms.Length(max=1)]).estimates.process_group is None
