@@ -7,8 +7,9 @@ scheduler ticks once. Callbacks, trackers, PEFT, accelerate come with the Traine
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from l3ms.constraints import Constraint, check_constraints
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift, task_weights
 from l3ms.optimizer import L3MOptimizer
+from l3ms.resuming import PromptOrder, load_progress, save_progress
 from l3ms.rollouts import Rollout, rollout
 from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
 
@@ -101,8 +103,12 @@ class L3MTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
-        self._prompts = self.train_dataset if prompts is None else prompts
-        self._prompt_order = self._endless_prompts()
+        self._prompts = PromptOrder(
+            self.train_dataset if prompts is None else prompts,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
         self._average: AveragedModel | None = None
         self.add_callback(_HalfStep(self))
 
@@ -159,7 +165,7 @@ class L3MTrainer(Trainer):
         assert optimizer is not None
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        rows = [next(self._prompt_order) for _ in range(args.constraint_batch_size)]  # type: ignore[attr-defined]
+        rows = self._prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
         self.last_rollout = responses = rollout(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
@@ -191,16 +197,7 @@ class L3MTrainer(Trainer):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _endless_prompts(self) -> Iterator[dict[str, Any]]:
-        """Rows in a new random order each time around, from a generator of its own; ranks take turns."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        rank, world = self.args.process_index, self.args.world_size
-        while True:
-            order = torch.randperm(len(self._prompts), generator=generator).tolist()  # type: ignore[arg-type]
-            for index in order[rank::world]:
-                yield self._prompts[index]  # type: ignore[index]
-
-    # ---- weights and logs ----
+    # ---- weights, checkpoints and logs ----
 
     @property
     def average_from(self) -> int:
@@ -220,6 +217,16 @@ class L3MTrainer(Trainer):
         if self._average is None:
             return copy.deepcopy(self.accelerator.unwrap_model(self.model))
         return self._average.module
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_progress(Path(output_dir), self._prompts, self._average)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._average = load_progress(Path(checkpoint), self._prompts, self.accelerator.unwrap_model(self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
