@@ -101,10 +101,38 @@ def refused(rank, world):
     return {**found, "estimate": opt.metrics()["constraints/polite/estimate"]}
 
 
+def sharded(world, fused):
+    """Both half-steps on parameters that fully_shard (FSDP2) has split over the ranks, each with the whole batch -> the whole weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)).double()
+    if fused:
+        model.float()  # a fused step on float64 is not folded
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    base = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    opt = l3ms.L3MOptimizer(base, [l3ms.Constraint("size", max=1.0, margin=0.0)], mu=l3ms.ExponentialDecay(0.1, 0.1, 1))
+    inputs = torch.linspace(-3, 9, 20).reshape(5, 4).to(next(model.parameters()).dtype)
+    for step in range(6):
+        size = model(inputs).square().mean()
+        (opt.barrier_loss({"size": size}) if step % 2 else size).backward()
+        if step == 3:
+            for parameter in model.parameters():
+                parameter.grad = parameter.grad * float("inf")  # type: ignore[operator]
+        opt.step()
+        opt.zero_grad()
+    full = [getattr(p, "full_tensor", p.detach)().detach().clone() for p in model.parameters()]
+    return torch.cat([p.double().reshape(-1) for p in full]), opt.metrics()
+
+
 if __name__ == "__main__":
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
     found = {name: run(split, rank, world) for name, split in SPLITS.items()}
-    torch.save({**found, "refused": refused(rank, world)}, sys.argv[4])
+    found |= {"refused": refused(rank, world)}
+    found |= {f"sharded, fused {fused}": sharded(world, fused) for fused in (False, True)}
+    torch.save(found, sys.argv[4])
     dist.destroy_process_group()

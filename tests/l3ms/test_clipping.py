@@ -146,6 +146,23 @@ def test_a_first_step_that_is_not_taken_leaves_no_trace(base, value):
     assert opt.constraint_steps == (value == 0)
 
 
+@pytest.mark.parametrize("base", ["adamw", "foreach"])
+def test_a_skipped_constraint_step_commits_nothing(base):
+    """Not even that a constraint had no sample, or that two of them were violated."""
+    opt, _ = make({**FUSED, **OTHERS}[base], mu=l3ms.NoiseFloorDecay(1.0, 0.1, 5))
+    give(opt, 1.0, True)
+    opt.step()
+    before, state = opt.metrics(), opt.state_dict()["l3m"]
+    give(opt, math.nan, True, {"low": torch.tensor(9.0)})
+    opt.step()
+    changed = {name for name, value in opt.metrics().items() if value != before.get(name)}
+    assert changed == {"l3m/skipped_steps", "l3m/grad_norm/constraint"}
+    after = opt.state_dict()["l3m"]
+    assert after["conflicts"] == state["conflicts"]
+    assert after["constraint_steps"] == state["constraint_steps"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(after["last"], state["last"], strict=True))
+
+
 # ---- extremes ----
 
 

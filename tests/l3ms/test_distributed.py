@@ -63,6 +63,18 @@ def test_lengths_give_bit_identical_multipliers_however_they_are_split(two_ranks
         assert torch.equal(two_ranks[0][split][0][0][1:3], one_rank[0][0][1:3])  # both bounds of the length
 
 
+@pytest.mark.parametrize(("fused", "tolerance"), [(False, 1e-12), (True, 1e-6)])
+def test_sharded_parameters_take_the_steps_of_whole_ones(two_ranks, fused, tolerance):
+    (first, values), (second, others) = (rank[f"sharded, fused {fused}"] for rank in two_ranks)
+    weights, expected = ranks.sharded(1, fused)
+    assert torch.equal(first, second)
+    assert values == others
+    del values["constraints/size/stderr"], expected["constraints/size/stderr"]  # of two equal batches it is smaller
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert values["l3m/skipped_steps"] == 1
+    torch.testing.assert_close(first, weights, rtol=tolerance, atol=tolerance)
+
+
 REFUSALS = {
     "list": "ValueError: observe: constraint 'polite': row 1 is nan",
     "tensor": "ValueError: observe: constraint 'polite': row 0 is nan",
