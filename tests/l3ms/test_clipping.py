@@ -1,5 +1,6 @@
 """The step without a wait and without a pass of its own over the gradients: what it touches, extremes, what the host learns late."""
 
+import copy
 import math
 from typing import Any
 
@@ -27,6 +28,9 @@ OTHERS = {
     "for-loop": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False),
     "foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "subclass": lambda p: OwnAdamW(p, lr=0.1, fused=True),
+    "partly fused": lambda p: torch.optim.AdamW(
+        [{"params": p[:1], "fused": False}, {"params": p[1:]}], lr=0.1, fused=True
+    ),
     "dampened": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, fused=True),
 }
 
@@ -150,7 +154,7 @@ def test_a_first_step_that_is_not_taken_leaves_no_trace(base, value):
 def test_a_skipped_constraint_step_commits_nothing(base):
     """Not even that a constraint had no sample, or that two of them were violated."""
     opt, _ = make({**FUSED, **OTHERS}[base], mu=l3ms.NoiseFloorDecay(1.0, 0.1, 5))
-    give(opt, 1.0, True)
+    give(opt, 1.0, True, {name: torch.tensor([1.49, 1.5, 1.5, 1.51]) for name in ("low", "high")})
     opt.step()
     before, state = opt.metrics(), opt.state_dict()["l3m"]
     give(opt, math.nan, True, {"low": torch.tensor(9.0)})
@@ -169,7 +173,7 @@ def test_a_skipped_constraint_step_commits_nothing(base):
 @pytest.mark.parametrize("base", [FUSED["sgd"], lambda p: torch.optim.SGD(p, lr=0.1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("multiplier", [1e-3, 1.0, 1e17, 1e30, 1e37, 1e60, 1e250])
-@pytest.mark.parametrize("value", [1e-36, 1e-30, 1e-18, 1e-9, 1.0, 1e9, 1e18])
+@pytest.mark.parametrize("value", [1e-40, 1e-36, 1e-30, 1e-18, 1e-9, 1.0, 1e9, 1e18])
 def test_the_step_is_the_clipped_one_whatever_the_sizes(base, dtype, multiplier, value):
     """One value per parameter: the norm of anything smaller than 1e-19 underflows in float32. SGD of lr 0.1 shows the clipped gradient."""
     x = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
@@ -177,6 +181,7 @@ def test_the_step_is_the_clipped_one_whatever_the_sizes(base, dtype, multiplier,
     opt.barrier_loss({"c": torch.tensor(1.0)})
     opt.estimates.total = torch.tensor(max(multiplier, 1.0), dtype=torch.float64)
     x.grad = torch.full_like(x, value)
+    value = x.grad.item()  # rounded
     opt.step()
     factor = min(max(multiplier, 1.0), 1.0 / value)
     if dtype != torch.float64:
@@ -265,6 +270,27 @@ def test_late_reports_are_those_of_a_cpu_and_change_no_update(monkeypatch, caplo
     assert opt.metrics() == prompt.metrics()
 
 
+def test_a_copy_waits_for_what_is_under_way(monkeypatch):
+    late = Late(monkeypatch)
+    opt, _ = make(FUSED["sgd"])
+    give(opt, constrained=True)
+    opt.step()
+    assert (late.arrived, late.sent) == (0, 1)
+    copy.deepcopy(opt)
+    assert late.arrived == 1
+
+
+def test_a_loaded_state_knows_where_mu_was(caplog):
+    reports = step_reports.StepReports(["r"], [0], l3ms.NoiseFloorDecay(), 5)
+    state = {"mu": torch.tensor(0.3), "reported_mu": None, "conflicts": reports.conflicts.state_dict()}
+    reports.load_state_dict(state)
+    mu, one = torch.tensor(0.3), torch.ones(1)
+    numbers = step_reports.StepNumbers(torch.tensor(0), torch.tensor(True), mu, one, one, one)
+    with caplog.at_level("INFO", logger="l3ms"):
+        reports.send(numbers)
+    assert "mu waits at 0.3" in caplog.text
+
+
 def test_a_loaded_state_forgets_what_was_under_way(monkeypatch):
     late = Late(monkeypatch)
     opt, _ = make(FUSED["sgd"], max_skipped=1)
@@ -272,7 +298,7 @@ def test_a_loaded_state_forgets_what_was_under_way(monkeypatch):
     give(opt, math.nan)
     opt.step()
     opt.load_state_dict(kept)
-    late.arrived = 9
+    late.arrived = 1  # that it was skipped
     give(opt)
     opt.step()
     assert opt.skipped_steps == 0
