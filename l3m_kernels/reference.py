@@ -178,7 +178,6 @@ def barrier_weights(
     for k in range(len(bounds)):
         factor = -(multiplier[k] / total) * sign[k] / scale[k]
         seq_weight = seq_weight + factor * advantage[:, reward_index[k]]
-    seq_weight = torch.where(
-        norm == 0, 0.0, seq_weight / norm
-    ).float()  # an empty response has no token to make likelier
+    # An empty response has no token to make likelier.
+    seq_weight = torch.where(norm == 0, 0.0, seq_weight / norm).float()
     return seq_weight, multiplier, total, violation, estimate.clone(), stderr, state
