@@ -19,3 +19,10 @@ class Shape(NamedTuple):
 
 HEAD = (Shape(512, 16, 128, 2048), Shape(1024, 16, 512, 32000))
 RESPONSES = (64, 4096)  # of a constraint step, with 4 constraints
+
+STEP = (
+    (16000, 256),
+    *((256, 256), (256, 256), (1024, 256), (256, 1024), (256,)) * 9,
+    *((256,),) * 9,
+    (256, 256),
+)  # 10M in 56 tensors

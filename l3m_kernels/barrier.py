@@ -94,7 +94,7 @@ def barrier_weights(
         bounds: the K constraints.
         mu: 0-dim float64 tensor or number, positive; s: relaxation, default mu^2.
         smoothing: weight of the new batch mean in the moving average, in (0, 1].
-        norm: (N,) length normalisation that divides each weight; None is 1.
+        norm: (N,) length normalisation that divides each weight, 0 gives a weight of 0 (an empty response); None is 1.
         sums: (R, 3) count, sum and sum of squares over all ranks and micro-batches; None: those of `rewards`.
         leave_one_out: baseline is the mean of the other responses; else the moving average.
         backend: "reference", "cpp", ...; None takes the fastest that is available.

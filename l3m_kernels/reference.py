@@ -125,7 +125,7 @@ def _advance(state: Tensor, sums: Tensor, smoothing: float) -> Tensor:
 
 def barrier_weights(
     rewards: Tensor,  # (N, R) float64, NaN where a response is excluded from a constraint
-    norm: Tensor,  # (N,) float64, length normalisation of each response
+    norm: Tensor,  # (N,) float64, length normalisation of each response; 0 gives it the weight 0
     sums: Tensor | None,  # (R, 3) float64 over all ranks and micro-batches; None: those of `rewards`
     state: Tensor,  # (R, 5) float64, see STATE
     reward_index: Tensor,  # (K,) int64, the reward that each constraint bounds
@@ -178,5 +178,6 @@ def barrier_weights(
     for k in range(len(bounds)):
         factor = -(multiplier[k] / total) * sign[k] / scale[k]
         seq_weight = seq_weight + factor * advantage[:, reward_index[k]]
-    seq_weight = (seq_weight / norm).float()
+    # An empty response has no token to make likelier.
+    seq_weight = torch.where(norm == 0, 0.0, seq_weight / norm).float()
     return seq_weight, multiplier, total, violation, estimate.clone(), stderr, state

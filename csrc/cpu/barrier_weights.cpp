@@ -129,7 +129,8 @@ void barrier_weights(const Problem& problem, const Sums* sums, const Result& res
       const int64_t r = problem.reward_index[k];
       weight += factors[k] * advantages[r](problem.rewards[n * R + r]);
     }
-    result.seq_weight[n] = static_cast<float>(weight / problem.norm[n]);
+    const double norm = problem.norm[n];
+    result.seq_weight[n] = norm == 0.0 ? 0.0f : static_cast<float>(weight / norm);
   }
 }
 

@@ -127,6 +127,9 @@ class TrainConfig(Section):
     mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
     smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
     length_norm: Literal["mean", "sequence", "none"] = "mean"
+    nonfinite: Literal["raise", "drop"] = (
+        "raise"  # a reward that is NaN or inf: stop, or leave the response out and count it
+    )
     average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 activations over float32 weights (GPU)

@@ -76,6 +76,14 @@ class Constraint:
         """Whether its values come from the model's responses by themselves (a function, or the length)."""
         return self.function is not None
 
+    @property
+    def where(self) -> str:
+        """How errors name it: with its function, where there is one."""
+        function = (
+            "" if self.function is None else f": {getattr(self.function, '__name__', type(self.function).__name__)}"
+        )
+        return f"constraint {self.name!r}{function}"
+
     def rewards(
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
@@ -84,12 +92,22 @@ class Constraint:
         Raises:
             ValueError: no function, a wrong number of values, a value that is no number or not finite: names the function and row.
         """
+        values = self.values(prompts, completions, lengths, **columns)
+        for row, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{self.where}: row {row} is {value}; return None to exclude a response")
+        return values
+
+    def values(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        """As `rewards`, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
         if self.function is None:
             raise ValueError(
                 f"constraint {self.name!r} has no function; give its values to observe() or barrier_loss()"
             )
         values = self.function(prompts=prompts, completions=completions, **columns)
-        what = f"constraint {self.name!r}: {getattr(self.function, '__name__', type(self.function).__name__)}"
+        what = self.where
         try:
             values = list(values)
         except TypeError:
@@ -107,12 +125,9 @@ class Constraint:
         if value is None:
             return None
         try:
-            number = float(value)
+            return float(value)
         except (TypeError, ValueError):
             raise ValueError(f"{what}: row {row} is {value!r}, wanted a number or None") from None
-        if not math.isfinite(number):
-            raise ValueError(f"{what}: row {row} is {number}; return None to exclude a response")
-        return number
 
 
 class Length(Constraint):
@@ -133,7 +148,7 @@ class Length(Constraint):
     def samples(self) -> bool:
         return True
 
-    def rewards(
+    def values(
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
         return [float(length) for length in lengths]

@@ -5,7 +5,8 @@ and every split of a batch finds the same multipliers. Nothing here is committed
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +46,23 @@ class Estimates:
         self.state = initial_state(len(self.constraints), device)
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
-        self.last: BarrierWeights | None = None  # of the last applied step
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)  # applied constraint steps
+        self._last: BarrierWeights | None = None
         self.discard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which cannot follow a group of processes: that of all is found again."""
+        kept = vars(self).copy()
+        if self.process_group is not None:
+            if self.process_group is not dist.group.WORLD:
+                raise TypeError("an L3MOptimizer with a process_group of its own is not copied; keep its state_dict()")
+            kept["process_group"] = "world"
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.process_group == "world":
+            self.process_group = dist.group.WORLD
 
     # ---- the half-step that is being prepared ----
 
@@ -57,30 +73,37 @@ class Estimates:
         self._responses = 0
         self._sums = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
 
-    def commit(self) -> None:
-        """The step was applied: the moving averages advance, once."""
+    def commit(self, applied: Tensor) -> None:
+        """The step was `applied` () bool: the moving averages advance, once. Or it was not, and what was observed is forgotten."""
         assert self.pending is not None
-        self.state, self.last = self.pending.state, self.pending
-        self.missing += self._sums[:-1, 0] == 0
+        new = self.pending._replace(seq_weight=self.pending.seq_weight.new_empty(0))
+        old = new if self._last is None else self._last
+        self._last = BarrierWeights(
+            *(torch.where(applied, after, before) for after, before in zip(new, old, strict=True))
+        )
+        self.state = torch.where(applied, new.state, self.state)
+        self.steps = self.steps + applied
+        self.missing += (self._sums[:-1, 0] == 0) & applied
         self.discard()
 
     def observe(self, values: Values, lengths: Tensor | None, normalisation: str, mu: Tensor) -> Tensor:
         """Rewards of n responses -> (n,) fp32 weights; `lengths` (n,) are the responses' tokens, for the normalisation."""
-        rewards = self._table(values)
-        count = len(rewards)
-        if lengths is not None and lengths.shape != (count,):
-            raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+        with self.errors_on_all_ranks():
+            rewards = self._table(values)
+            count = len(rewards)
+            if lengths is not None and lengths.shape != (count,):
+                raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+            if self.leave_one_out and (self._responses + count) * self._world == 1:
+                raise ValueError(
+                    "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
+                    'give more, or use L3MOptimizer(baseline="estimate")'
+                )
         tokens = torch.ones(count, dtype=torch.float64, device=self.device)
         if lengths is not None:
             tokens = lengths.to(self.device, torch.float64)
         local = torch.cat(
             [reward_sums(rewards), torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])[None]]
         )
-        if self.leave_one_out and (self._responses + count) * self._world == 1:
-            raise ValueError(
-                "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
-                'give more, or use L3MOptimizer(baseline="estimate")'
-            )
         part, sums = self._add(local)
         self._responses += count
         norm = torch.ones_like(tokens)
@@ -95,11 +118,12 @@ class Estimates:
 
     def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
         """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
-        columns = {name: value.detach().reshape(-1) for name, value in values.items()}
-        self._check_names(columns)
         local = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
-        for name, column in columns.items():
-            local[self.index[name]] = reward_sums(self._finite(name, column)[:, None])[0]
+        with self.errors_on_all_ranks():
+            self._check_names(values)
+            for name, value in values.items():
+                column = self._finite(name, value.detach().reshape(-1))
+                local[self.index[name]] = reward_sums(column[:, None])[0]
         part, sums = self._add(local)
         empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
         weights = self._weights(empty, empty[:, 0], sums, mu)
@@ -115,38 +139,34 @@ class Estimates:
                 loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
         return loss
 
-    def violations(self) -> list[float]:
-        """The worse of each constraint's one-sided C, in the last applied step; NaN where never observed."""
-        assert self.last is not None
-        values = self.last.violation.tolist()
-        return [
-            max(v for v, owner in zip(values, self.owner, strict=True) if owner == i)
-            for i in range(len(self.constraints))
-        ]
+    @property
+    def last(self) -> BarrierWeights | None:
+        """Of the last applied step, without the weights of its responses; None before the first. Waits for the device."""
+        return self._last if self.steps > 0 else None
 
     def metrics(self) -> dict[str, float]:
         """`constraints/<name>/...` of the last applied step, see `L3MOptimizer.metrics`."""
         values: dict[str, float] = {}
+        last = self.last
         for i, constraint in enumerate(self.constraints):
             prefix = f"constraints/{constraint.name}"
             for counter, counts in (("missing", self.missing), ("dropped", self.dropped)):
                 if counts[i]:
                     values[f"{prefix}/{counter}"] = float(counts[i])
-            if self.last is not None:
+            if last is not None:
                 sides = [k for k, owner in enumerate(self.owner) if owner == i]
-                values[f"{prefix}/estimate"] = float(self.last.estimate[i])
-                values[f"{prefix}/stderr"] = float(self.last.stderr[i])
-                values[f"{prefix}/lambda"] = float(self.last.multiplier[sides].sum())
-                values[f"{prefix}/slack"] = float(-self.last.violation[sides].max())
+                values[f"{prefix}/estimate"] = float(last.estimate[i])
+                values[f"{prefix}/stderr"] = float(last.stderr[i])
+                values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
+                values[f"{prefix}/slack"] = float(-last.violation[sides].max())
         return values
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
         self.state = kept["estimates"].to(self.state)
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
-        self.last = (
-            None if kept["last"] is None else BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"]))
-        )
+        self.steps = torch.full_like(self.steps, kept["constraint_steps"])
+        self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
         self.discard()
 
     # ---- parts ----
@@ -165,11 +185,27 @@ class Estimates:
         assert self.total is not None
         return (weights.total / self.total).clamp(max=LARGEST_RATIO)
 
+    @contextmanager
+    def errors_on_all_ranks(self) -> Iterator[None]:
+        """Around what comes before an observation: an error in it is one on the other ranks too, where they wait for this one's sums."""
+        try:
+            yield
+        except Exception:
+            if self.process_group is not None:
+                failed = torch.zeros_like(self._sums)
+                failed[-1, 2] = 1.0
+                dist.all_reduce(failed, group=self.process_group)
+            raise
+
     def _add(self, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses and their tokens."""
+        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses, their tokens, ranks that failed."""
         part = local.clone()
         if self.process_group is not None:
             dist.all_reduce(part, group=self.process_group)
+            if part[-1, 2] > 0:  # on a GPU this waits
+                raise ValueError(
+                    "observe: another rank refused its values or could not compute them; its error says why"
+                )
         self._sums = self._sums + part
         return part, self._sums
 
@@ -215,7 +251,7 @@ class Estimates:
         elif bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise ValueError(
-                f"observe: constraint {name!r}: row {row} is {column[row].item()}; "
+                f"observe: {self.constraints[self.index[name]].where}: row {row} is {column[row].item()}; "
                 'pass None to exclude a response, or use L3MOptimizer(nonfinite="drop")'
             )
         return column.to(self.device, torch.float64)

@@ -89,6 +89,10 @@ class _FusedHead:
 
     _l3m_backend: str | None
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """For pickle and torch.save: the class was made here, so what is kept is the one it was made from."""
+        return _unfilled, (type(self).__mro__[2],), super().__reduce_ex__(2)[2]
+
     def _fused_forward(
         self, forward: Any, args: tuple, labels: Tensor, seq_weight: Tensor, temperature: float, kwargs: dict
     ) -> HeadOutput:
@@ -130,6 +134,12 @@ def _fused_class(cls: type) -> type:
     return type(
         cls.__name__, (_FusedHead, cls), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     )
+
+
+def _unfilled(plain: type) -> Any:
+    """An instance of the fused class before its state is set."""
+    fused: Any = _fused_class(plain)
+    return fused.__new__(fused)
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 One iteration is a task half-step and a constraint half-step, each a backward and an ordinary `step()` with its own clipping, on one shared
 optimizer state. Multipliers reach 1e17 when mu is small: squared in a gradient norm they overflow fp32, the norm is inf, and clipping by
 max_norm / norm would multiply the step by 0 exactly when it matters. So losses carry lambda / S with S = max(1, sum lambda) in float64, and
-`step()` clips by min(S, max_norm / ||g'||): S g' clipped by min(1, max_norm / ||S g'||), without ever forming S g'.
+`step()` clips by min(S, max_norm / ||g'||), see `clipping`. Whether a step was applied is known on the device alone: what follows from it
+(estimates, mu, counters) stays there.
 """
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
+from l3ms.clipping import apply, clip, gradients
 from l3ms.conflicts import ConflictWatch
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.estimates import Estimates, Values
 from l3ms.losses import scored_lengths, shift
-from l3ms.schedules import MuSchedule, as_schedule, check_resolution, noise_floor
+from l3ms.schedules import MuSchedule, as_schedule, check_resolution
+from l3ms.step_reports import Progress, StepNumbers, StepReports
 
-logger = logging.getLogger(__name__)
+# Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
+_KEPT = (
+    *("base", "constraints", "schedule", "smoothing", "max_grad_norm", "length_norm"),
+    *("estimates", "_units", "_progress", "_one", "_norms", "_reports"),
+)
 
 
 class ConstraintLoss(NamedTuple):
@@ -56,9 +61,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         ValueError: an argument is wrong (named), or mu ends so low that mu^2 is below 4 ulp of a bound.
     """
 
-    _step_supports_amp_scaling = (
-        True  # GradScaler hands grad_scale and found_inf to step() instead of silently not calling it
-    )
+    # GradScaler hands grad_scale and found_inf to step() instead of silently not calling it
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -94,12 +98,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         self.constraints = check_constraints(constraints)
         self.schedule = as_schedule(mu)
         check_resolution(self.schedule, self.constraints)
-        self.smoothing, self.max_grad_norm, self.length_norm, self.max_skipped = (
-            smoothing,
-            max_grad_norm,
-            length_norm,
-            max_skipped,
-        )
+        self.smoothing, self.max_grad_norm, self.length_norm = smoothing, max_grad_norm, length_norm
         device = base.param_groups[0]["params"][0].device
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
@@ -112,19 +111,33 @@ class L3MOptimizer(torch.optim.Optimizer):
             process_group=process_group,
             backend=backend,
         )
-        self.conflicts = ConflictWatch([constraint.name for constraint in self.constraints])
         self._units = torch.tensor(
             [constraint.unit for constraint in self.constraints], dtype=torch.float64, device=device
         )
-        self.mu = torch.tensor(self.schedule.start, dtype=torch.float64, device=device)
-        self.constraint_steps = 0  # applied
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
-        self._reported_mu: float | None = None
-        self._norms: dict[str, float] = {}
+        self._progress = Progress.at(torch.tensor(self.schedule.start, dtype=torch.float64, device=device))
+        self._one = torch.ones_like(self.mu)  # S where nothing is constrained
+        self._norms: dict[str, Tensor] = {}
+        names = [constraint.name for constraint in self.constraints]
+        self._reports = StepReports(names, self.estimates.owner, self.schedule, max_skipped)
+
+    @property
+    def mu(self) -> Tensor:
+        """() float64, on the device."""
+        return self._progress.mu
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: torch's own would keep the parameters and leave out the barrier. Hooks go, as there."""
+        self._reports.wait()
+        return {name: value for name, value in vars(self).items() if name in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        base = state["base"]
+        super().__setstate__({"param_groups": base.param_groups, "state": base.state, "defaults": base.defaults})
+        vars(self).update(state)
+        self._share()
 
     # ---- the constraint half-step ----
 
@@ -198,73 +211,63 @@ class L3MOptimizer(torch.optim.Optimizer):
 
         A gradient whose norm is not finite is not applied: the step is counted as skipped, and neither mu nor the estimates advance.
 
+        Where `base` is one of torch's Adam, AdamW, SGD (without dampening) or Adagrad with `fused=True` and no gradient is float64, the
+        clipping is part of its kernel and the host waits for nothing; `.grad` holds the clipped gradient afterwards. Other optimizers
+        cost a multiplication of the gradients where they are clipped, and on a GPU one wait.
+
         Raises:
             ValueError: a closure was given: the two half-steps are two calls.
-            RuntimeError: `max_skipped` steps in a row were skipped; names the constraint with the largest multiplier.
+            RuntimeError: `max_skipped` steps in a row were skipped; names the constraint with the largest multiplier. On a GPU the
+                host learns of it later, as a rule in the next step; those in between are skipped or applied each on its own.
         """
         if closure is not None:
             raise ValueError("L3MOptimizer.step takes no closure: call it once per half-step")
         constrained = self.estimates.pending is not None
-        total = float(self.estimates.total) if self.estimates.total is not None else 1.0
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        unscale = 1.0
-        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
-            unscale = 1.0 / float(grad_scale)
-        norm = _norm(grads) * unscale
-        self._norms["constraint" if constrained else "task"] = norm
-        overflow = float(getattr(self, "found_inf", 0.0)) > 0  # GradScaler's business: it lowers its scale and goes on
-        if overflow or not math.isfinite(norm):
-            self._skip(constrained, overflow)
-            return
+        grads = gradients(self)
+        total = self._one if self.estimates.total is None else self.estimates.total
+        clipped = clip(grads, total, self.max_grad_norm, getattr(self, "grad_scale", None))
+        self._norms["constraint" if constrained else "task"] = clipped.norm
+        skipped: Tensor = ~clipped.finite
+        counted: Tensor | int = 1
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            overflow = found_inf.to(self.mu.device) > 0  # GradScaler's own business: it lowers its scale and goes on
+            skipped, counted = skipped | overflow, ~overflow
+        self._progress.in_a_row = (self._progress.in_a_row + counted) * skipped
+        self._progress.skipped = self._progress.skipped + skipped
         # An exactly zero gradient of the constraints says nothing; stepping on it would only replay the task's momentum.
-        if norm > 0 or not constrained:
-            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-            coefficient = min(total, limit / norm if norm > 0 else math.inf) * unscale
-            if coefficient != 1.0:
-                torch._foreach_mul_(grads, coefficient)  # pyright: ignore[reportPrivateImportUsage]
-            self.base.step()
-        self._skipped_in_a_row = 0
-        if constrained:
-            self._advance()
+        apply(self.base, grads, clipped.factor, skipped | (clipped.norm == 0) if constrained else skipped)
+        self._reports.send(self._advance(~skipped) if constrained else StepNumbers(self._progress.in_a_row))
+        if self._reports.failure is not None:
+            raise RuntimeError(self._reports.failure)
 
-    def _skip(self, constrained: bool, overflow: bool) -> None:
-        self.skipped_steps += 1
-        self._skipped_in_a_row += not overflow
-        cause = "the task loss"
-        if constrained:
-            assert self.estimates.pending is not None
-            cause = f"constraint {self.constraints[self.estimates.owner[int(self.estimates.pending.multiplier.argmax())]].name!r}"
-        self.estimates.discard()
-        if self._skipped_in_a_row >= self.max_skipped:
-            raise RuntimeError(
-                f"the gradient of {cause} was not finite in {self._skipped_in_a_row} steps in a row; "
-                "look at its reward or loss, or lower the learning rate"
-            )
+    def _advance(self, applied: Tensor) -> StepNumbers:
+        """After a constraint step: the estimates, then mu, where it was `applied` () bool."""
+        pending = self.estimates.pending
+        assert pending is not None
+        self.estimates.commit(applied)
+        noise = (pending.stderr / self._units).where(pending.state[:, 0] > 0, 0.0)
+        advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
+        self._progress.mu = torch.where(applied, advanced, self.mu)
+        return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
 
-    def _advance(self) -> None:
-        """After an applied constraint step: the estimates, then mu."""
-        self.estimates.commit()
-        assert self.estimates.last is not None
-        self.constraint_steps += 1
-        last = self.estimates.last
-        noise = (last.stderr / self._units).where(self.estimates.state[:, 0] > 0, 0.0)
-        previous, self.mu = self.mu, self.schedule(self.constraint_steps, self.mu, noise.max())
-        self._report_floor(float(previous), noise)
-        self.conflicts.update(self.estimates.violations())
+    # ---- reading and keeping: all of this waits for the device ----
 
-    def _report_floor(self, previous: float, noise: Tensor) -> None:
-        """Log where mu begins to wait for the noise to fall, and again once it has fallen by a fifth."""
-        mu = float(self.mu)
-        waiting = mu == previous and mu > self.schedule.end
-        if waiting and (self._reported_mu is None or mu < 0.8 * self._reported_mu):
-            name, floor = self.constraints[int(noise.argmax())].name, float(noise_floor(noise.max()))
-            logger.info("mu waits at %.3g: the noise floor of constraint %r is %.3g", mu, name, floor)
-            self._reported_mu = mu
+    @property
+    def constraint_steps(self) -> int:
+        """Those that were applied."""
+        return int(self.estimates.steps)
 
-    # ---- reading and keeping ----
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._progress.skipped)
+
+    @property
+    def conflicts(self) -> ConflictWatch:
+        self._reports.wait()
+        return self._reports.conflicts
 
     def metrics(self) -> dict[str, float]:
-        """Of the last applied constraint step, as floats (waits for the device): for each constraint `constraints/<name>/`
+        """Of the last applied constraint step, as floats: for each constraint `constraints/<name>/`
 
         * `estimate`, `stderr`: native units;
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
@@ -273,7 +276,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         and `l3m/mu`, `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping (the latter divided by S).
         """
         values = {"l3m/mu": float(self.mu), "l3m/skipped_steps": float(self.skipped_steps)}
-        values.update({f"l3m/grad_norm/{name}": norm for name, norm in self._norms.items()})
+        values.update({f"l3m/grad_norm/{name}": float(norm) for name, norm in self._norms.items()})
         return {**values, **self.estimates.metrics()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -289,12 +292,11 @@ class L3MOptimizer(torch.optim.Optimizer):
                 "estimates": self.estimates.state.clone(),
                 "missing": self.estimates.missing.clone(),
                 "dropped": self.estimates.dropped.clone(),
-                "last": None if self.estimates.last is None else [tensor.clone() for tensor in self.estimates.last],
+                "last": [tensor.clone() for tensor in self.estimates.last or ()],
                 "constraint_steps": self.constraint_steps,
                 "skipped_steps": self.skipped_steps,
-                "skipped_in_a_row": self._skipped_in_a_row,
-                "reported_mu": self._reported_mu,
-                "conflicts": self.conflicts.state_dict(),
+                "skipped_in_a_row": int(self._progress.in_a_row),
+                **self._reports.state_dict(),
             },
         }
 
@@ -310,17 +312,6 @@ class L3MOptimizer(torch.optim.Optimizer):
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "l3m"})
         self._share()
-        self.mu = ours["mu"].to(self.mu)
+        self._progress = Progress.at(ours["mu"].to(self.mu).clone(), ours["skipped_steps"], ours["skipped_in_a_row"])
         self.estimates.load(ours)
-        self.constraint_steps, self.skipped_steps = ours["constraint_steps"], ours["skipped_steps"]
-        self._skipped_in_a_row, self._reported_mu = ours["skipped_in_a_row"], ours["reported_mu"]
-        self.conflicts.load_state_dict(ours["conflicts"])
-
-
-def _norm(grads: list[Tensor]) -> float:
-    """The 2-norm of all gradients; 0 where there are none."""
-    if not grads:
-        return 0.0
-    norm = torch.nn.utils.get_total_norm(grads)
-    full = getattr(norm, "full_tensor", None)  # sharded gradients give a DTensor
-    return float(full() if full is not None else norm)
+        self._reports.load_state_dict(ours)

@@ -39,13 +39,15 @@ class Rollout:
     def rewards(self, constraints: Sequence[Constraint]) -> dict[str, list[float | None]]:
         """One value per response and constraint, by name; constraints without a function are left out (give those to `observe`).
 
+        NaN and inf are let through, to `observe`: there it is decided about them, and an error is one of all ranks.
+
         Raises:
-            ValueError: a reward of the wrong length, NaN, inf or no number: names the function and row.
+            ValueError: a reward of the wrong length, or no number: names the function and row.
         """
         own = [constraint for constraint in constraints if constraint.samples]
         columns = {**self.columns, "completion_ids": self.completion_ids()}
         lengths = self.lengths.tolist()
-        return {c.name: c.rewards(self.prompts, self.completions, lengths, **columns) for c in own}
+        return {c.name: c.values(self.prompts, self.completions, lengths, **columns) for c in own}
 
     def completion_ids(self) -> list[list[int]]:
         """The response tokens of each sequence."""

@@ -142,8 +142,10 @@ def _evaluator(
         rewards = {}
         for constraint in constraints:
             if constraint.function is not None:
-                values = constraint.rewards(prompts, found.completions, found.lengths, **columns)
-                rewards[constraint.name] = _mean([value for value in values if value is not None])
+                call = constraint.values if config.train.nonfinite == "drop" else constraint.rewards
+                values = call(prompts, found.completions, found.lengths, **columns)
+                given = [value for value in values if value is not None and math.isfinite(value)]
+                rewards[constraint.name] = _mean(given)
         return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
 
     return sample

@@ -58,7 +58,8 @@ def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any
     columns["completion_ids"] = answers
     for index, (item, constraint) in enumerate(zip(config.constraints, constraints, strict=True)):
         if isinstance(item, FunctionConfig):
-            try_reward(f"constraints.{index}.function", constraint, prompts, completions, columns)
+            field, nonfinite = f"constraints.{index}.function", config.train.nonfinite
+            try_reward(field, constraint, prompts, completions, columns, nonfinite=nonfinite)
 
 
 def load_model(config: RunConfig, console: Console) -> tuple[Any, Any]:
@@ -155,6 +156,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         max_new_tokens=train.max_new_tokens,
         temperature=train.temperature,
         length_norm=train.length_norm,
+        nonfinite=train.nonfinite,
         average_fraction=train.average_fraction,
         max_grad_norm=train.max_grad_norm,
         max_steps=train.iterations,

@@ -1,6 +1,7 @@
 """How the barrier's temperature mu falls over a run: after n applied constraint steps, from the noise of the estimates.
 
-mu is a 0-dim float64 tensor that stays on its device; a schedule returns the next one.
+mu is a 0-dim float64 tensor that stays on its device; a schedule returns the next one. The number of steps is a tensor too: which ones
+were applied is known on the device alone.
 """
 
 import math
@@ -21,8 +22,9 @@ class MuSchedule(Protocol):
     @property
     def end(self) -> float: ...
 
-    def __call__(self, step: int, mu: Tensor, noise: Tensor) -> Tensor:
-        """mu after `step` constraint steps; `mu` is the current one, `noise` the largest standard error of a dimensionless constraint."""
+    def __call__(self, step: Tensor, mu: Tensor, noise: Tensor) -> Tensor:
+        """mu after `step` () int64 constraint steps; `mu` () float64 is the current one, `noise` () the largest standard error of a
+        dimensionless constraint."""
         ...
 
 
@@ -43,9 +45,9 @@ class ExponentialDecay:
         if self.steps < 1:
             raise ValueError(f"mu: steps must be at least 1, got {self.steps}")
 
-    def __call__(self, step: int, mu: Tensor, noise: Tensor) -> Tensor:
-        fraction = min(step / self.steps, 1.0)
-        return torch.full_like(mu, self.start ** (1 - fraction) * self.end**fraction)
+    def __call__(self, step: Tensor, mu: Tensor, noise: Tensor) -> Tensor:
+        fraction = (step.double() / self.steps).clamp(max=1.0)
+        return self.start ** (1.0 - fraction) * self.end**fraction
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class NoiseFloorDecay(ExponentialDecay):
     mu never rises; it resumes its decay when the noise falls. This is `mu="auto"`.
     """
 
-    def __call__(self, step: int, mu: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, step: Tensor, mu: Tensor, noise: Tensor) -> Tensor:
         rate = (self.end / self.start) ** (1 / self.steps)
         return torch.maximum((mu * rate).clamp(min=self.end), torch.minimum(mu, noise_floor(noise)))
 

@@ -7,8 +7,9 @@ scheduler ticks once. Callbacks, trackers, PEFT, accelerate come with the Traine
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from l3ms.constraints import Constraint, check_constraints
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift, task_weights
 from l3ms.optimizer import L3MOptimizer
+from l3ms.resuming import PromptOrder, load_progress, save_progress
 from l3ms.rollouts import Rollout, rollout
 from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
 
@@ -37,6 +39,7 @@ class L3MConfig(TrainingArguments):
     max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
     length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
+    nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
     average_fraction: float = field(
         default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
     )
@@ -49,6 +52,8 @@ class L3MConfig(TrainingArguments):
             raise ValueError(f"solver must be barrier or none, got {self.solver!r}")
         if self.mu not in ("auto", "paper"):
             raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
+        if self.nonfinite not in ("raise", "drop"):
+            raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
         if self.constraint_batch_size < 2:
             raise ValueError(
                 f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
@@ -98,8 +103,12 @@ class L3MTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
-        self._prompts = self.train_dataset if prompts is None else prompts
-        self._prompt_order = self._endless_prompts()
+        self._prompts = PromptOrder(
+            self.train_dataset if prompts is None else prompts,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
         self._average: AveragedModel | None = None
         self.add_callback(_HalfStep(self))
 
@@ -126,6 +135,7 @@ class L3MTrainer(Trainer):
                 smoothing=args.smoothing,
                 max_grad_norm=args.max_grad_norm or None,
                 length_norm=args.length_norm,
+                nonfinite=args.nonfinite,
             )
             self.l3m_optimizer = self.optimizer
         return self.optimizer  # type: ignore[return-value]
@@ -140,9 +150,11 @@ class L3MTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Ours clips inside its step; clipping before it would hide an infinite norm behind a zero gradient."""
-        if self.l3m_optimizer is None:
-            return super()._clip_grad_norm(model)
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return super()._clip_grad_norm(model) if self.l3m_optimizer is None else None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before the step, which computes the norm: `log` takes it from there."""
+        return super()._get_grad_norm(model, grad_norm) if self.l3m_optimizer is None else None
 
     # ---- the constraint half-step ----
 
@@ -153,7 +165,7 @@ class L3MTrainer(Trainer):
         assert optimizer is not None
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        rows = [next(self._prompt_order) for _ in range(args.constraint_batch_size)]  # type: ignore[attr-defined]
+        rows = self._prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
         self.last_rollout = responses = rollout(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
@@ -163,7 +175,9 @@ class L3MTrainer(Trainer):
             temperature=args.temperature,  # type: ignore[attr-defined]
             columns=further_columns(rows),
         )
-        weights = optimizer.observe(responses.rewards(self.constraints), responses.lengths)
+        with optimizer.estimates.errors_on_all_ranks():
+            rewards = responses.rewards(self.constraints)
+        weights = optimizer.observe(rewards, responses.lengths)
         size = args.per_device_train_batch_size
         model.train()
         for start in range(0, len(responses), size):
@@ -183,16 +197,7 @@ class L3MTrainer(Trainer):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _endless_prompts(self) -> Iterator[dict[str, Any]]:
-        """Rows in a new random order each time around, from a generator of its own; ranks take turns."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        rank, world = self.args.process_index, self.args.world_size
-        while True:
-            order = torch.randperm(len(self._prompts), generator=generator).tolist()  # type: ignore[arg-type]
-            for index in order[rank::world]:
-                yield self._prompts[index]  # type: ignore[index]
-
-    # ---- weights and logs ----
+    # ---- weights, checkpoints and logs ----
 
     @property
     def average_from(self) -> int:
@@ -213,9 +218,20 @@ class L3MTrainer(Trainer):
             return copy.deepcopy(self.accelerator.unwrap_model(self.model))
         return self._average.module
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_progress(Path(output_dir), self._prompts, self._average)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._average = load_progress(Path(checkpoint), self._prompts, self.accelerator.unwrap_model(self.model))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
-            logs.update(self.l3m_optimizer.metrics())
+            metrics = self.l3m_optimizer.metrics()
+            logs.update({"grad_norm": metrics["l3m/grad_norm/task"], **metrics})
             if self.last_rollout is not None:
                 logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
         super().log(logs, start_time)

@@ -50,11 +50,18 @@ def _import_file(field: str, path: Path) -> Any:
 
 
 def try_reward(
-    field: str, constraint: Constraint, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    field: str,
+    constraint: Constraint,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Any],
+    *,
+    nonfinite: str = "raise",
 ) -> None:
     """Call the reward once on a few reference answers, before anything is written: a broken one costs no run."""
     try:
-        constraint.rewards(prompts, completions, [1] * len(completions), **columns)
+        call = constraint.values if nonfinite == "drop" else constraint.rewards
+        call(prompts, completions, [1] * len(completions), **columns)
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"raised {type(error).__name__} on a trial call: "
         raise ConfigError(field, f"{kind}{error}") from error

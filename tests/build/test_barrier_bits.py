@@ -41,6 +41,8 @@ def random_problem(seed: int) -> tuple:
     mu = 10.0 ** (-6 * uniform())
     norm = torch.randint(1, 100, (N,), generator=generator).double()
     index = torch.randint(0, R, (K,), generator=generator)
+    if seed % 6 == 0:
+        norm[uniform(N) < 0.2] = 0.0
     return (
         rewards,
         norm,

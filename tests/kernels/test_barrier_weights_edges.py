@@ -94,6 +94,19 @@ def test_no_constraints(backend):
     assert out.seq_weight.tolist() == [0, 0]
 
 
+@each_backend
+def test_a_response_of_norm_0_has_no_weight(backend):
+    """An empty response under length_norm="sequence": 0/0 would be NaN, and anything else over 0 infinite."""
+    rewards, norm = column(3, 5, 9, 4, 3), torch.tensor([2.0, 0.0, 0.0, -0.0, 1.0], dtype=torch.float64)
+    empty = norm == 0
+    out = barrier_weights(rewards, initial_state(1), UPPER, 0.1, norm=norm, backend=backend)
+    plain = barrier_weights(rewards, initial_state(1), UPPER, 0.1, norm=norm.where(~empty, 1.0), backend=backend)
+    assert torch.equal(out.seq_weight, plain.seq_weight.where(~empty, 0.0))
+    assert out.seq_weight[0] > 0
+    none = barrier_weights(column(nan, 7, 7), initial_state(1), UPPER, 0.1, norm=norm[1:4], backend=backend)
+    assert none.seq_weight.tolist() == [0.0] * 3
+
+
 # ---- micro-batches and ranks
 
 

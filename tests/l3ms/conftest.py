@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # `ranks` and `training_runs` are shared
+sys.path.insert(0, str(Path(__file__).parent))  # `observing`, `ranks` and `training_runs` are shared
 
 WORDS = ("a", "b", "c", "d", "e", "f", "def", "name", "(", ")", "user", "assistant", "system", ":")
 SIZES = {

@@ -61,13 +61,78 @@ def run(split, rank, world):
         opt.zero_grad()
         last = opt.estimates.last
         assert last is not None
-        found.append([first, last.multiplier, last.estimate, last.stderr, opt.mu, gradient, head.detach().clone()])
+        found.append(
+            [first, last.multiplier, last.estimate, last.stderr, opt.mu.clone(), gradient, head.detach().clone()]
+        )
     return found
+
+
+def refused(rank, world):
+    """What is wrong on the second rank alone -> what each says, and what both find afterwards."""
+    head = torch.nn.Parameter(torch.zeros(1))
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([head], lr=0.5), [l3ms.Constraint("polite", min=0.5)])
+    bad = float("nan") if rank else 1.0
+
+    def broken(prompts, completions, **columns):
+        return [1.0 / (world - 1 - rank)] * len(completions)
+
+    def roll():
+        with opt.estimates.errors_on_all_ranks():
+            values = l3ms.Constraint("polite", broken, min=0.5).values(["p"], ["x"], [1])
+        opt.observe({"polite": values})
+
+    attempts = {
+        "list": lambda: opt.observe({"polite": [1.0, bad]}),
+        "tensor": lambda: opt.observe({"polite": torch.tensor([bad, 1.0])}),
+        "differentiable": lambda: opt.barrier_loss({"polite": head * bad}),
+        "name": lambda: opt.observe({"rude" if rank else "polite": [1.0, 2.0]}),
+        "function": roll,
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "nothing"
+        except (ValueError, ZeroDivisionError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    opt.observe({"polite": [float(rank), 2.0]})
+    head.grad = torch.ones_like(head)
+    opt.step()
+    return {**found, "estimate": opt.metrics()["constraints/polite/estimate"]}
+
+
+def sharded(world, fused):
+    """Both half-steps on parameters that fully_shard (FSDP2) has split over the ranks, each with the whole batch -> the whole weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)).double()
+    if fused:
+        model.float()  # a fused step on float64 is not folded
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    base = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    opt = l3ms.L3MOptimizer(base, [l3ms.Constraint("size", max=1.0, margin=0.0)], mu=l3ms.ExponentialDecay(0.1, 0.1, 1))
+    inputs = torch.linspace(-3, 9, 20).reshape(5, 4).to(next(model.parameters()).dtype)
+    for step in range(6):
+        size = model(inputs).square().mean()
+        (opt.barrier_loss({"size": size}) if step % 2 else size).backward()
+        if step == 3:
+            for parameter in model.parameters():
+                parameter.grad = parameter.grad * float("inf")  # type: ignore[operator]
+        opt.step()
+        opt.zero_grad()
+    full = [getattr(p, "full_tensor", p.detach)().detach().clone() for p in model.parameters()]
+    return torch.cat([p.double().reshape(-1) for p in full]), opt.metrics()
 
 
 if __name__ == "__main__":
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    torch.save({name: run(split, rank, world) for name, split in SPLITS.items()}, sys.argv[4])
+    found = {name: run(split, rank, world) for name, split in SPLITS.items()}
+    found |= {"refused": refused(rank, world)}
+    found |= {f"sharded, fused {fused}": sharded(world, fused) for fused in (False, True)}
+    torch.save(found, sys.argv[4])
     dist.destroy_process_group()

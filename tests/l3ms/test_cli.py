@@ -35,6 +35,7 @@ def short(prompts, completions, answer, **kwargs):
 
 def one(prompts, completions, **kwargs): return [1.0]
 def nan(prompts, completions, **kwargs): return [math.nan] * len(completions)
+def gaps(prompts, completions, **kwargs): return [math.nan if i % 4 == 0 else 0.6 for i, _ in enumerate(completions)]
 def text(prompts, completions, **kwargs): return ["good"] * len(completions)
 def number(prompts, completions, **kwargs): return 1.0
 def broken(prompts, completions, **kwargs): raise RuntimeError("no luck")
@@ -197,6 +198,19 @@ def one_line(capsys):
 def reward(name):
     value = f'{{type: function, name: mine, function: "rewards.py:{name}", min: 0.5}}'
     return ["--constraints", f"[{value}]", "--allow-code"]
+
+
+def test_rewards_that_are_not_finite_are_dropped_where_the_file_says_so(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    arguments = [project / "run.yaml", *reward("gaps"), "--iterations", 2]
+    assert l3ms(*arguments) == 2
+    assert "constraint 'mine': gaps: row 0 is nan" in capsys.readouterr().err
+    assert l3ms(*arguments, "--train.nonfinite", "drop") == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (project / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["constraints/mine/dropped"] > 0
+    report = json.loads((project / "out" / "report.json").read_text())
+    assert report["average"]["constraints"]["mine"]["mean"] == pytest.approx(0.6)
+    assert report["average"]["constraints"]["mine"]["samples"] == 12
 
 
 # (arguments after the file, what the line must begin with or hold)

@@ -105,6 +105,14 @@ def test_a_wrong_reward_names_constraint_function_and_row(values, named):
     assert named in str(error.value)
 
 
+def test_values_let_what_is_not_finite_through():
+    values = bad_reward([1, None, -math.inf, math.nan]).values(["p"] * 4, ["x"] * 4, [1] * 4)
+    assert values[:3] == [1.0, None, -math.inf]
+    assert str(values[3]) == "nan"
+    with pytest.raises(ValueError, match="constraint 'polite': graded must return one number per response"):
+        bad_reward([1.0]).values(["p"] * 4, ["x"] * 4, [1] * 4)
+
+
 def test_a_callable_object_is_named_by_its_class():
     class Judge:
         def __call__(self, prompts, completions):

@@ -63,6 +63,36 @@ def test_lengths_give_bit_identical_multipliers_however_they_are_split(two_ranks
         assert torch.equal(two_ranks[0][split][0][0][1:3], one_rank[0][0][1:3])  # both bounds of the length
 
 
+@pytest.mark.parametrize(("fused", "tolerance"), [(False, 1e-12), (True, 1e-6)])
+def test_sharded_parameters_take_the_steps_of_whole_ones(two_ranks, fused, tolerance):
+    (first, values), (second, others) = (rank[f"sharded, fused {fused}"] for rank in two_ranks)
+    weights, expected = ranks.sharded(1, fused)
+    assert torch.equal(first, second)
+    assert values == others
+    del values["constraints/size/stderr"], expected["constraints/size/stderr"]  # of two equal batches it is smaller
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert values["l3m/skipped_steps"] == 1
+    torch.testing.assert_close(first, weights, rtol=tolerance, atol=tolerance)
+
+
+REFUSALS = {
+    "list": "ValueError: observe: constraint 'polite': row 1 is nan",
+    "tensor": "ValueError: observe: constraint 'polite': row 0 is nan",
+    "differentiable": "ValueError: observe: constraint 'polite': row 0 is nan",
+    "name": "ValueError: observe: wanted values for constraints among ['polite'], got ['rude']",
+    "function": "ZeroDivisionError: ",
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_one_rank_refuses_is_an_error_on_every_rank(two_ranks, case):
+    """The others would wait for its sums. What was refused leaves nothing behind."""
+    first, second = (rank["refused"] for rank in two_ranks)
+    assert second[case].startswith(REFUSALS[case])
+    assert first[case].startswith("ValueError: observe: another rank refused its values")
+    assert first["estimate"] == second["estimate"] == (0 + 2 + 1 + 2) / 4
+
+
 def test_the_whole_world_is_used_only_where_it_is_initialised():
     base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     assert l3ms.L3MOptimizer(base, [l3ms.Length(max=1)]).estimates.process_group is None

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -147,6 +148,23 @@ def test_with_gradient_checkpointing(make_model, kind):
     plain, model = make_model(kind), l3ms.fuse_head(make_model(kind))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_fused_is_own(model.train(), plain)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_pickled_model_is_fused(make_model, adapted):
+    """Of a class that exists only while the program runs: torch.save(model), and processes that are handed one."""
+    model: Any = lora(make_model("Gemma2")) if adapted else make_model("Gemma2")
+    l3ms.fuse_head(model, backend="reference")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for again in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
+        inner = again.get_base_model() if adapted else again
+        assert l3ms.fuse_head(again) is inner  # nothing left to do
+        assert inner._l3m_backend == "reference"
+        plain = lora(make_model("Gemma2")) if adapted else make_model("Gemma2")
+        assert_fused_is_own(again, plain)
+    assert type(again) is type(model)
 
 
 def test_copies_are_fused_and_apart(make_model):

@@ -3,9 +3,11 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import l3ms
 
@@ -77,6 +79,42 @@ def test_a_run_restored_in_the_middle_goes_on_bit_for_bit(base, keep):
     assert second.iterate(5) == expected[4:]
     assert torch.equal(second.weights(), whole.weights())
     assert expected[-1]["constraints/polite/dropped"] > 0
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_goes_on_as_the_original_and_apart_from_it(base, copied):
+    run = Run(base)
+    run.iterate(3)
+    torch.optim.lr_scheduler.StepLR(run.opt, 100)  # puts a step() of its own in the object
+    twin = Run(base)
+    twin.model, twin.opt = copied((run.model, run.opt))
+    twin.generator.set_state(run.generator.get_state())
+    assert twin.opt.metrics() == run.opt.metrics()
+    before = run.weights()
+    expected = twin.iterate(4)
+    assert torch.equal(run.weights(), before)
+    assert run.iterate(4) == expected
+    assert torch.equal(run.weights(), twin.weights())
+    assert twin.opt.param_groups is twin.opt.base.param_groups
+    assert twin.opt.state is twin.opt.base.state
+
+
+def test_a_copy_is_in_the_same_group_of_processes_if_that_is_all_of_them(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run = Run()
+        _, opt = copy.deepcopy((run.model, run.opt))
+        assert opt.estimates.process_group is run.opt.estimates.process_group is dist.group.WORLD
+        run.opt.estimates.process_group = dist.new_group([0])
+        with pytest.raises(TypeError, match=r"process_group of its own is not copied; keep its state_dict\(\)"):
+            copy.deepcopy(run.opt)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_state_is_a_copy():

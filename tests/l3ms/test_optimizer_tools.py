@@ -93,10 +93,12 @@ def test_schedulers_take_it_and_tick_once_an_iteration(make_scheduler, rates):
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-3, 1000.0])
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.05, None])
-def test_scaled_losses_give_the_same_update(scale, unscale_first, max_grad_norm):
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_losses_give_the_same_update(scale, unscale_first, max_grad_norm, fused):
     head, *batch = policy()
     other, *_ = policy()
-    opt, plain = (make(p, torch.optim.SGD([p], lr=0.1), max_grad_norm=max_grad_norm) for p in (head, other))
+    bases = (torch.optim.SGD([head], lr=0.1, fused=fused), torch.optim.SGD([other], lr=0.1))
+    opt, plain = (make(b.param_groups[0]["params"][0], b, max_grad_norm=max_grad_norm) for b in bases)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     if unscale_first:
         step = scaler.step
@@ -109,11 +111,11 @@ def test_scaled_losses_give_the_same_update(scale, unscale_first, max_grad_norm)
     assert opt.metrics() == pytest.approx(plain.metrics(), rel=1e-5)
 
 
-def test_an_overflow_that_the_scaler_finds_is_a_skipped_step():
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_that_the_scaler_finds_is_a_skipped_step(fused):
     """mu, the estimates and the weights stay, the observation is dropped, and the next task step is a task step."""
     head, *batch = policy()
-    mu = l3ms.ExponentialDecay(1.0, 0.1, 10)
-    opt = make(head, mu=mu)
+    opt = make(head, torch.optim.AdamW([head], lr=0.1, fused=fused), mu=l3ms.ExponentialDecay(1.0, 0.1, 10))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     iterate(opt, head, *batch, scaler=scaler)
     before, values = head.detach().clone(), opt.metrics()

@@ -292,8 +292,12 @@ def test_a_bad_reward_names_function_and_row(responses):
         return [0.0] * (len(prompts) - 1) + [math.nan]
 
     _, prompts, out = responses
+    constraints = [l3ms.Constraint("r", broken, max=1)]
+    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match=rf"constraint 'r': broken: row {len(prompts) - 1} is nan"):
-        out.rewards([l3ms.Constraint("r", broken, max=1)])
+        l3ms.L3MOptimizer(base, constraints).observe(out.rewards(constraints))
+    weights = l3ms.L3MOptimizer(base, constraints, nonfinite="drop").observe(out.rewards(constraints))
+    assert weights.isfinite().all()
 
 
 # ---- refused ----

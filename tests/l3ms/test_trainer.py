@@ -191,6 +191,20 @@ def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_mod
     assert not torch.equal(*(recorder.weights[n]["lm_head.weight"] for n in (0, 1)))  # the other half was applied
 
 
+def half_broken(prompts, completions, **columns):
+    return [math.nan if row % 2 else 1.0 * len(text.split()) for row, text in enumerate(completions)]
+
+
+def test_rewards_that_are_not_finite_are_an_error_or_dropped_and_counted(make_model, train):
+    constraints = (l3ms.Constraint("words", half_broken, max=3.0),)
+    with pytest.raises(ValueError, match="constraint 'words': half_broken: row 1 is nan"):
+        train(make_model(), constraints=constraints)
+    trainer, _ = train(make_model(), constraints=constraints, nonfinite="drop")
+    counts = [e["constraints/words/dropped"] for e in trainer.state.log_history if "loss" in e]
+    assert counts == [3, 6, 9]  # half of 6 responses, three times
+    assert trainer.l3m_optimizer.constraint_steps == 3
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -201,6 +215,7 @@ def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_mod
         ({"solver": "lagrange"}, "solver must be barrier or none, got 'lagrange'"),
         ({"mu": "fast"}, "mu must be auto or paper, got 'fast'"),
         ({"constraint_batch_size": 1}, "constraint_batch_size must be at least 2"),
+        ({"nonfinite": "ignore"}, "nonfinite must be raise or drop, got 'ignore'"),
         ({"average_fraction": 1.5}, r"average_fraction must be in [0, 1], got 1.5"),
     ],
 )

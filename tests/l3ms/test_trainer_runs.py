@@ -49,6 +49,64 @@ def test_training_again_goes_on_with_the_same_optimizer(make_model, train):
     assert optimizer.constraint_steps == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (2, {}),
+        (6, {}),  # the end of an epoch, and of the first time around the prompts
+        (8, {}),  # the average has begun
+        (7, {"optim": "adamw_torch_fused", "learning_rate": 1e-2}),
+        (8, {"optim": "adamw_torch", "learning_rate": 1e-2, "gradient_accumulation_steps": 2}),
+        (8, {"solver": "none", "constraints": ()}),
+        (8, {"adapter": True}),
+    ],
+)
+def test_a_run_resumed_in_the_middle_is_the_run_that_was_not_interrupted(make_model, train, tmp_path, step, options):
+    """Weights, their average, what was sampled and what was logged: the same bits."""
+
+    def model():
+        if "adapter" not in options:
+            return make_model()
+        import peft
+
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            return peft.get_peft_model(make_model(), config)
+
+    settings = {"max_steps": 10, "average_fraction": 0.4, "save_strategy": "steps", "save_steps": step}
+    settings |= {"constraint_batch_size": 4, **{name: value for name, value in options.items() if name != "adapter"}}
+    whole, expected = train(model(), **settings)
+    folder = tmp_path / f"checkpoint-{step}"
+    assert {path.name for path in folder.iterdir()} >= {"l3m.json"}
+    assert (folder / "l3m_average.safetensors").exists() == (step >= 7)
+    resumed, found = train(model(), **settings, resume=str(folder))
+    assert len(found.weights) == 10 - step
+    for ours, theirs in zip(found.weights, expected.weights[step:], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    if settings.get("solver") != "none":
+        for ours, theirs in zip(found.rollouts, expected.rollouts[step:], strict=True):
+            assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert_same_weights(resumed.averaged_model(), whole.averaged_model(), 0.0)
+    assert_moved(resumed.averaged_model(), resumed.model)  # an average is not the last iterate
+    ours, theirs = ([e for e in t.state.log_history if "loss" in e] for t in (resumed, whole))
+    assert ours == theirs
+
+
+def test_a_checkpoint_of_other_prompts_or_of_before_begins_them_anew(make_model, train, tmp_path, caplog):
+    train(make_model(), max_steps=2, save_strategy="steps", save_steps=2)
+    folder, options = tmp_path / "checkpoint-2", {"max_steps": 3, "resume": str(tmp_path / "checkpoint-2")}
+    _, first = train(make_model(), max_steps=1, prompts=rows(5, seed=9))
+    _, recorder = train(make_model(), **options, prompts=rows(5, seed=9))
+    assert "prompts were in another order" in caplog.text
+    assert recorder.rollouts[0].prompts == first.rollouts[0].prompts
+    (folder / "l3m.json").unlink()
+    trainer, _ = train(make_model(), **options)
+    assert "has no l3m.json" in caplog.text
+    assert trainer.state.global_step == 3
+
+
 def test_a_checkpoint_brings_back_the_barrier(make_model, train, tmp_path):
     first, _ = train(make_model(), max_steps=4, save_strategy="steps", save_steps=2)
     state = first.l3m_optimizer.state_dict()["l3m"]

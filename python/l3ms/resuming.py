@@ -1,0 +1,90 @@
+"""What transformers' checkpoints do not hold of a run: where the rollouts are among the prompts, and the average of the weights.
+
+They are put next to the rest, in `l3m.json` and `l3m_average.safetensors`: a run that is resumed in the middle is the run that was not
+interrupted, bit for bit on a CPU.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+logger = logging.getLogger(__name__)
+
+
+class PromptOrder:
+    """Rows in a new random order each time around, from a generator of its own; ranks take turns."""
+
+    def __init__(self, rows: Any, *, seed: int, rank: int, world: int):
+        self.rows, self.seed, self.rank, self.world = rows, seed, rank, world
+        self.go_to(0)
+
+    def take(self, count: int) -> list[dict[str, Any]]:
+        return [self.rows[index] for index in self._indices(count)]
+
+    def go_to(self, taken: int) -> None:
+        """Where the order is after `taken` rows of this rank."""
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._left: Sequence[int] = ()
+        self.taken = 0
+        self._indices(taken)
+
+    def _indices(self, count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            if not self._left:
+                self._left = torch.randperm(len(self.rows), generator=self._generator).tolist()[self.rank :: self.world]
+            wanted = count - len(found)
+            found += self._left[:wanted]
+            self._left = self._left[wanted:]
+        self.taken += count
+        return found
+
+    def state(self) -> dict[str, int]:
+        return {"taken": self.taken, "rows": len(self.rows), "seed": self.seed, "world": self.world}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """From the beginning where the order is another one: other prompts, another seed or number of ranks."""
+        same = state == self.state() | {"taken": state["taken"]}
+        if not same:
+            logger.warning("the checkpoint's prompts were in another order (%s): beginning a new one", state)
+        self.go_to(state["taken"] if same else 0)
+
+
+def save_progress(folder: Path, prompts: PromptOrder, average: AveragedModel | None) -> None:
+    averaged = 0 if average is None else int(average.n_averaged)
+    if average is not None:
+        save_file(
+            {name: p.detach().contiguous() for name, p in _trained(average.module)}, folder / "l3m_average.safetensors"
+        )
+    (folder / "l3m.json").write_text(json.dumps({"prompts": prompts.state(), "averaged": averaged}), encoding="utf-8")
+
+
+def load_progress(folder: Path, prompts: PromptOrder, model: nn.Module) -> AveragedModel | None:
+    """-> the average as it was, of `model` as it is now; None where there was none yet."""
+    if not (folder / "l3m.json").is_file():
+        logger.warning("%s has no l3m.json: the prompts and the average of the weights begin anew", folder)
+        prompts.go_to(0)
+        return None
+    state = json.loads((folder / "l3m.json").read_text(encoding="utf-8"))
+    prompts.restore(state["prompts"])
+    if not state["averaged"]:
+        return None
+    average = AveragedModel(model)
+    average.n_averaged.fill_(state["averaged"])
+    kept = load_file(folder / "l3m_average.safetensors")
+    with torch.no_grad():
+        for name, parameter in _trained(average.module):
+            parameter.copy_(kept[name])
+    return average
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The average of the others is what they are."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
