@@ -179,6 +179,17 @@ def test_memory_in_a_fresh_process():
         memory.measure("nobody", case, threads=1)
 
 
+@linux
+def test_who_takes_minutes_is_out_before_anyone_waits(monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT", 0.05)
+    case = Case("weighted", SHAPE, "fp32", 0.0)
+    found = run.measure(case, run.Plan(cases=(case,), contestants=("eager", "products"), rounds=1))
+    eager_, products = found.measurements
+    assert "one call took more than 0.05 s" in str(eager_.reason)
+    assert eager_.seconds == []
+    assert len(products.seconds) == 1
+
+
 def test_scaling():
     like = Case("weighted", SHAPE, "fp32", 0.0)
     rows = over_rows((16, 32), like, [contestants()["reference"], contestants()["quack"]], 2, 0, lambda text: None)

@@ -48,7 +48,12 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; slow contestants take part in fewer.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: as many as torch takes.")] = 0,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory/--no-memory", help="Measure peak memory; without it nobody is left out for taking minutes."
+        ),
+    ] = True,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write results, versions and machine.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw time and memory.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for <device>.json, .md and .png.")] = None,

@@ -16,7 +16,7 @@ from l3m_kernels import backends
 from l3ms.benchmark import memory, scaling, tables
 from l3ms.benchmark.contestants import DEVICE, NEEDED, Contestant, contestants, our_backends
 from l3ms.benchmark.environment import describe
-from l3ms.benchmark.race import Race
+from l3ms.benchmark.race import Entry, Race
 from l3ms.benchmark.results import CaseResult, Results, gather, read, write
 from l3ms.benchmark.shapes import QUICK, SCALING_CONSTRAINTS, SCALING_ROWS, Case
 from l3ms.yaml_reader import ConfigError
@@ -102,20 +102,33 @@ def _measure_all(
 
 
 def measure(case: Case, plan: Plan, said: Callable[[str], None] = lambda name: None) -> CaseResult:
-    """One case: check, interleaved rounds, then memory in fresh processes."""
+    """One case: memory in fresh processes, which shows who is too slow to be timed; then the check and the interleaved rounds."""
     race = Race(case, plan.entrants, plan.seed)
+    peaks: dict[str, int | str] = {}
+    for name in race.running if plan.memory else ():
+        if race.entries[name].contestant.kind != "limit":
+            said(f"{case}: {name}, memory")
+            peaks[name] = _peak(race.entries[name], case, plan.seed)
     race.check(lambda name: said(f"{case}: {name}, first call"))
     race.time(plan.rounds, lambda name: said(f"{case}: {name}"))
     result = gather(race, ours_of(race, plan.backend))
-    del race
-    for item in result.measurements if plan.memory else ():
-        if item.seconds and item.kind != "limit":
-            said(f"{case}: {item.contestant}, memory")
-            try:
-                item.memory = memory.measure(item.contestant, case, torch.get_num_threads(), plan.seed)
-            except memory.NotMeasured as why:
-                item.memory_reason = str(why)
+    for item in result.measurements:
+        found = peaks.get(item.contestant)
+        item.memory = found if isinstance(found, int) else None
+        item.memory_reason = found if isinstance(found, str) and item.seconds else None
     return result
+
+
+def _peak(entry: Entry, case: Case, seed: int) -> int | str:
+    """Bytes, or why they were not measured; who is too slow is out."""
+    limit = memory.LIMIT_COMPILED if entry.contestant.compiled else memory.LIMIT
+    try:
+        return memory.measure(entry.contestant.name, case, torch.get_num_threads(), seed, limit)
+    except memory.TooSlow as why:
+        entry.stop(str(why))
+        return str(why)
+    except memory.NotMeasured as why:
+        return str(why)
 
 
 def ours_of(race: Race, backend: str | None) -> str | None:
