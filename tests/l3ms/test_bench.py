@@ -44,6 +44,7 @@ def test_contestants_agree_with_float64(op, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler uses what torch has deprecated
 def test_compiled_contestants_agree_with_float64():
     chosen = [contestant for contestant in contestants().values() if contestant.compiled]
     race = Race(Case("weighted", SHAPE, "fp32", 0.4), chosen)

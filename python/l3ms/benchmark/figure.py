@@ -86,11 +86,6 @@ def _times(axes: Axes, cases: Sequence[CaseResult]) -> None:
         _draw_bars(axes, ran, values, labels, offset, len(cases))
     axes.set_xlim(0, 1.32 * edge * factor)
     _style(axes, ran, f"{unit}; {TIMES} is time / ours")
-    if len(cases) > 1:
-        shades = [f"{shade}: {case.masked:.0%} unscored" for shade, case in zip(("dark", "light"), cases, strict=False)]
-        axes.text(
-            1, 1.01, ", ".join(shades), transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="#555555"
-        )
 
 
 def _memory(axes: Axes, cases: Sequence[CaseResult]) -> None:
@@ -107,6 +102,11 @@ def _memory(axes: Axes, cases: Sequence[CaseResult]) -> None:
     axes.set_xlim(0, 1.3 * edge)
     _style(axes, ran, "MiB beyond inputs and what is returned")
     axes.set_yticklabels([])
+    if len(cases) > 1:
+        shades = [f"{shade}: {case.masked:.0%} unscored" for shade, case in zip(("dark", "light"), cases, strict=False)]
+        axes.text(
+            1, 1.02, ", ".join(shades), transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="#555555"
+        )
 
 
 def _draw_bars(

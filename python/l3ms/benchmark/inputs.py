@@ -15,7 +15,6 @@ from torch import Tensor
 from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
 from l3ms.benchmark.shapes import DTYPES, Case
 
-NLL = 2.0  # wanted, nats per token
 IGNORED = -100
 
 
@@ -57,8 +56,8 @@ class Source:
         self.case, self.seed, self.likely = case, seed, likely
         self.dtype = getattr(torch, DTYPES[case.dtype])
         shape = case.shape
-        # Entropy of the softmax of V normal logits of spread s: about log V - s^2 / 2.
-        spread = math.sqrt(2 * max(math.log(shape.vocabulary) - NLL, 0.5))
+        # The entropy of a softmax of V normal logits falls as log V - spread^2 / 2, and slower when few tokens are left: here 2.2 to 3.
+        spread = math.sqrt(2 * (math.log(shape.vocabulary) + 1))
         generator = torch.Generator().manual_seed(seed)
         weight = torch.empty(shape.vocabulary, shape.hidden, dtype=self.dtype)
         weight.normal_(0.0, spread / shape.hidden**0.5, generator=generator)

@@ -25,7 +25,7 @@ def _of_machine(results: Results) -> str:
     grid = _summary(cases)
     lines = [
         f"`weighted_log_likelihood`, forward and backward, n={first.rows}, D={first.hidden}, V={first.vocabulary}; "
-        "in parentheses: times ours. Memory is the peak beyond inputs and returned gradients, all rows scored.",
+        "in parentheses: as a multiple of ours. Memory is the peak beyond inputs and returned gradients, all rows scored.",
         markdown(grid),
         "\n".join(f"- {note}" for note in [*grid.notes, *_limits(cases)]),
         f"{machine(results)}. All cases: [bench/results/{device}.md](bench/results/{device}.md).",
