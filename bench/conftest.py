@@ -7,7 +7,7 @@ import pytest
 from l3ms.benchmark.contestants import contestants
 from l3ms.benchmark.race import TOLERANCE, Race
 from l3ms.benchmark.results import CaseResult, gather
-from l3ms.benchmark.run import ours_of
+from l3ms.benchmark.run import enter_memory, measure_memory, ours_of
 from l3ms.benchmark.shapes import TINY, Case
 from l3ms.benchmark.tables import case_grid, markdown
 
@@ -40,6 +40,7 @@ def play(benchmark, request: pytest.FixtureRequest) -> Callable[[Case], None]:
             case = case._replace(shape=TINY)
             entrants = [entrant for entrant in entrants if not entrant.compiled]
         race = Race(case, entrants)
+        peaks = {} if request.config.getoption("--tiny") else measure_memory(race, seed=0)
         race.check()
         for name, entry in race.entries.items():
             assert entry.contestant.kind != "ours" or (entry.error or 0.0) <= TOLERANCE[case.dtype], (name, entry.error)
@@ -61,6 +62,7 @@ def play(benchmark, request: pytest.FixtureRequest) -> Callable[[Case], None]:
         benchmark.pedantic(entry.run, setup=others, rounds=ROUNDS)
         entry.seconds = list(benchmark.stats.stats.data)
         result = gather(race, ours)
+        enter_memory(result, peaks)
         benchmark.extra_info["result"] = result.model_dump(mode="json")
         request.config.stash[FOUND].append(result)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from l3m_kernels import backends
 from l3ms.benchmark import memory, scaling, tables
 from l3ms.benchmark.contestants import DEVICE, NEEDED, Contestant, contestants, our_backends
 from l3ms.benchmark.environment import describe
-from l3ms.benchmark.race import Entry, Race
+from l3ms.benchmark.race import Race
 from l3ms.benchmark.results import CaseResult, Results, gather, read, write
 from l3ms.benchmark.shapes import QUICK, SCALING_CONSTRAINTS, SCALING_ROWS, Case
 from l3ms.yaml_reader import ConfigError
@@ -104,31 +104,37 @@ def _measure_all(
 def measure(case: Case, plan: Plan, said: Callable[[str], None] = lambda name: None) -> CaseResult:
     """One case: memory in fresh processes, which shows who is too slow to be timed; then the check and the interleaved rounds."""
     race = Race(case, plan.entrants, plan.seed)
-    peaks: dict[str, int | str] = {}
-    for name in race.running if plan.memory else ():
-        if race.entries[name].contestant.kind != "limit":
-            said(f"{case}: {name}, memory")
-            peaks[name] = _peak(race.entries[name], case, plan.seed)
+    peaks = measure_memory(race, plan.seed, lambda name: said(f"{case}: {name}, memory")) if plan.memory else {}
     race.check(lambda name: said(f"{case}: {name}, first call"))
     race.time(plan.rounds, lambda name: said(f"{case}: {name}"))
     result = gather(race, ours_of(race, plan.backend))
+    enter_memory(result, peaks)
+    return result
+
+
+def measure_memory(race: Race, seed: int, said: Callable[[str], None] = lambda name: None) -> dict[str, int | str]:
+    """Contestant -> bytes, or why they were not measured; who is too slow to be timed is out of the race."""
+    peaks: dict[str, int | str] = {}
+    for name in race.running:
+        entry = race.entries[name]
+        if entry.contestant.kind == "limit":
+            continue
+        said(name)
+        limit = memory.LIMIT_COMPILED if entry.contestant.compiled else memory.LIMIT
+        try:
+            peaks[name] = memory.measure(name, race.case, torch.get_num_threads(), seed, limit)
+        except memory.NotMeasured as why:
+            peaks[name] = str(why)
+            if isinstance(why, memory.TooSlow):
+                entry.stop(str(why))
+    return peaks
+
+
+def enter_memory(result: CaseResult, peaks: Mapping[str, int | str]) -> None:
     for item in result.measurements:
         found = peaks.get(item.contestant)
         item.memory = found if isinstance(found, int) else None
         item.memory_reason = found if isinstance(found, str) and item.seconds else None
-    return result
-
-
-def _peak(entry: Entry, case: Case, seed: int) -> int | str:
-    """Bytes, or why they were not measured; who is too slow is out."""
-    limit = memory.LIMIT_COMPILED if entry.contestant.compiled else memory.LIMIT
-    try:
-        return memory.measure(entry.contestant.name, case, torch.get_num_threads(), seed, limit)
-    except memory.TooSlow as why:
-        entry.stop(str(why))
-        return str(why)
-    except memory.NotMeasured as why:
-        return str(why)
 
 
 def ours_of(race: Race, backend: str | None) -> str | None:
