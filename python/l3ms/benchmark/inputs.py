@@ -1,7 +1,7 @@
 """The tensors of a case, new ones for every round, and the gradients that they have in float64.
 
 Targets are drawn from the model's own softmax and the weight is scaled so that their mean negative log-likelihood is about that of
-training (1 to 3): on plain noise every target is unlikely, and methods that skip small probabilities would skip nearly everything.
+training (2 to 3.5): on plain noise every target is unlikely, and methods that skip small probabilities would skip nearly everything.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Source:
         self.case, self.seed, self.likely = case, seed, likely
         self.dtype = getattr(torch, DTYPES[case.dtype])
         shape = case.shape
-        # The entropy of a softmax of V normal logits falls as log V - spread^2 / 2, and slower when few tokens are left: here 2.2 to 3.
+        # The entropy of a softmax of V normal logits falls as log V - spread^2 / 2, and slower when few tokens are left: 2 to 3.5 here.
         spread = math.sqrt(2 * (math.log(shape.vocabulary) + 1))
         generator = torch.Generator().manual_seed(seed)
         weight = torch.empty(shape.vocabulary, shape.hidden, dtype=self.dtype)
