@@ -11,10 +11,12 @@ ARGS ?=
 JOBS ?= 2
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+# What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
+PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-full bench lint type format dev clean
+.PHONY: help demo test test-full bench bench-results lint type format dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,8 +30,12 @@ test: dev ## the tests, without the slow ones
 test-full: dev ## all tests
 	$(PYTEST) --durations 20 -m "slow or not slow" $(ARGS)
 
-bench: dev ## the benchmarks
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: $(VENV)/peers ## the benchmarks, with the peers installed; make bench ARGS="-k 'no_grad and fp32'"
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)
+
+bench-results: $(VENV)/peers ## measure all for bench/results and the README: hours, on an idle machine
+	$(BIN)/l3ms bench --full --output bench/results $(ARGS)
+	$(BIN)/python bench/update_readme.py
 
 lint: dev ## style: ruff and clang-format
 	$(BIN)/ruff check
@@ -61,4 +67,8 @@ $(VENV)/locked: requirements.lock
 $(VENV)/installed: $(VENV)/locked $(NATIVE)
 	@echo "Compiling and installing l3m-kernels ..."
 	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/peers: $(VENV)/installed
+	$(PIP) install -q --no-deps $(PEERS)
 	@touch $@

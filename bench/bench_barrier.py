@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from shapes import RESPONSES
 
 from l3m_kernels import Bounds, backends, barrier_weights, initial_state
+from l3ms.benchmark.shapes import RESPONSES
 
 BOUNDS = [(k, 1.0 - 2 * (k % 2), 0.1 * k, 1.0, 0.0, 2.0, float("inf")) for k in range(4)]
 NAMES = [row.name for row in backends().backends if row.problem("barrier_weights", "cpu") is None]

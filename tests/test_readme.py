@@ -29,7 +29,12 @@ def tiny_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def test_custom_loop(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(
         vocab_size=60,
         pad_token_id=0,

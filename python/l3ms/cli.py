@@ -15,6 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from l3ms.benchmark.command import HELP as BENCH_HELP
+from l3ms.benchmark.command import bench
+
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 5, 130
 
 app = typer.Typer(
@@ -141,6 +144,9 @@ def plot(
     from l3ms.report import plot_run
 
     typer.echo(plot_run(run))
+
+
+app.command(help=BENCH_HELP)(bench)
 
 
 def main(arguments: list[str] | None = None) -> int:

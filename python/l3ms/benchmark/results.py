@@ -1,0 +1,155 @@
+"""What a benchmark writes: every round of every contestant, the machine and the versions, as one JSON file."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ValidationError
+
+from l3ms.benchmark.environment import Environment
+from l3ms.benchmark.race import Race
+from l3ms.benchmark.shapes import Case, Shape
+from l3ms.report import write_json
+from l3ms.yaml_reader import ConfigError
+
+
+class Measurement(BaseModel):
+    """A contestant in a case."""
+
+    contestant: str
+    title: str
+    kind: Literal["ours", "peer", "limit"]
+    uniform: bool = False  # one weight for all sequences
+    reason: str | None = None  # why it did not run
+    seconds: list[float] = []  # of each round
+    error: float | None = None  # |gradient - exact| / |exact|, the larger of hidden's and weight's
+    memory: int | None = None  # bytes at the peak beyond inputs and what is returned
+    memory_reason: str | None = None  # why it was not measured
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+class CaseResult(BaseModel):
+    op: str
+    rows: int
+    hidden: int
+    vocabulary: int
+    sequences: int
+    dtype: str
+    masked: float  # share of the rows that is not scored
+    scored: int
+    nll: float | None  # mean of the targets, nats
+    flops: float  # that the op needs, on the scored rows
+    ours: str | None  # the contestant that ratios refer to
+    measurements: list[Measurement]
+
+    @property
+    def case(self) -> Case:
+        return Case(self.op, Shape(self.rows, self.hidden, self.vocabulary), self.dtype, self.masked)
+
+    def find(self, contestant: str | None) -> Measurement | None:
+        return next((item for item in self.measurements if item.contestant == contestant), None)
+
+    def ratio(self, item: Measurement) -> float | None:
+        """Median time of a contestant over ours: above 1, ours is faster."""
+        ours = self.find(self.ours)
+        mine, theirs = ours.median if ours else None, item.median
+        return theirs / mine if mine and theirs else None
+
+    def gflops(self, item: Measurement) -> float | None:
+        """GFLOP/s of what the op needs; what a contestant computes beyond that makes it slower and not better."""
+        return self.flops / item.median / 1e9 if item.median else None
+
+
+class ScalingPoint(BaseModel):
+    size: int  # rows, or constraints
+    contestant: str
+    title: str
+    seconds: list[float]
+    reason: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+class Scaling(BaseModel):
+    """Time over the number of rows, or over the number of constraints of a constraint step."""
+
+    over: Literal["rows", "constraints"]
+    hidden: int
+    vocabulary: int
+    dtype: str
+    rows: int | None = None  # where they are not what varies
+    points: list[ScalingPoint]
+
+
+class Results(BaseModel):
+    version: Literal[1] = 1
+    environment: Environment
+    threads: int
+    rounds: int
+    seed: int
+    cases: list[CaseResult] = []
+    scaling: list[Scaling] = []
+
+    def add(self, case: CaseResult) -> None:
+        """Enter a case, in place of an earlier measurement of the same one."""
+        self.cases = [old for old in self.cases if old.case != case.case] + [case]
+
+
+def gather(race: Race, ours: str | None) -> CaseResult:
+    """What a race has found; memory is entered later."""
+    case, nll = race.case, race.source.nll
+    measurements = [
+        Measurement(
+            contestant=name,
+            title=entry.contestant.title,
+            kind=entry.contestant.kind,  # pyright: ignore[reportArgumentType]
+            uniform=entry.contestant.uniform,
+            reason=entry.reason,
+            seconds=entry.seconds,
+            error=entry.error,
+        )
+        for name, entry in race.entries.items()
+    ]
+    return CaseResult(
+        op=case.op,
+        rows=case.shape.rows,
+        hidden=case.shape.hidden,
+        vocabulary=case.shape.vocabulary,
+        sequences=case.shape.sequences,
+        dtype=case.dtype,
+        masked=case.masked,
+        scored=case.scored,
+        nll=statistics.mean(nll) if nll else None,
+        flops=case.flops,
+        ours=ours,
+        measurements=measurements,
+    )
+
+
+def write(results: Results, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, results.model_dump(mode="json"))
+    return path
+
+
+def read(path: Path) -> Results:
+    """A results file.
+
+    Raises:
+        ConfigError: it is missing, or not one.
+    """
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such file") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise ConfigError(str(path), f"is not a results file: {where}: {first['msg']}") from None

@@ -1,0 +1,208 @@
+"""One benchmark from end to end: the cases one after the other, progress, tables as they come, files that are whole at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from l3m_kernels import backends
+from l3ms.benchmark import memory, scaling, tables
+from l3ms.benchmark.contestants import DEVICE, NEEDED, Contestant, contestants, our_backends
+from l3ms.benchmark.environment import describe
+from l3ms.benchmark.race import Race
+from l3ms.benchmark.results import CaseResult, Results, gather, read, write
+from l3ms.benchmark.shapes import QUICK, SCALING_CONSTRAINTS, SCALING_ROWS, Case
+from l3ms.yaml_reader import ConfigError
+
+SCALING_PEERS = ("eager", "torch-none")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options of the command line come to."""
+
+    cases: tuple[Case, ...]
+    contestants: tuple[str, ...] = ()  # none: all
+    backend: str | None = None  # that ratios refer to; none: the one that `auto` takes
+    rounds: int = 5
+    seed: int = 0
+    threads: int = 0  # 0: as many as torch takes
+    memory: bool = True
+    scaling: Case | None = None  # shape and dtype of the scaling measurements
+    scaling_rows: tuple[int, ...] = SCALING_ROWS
+    json: Path | None = None
+    plot: Path | None = None
+    output: Path | None = None  # folder for JSON, Markdown and PNG, named after the device
+    add: bool = False  # keep what output's file has of other cases
+
+    def __post_init__(self):
+        known = contestants()
+        for name in self.contestants:
+            if name not in known:
+                raise ConfigError("--contestants", f"must be one of {', '.join(known)}, got {name!r}")
+        if self.backend is None:
+            return
+        rows = {row.name: row for row in backends().backends}
+        if self.backend not in our_backends():
+            raise ConfigError("--backend", f"must be one of {', '.join(our_backends())}, got {self.backend!r}")
+        cases = (*self.cases, self.scaling._replace(op="weighted")) if self.scaling else self.cases
+        for op in dict.fromkeys(op for case in cases for op in NEEDED[case.op]):
+            if problem := rows[self.backend].problem(op, DEVICE):
+                raise ConfigError("--backend", f"{self.backend} cannot run {op} here: {problem}")
+
+    @property
+    def entrants(self) -> list[Contestant]:
+        known = contestants()
+        return [known[name] for name in known if not self.contestants or name in self.contestants]
+
+
+def execute(plan: Plan, console: Console) -> Results:
+    """Measure, print a table after each case, and write what the plan asks for."""
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    environment = describe()
+    results = Results(environment=environment, threads=torch.get_num_threads(), rounds=plan.rounds, seed=plan.seed)
+    target = plan.output / f"{environment.device}.json" if plan.output else None
+    if plan.add and target and target.exists():
+        results = _continued(results, target)
+    steps = len(plan.cases) * len(plan.entrants) * (1 + plan.rounds + plan.memory)
+    try:
+        with _progress(console, steps) as said:
+            _measure_all(plan, results, target, console, said)
+    except KeyboardInterrupt:
+        if results.cases and (kept := [str(path) for path in (plan.json, target) if path]):
+            console.print(
+                f"kept: {len(results.cases)} cases in {', '.join(kept)}", markup=False, highlight=False, soft_wrap=True
+            )
+        raise
+    console.print(tables.machine(results), style="dim", highlight=False)
+    _draw(results, plan, target)
+    return results
+
+
+def _measure_all(
+    plan: Plan, results: Results, target: Path | None, console: Console, said: Callable[[str], None]
+) -> None:
+    for case in plan.cases:
+        results.add(measure(case, plan, said))
+        _save(results, plan, target)
+        console.print(tables.terminal(tables.case_grid(results.cases[-1])))
+    if plan.scaling:
+        results.scaling = _scaling(plan.scaling, plan, said)
+        _save(results, plan, target)
+        for found in results.scaling:
+            console.print(tables.terminal(tables.scaling_grid(found)))
+
+
+def measure(case: Case, plan: Plan, said: Callable[[str], None] = lambda name: None) -> CaseResult:
+    """One case: memory in fresh processes, which shows who is too slow to be timed; then the check and the interleaved rounds."""
+    race = Race(case, plan.entrants, plan.seed)
+    peaks = measure_memory(race, plan.seed, lambda name: said(f"{case}: {name}, memory")) if plan.memory else {}
+    race.check(lambda name: said(f"{case}: {name}, first call"))
+    race.time(plan.rounds, lambda name: said(f"{case}: {name}"))
+    result = gather(race, ours_of(race, plan.backend))
+    enter_memory(result, peaks)
+    return result
+
+
+def measure_memory(race: Race, seed: int, said: Callable[[str], None] = lambda name: None) -> dict[str, int | str]:
+    """Contestant -> bytes, or why they were not measured; who is too slow to be timed is out of the race."""
+    peaks: dict[str, int | str] = {}
+    for name in race.running:
+        entry = race.entries[name]
+        if entry.contestant.kind == "limit":
+            continue
+        said(name)
+        limit = memory.LIMIT_COMPILED if entry.contestant.compiled else memory.LIMIT
+        try:
+            peaks[name] = memory.measure(name, race.case, torch.get_num_threads(), seed, limit)
+        except memory.NotMeasured as why:
+            peaks[name] = str(why)
+            if isinstance(why, memory.TooSlow):
+                entry.stop(str(why))
+    return peaks
+
+
+def enter_memory(result: CaseResult, peaks: Mapping[str, int | str]) -> None:
+    for item in result.measurements:
+        found = peaks.get(item.contestant)
+        item.memory = found if isinstance(found, int) else None
+        item.memory_reason = found if isinstance(found, str) and item.seconds else None
+
+
+def ours_of(race: Race, backend: str | None) -> str | None:
+    """The contestant that ratios refer to."""
+    candidates = [backend] if backend else our_backends()
+    return next((name for name in candidates if name in race.running), None)
+
+
+def _continued(results: Results, target: Path) -> Results:
+    """An earlier file of the same machine and versions, to add to."""
+    earlier = read(target)
+    same = earlier.environment.same_software(results.environment) and earlier.threads == results.threads
+    if not same:
+        raise ConfigError("--add", f"{target} was measured with other versions, machine or threads; leave --add out")
+    return earlier
+
+
+def _scaling(like: Case, plan: Plan, said: Callable[[str], None]) -> list:
+    known = contestants()
+    ours = plan.backend
+    if ours is None:
+        ready = (row.name for row in backends().backends if row.problem("weighted_log_likelihood", DEVICE) is None)
+        ours = next(name for name in ready if name in our_backends())
+    names = plan.contestants or (ours, *SCALING_PEERS)
+    chosen = [known[name] for name in names]
+    common = (plan.rounds, plan.seed, lambda text: said(f"scaling {like.shape} {like.dtype}: {text}"))
+    return [
+        scaling.over_rows(plan.scaling_rows, like, chosen, *common),
+        scaling.over_constraints(SCALING_CONSTRAINTS, like, ours, *common),
+    ]
+
+
+def _save(results: Results, plan: Plan, target: Path | None) -> None:
+    for path in (plan.json, target):
+        if path:
+            write(results, path)
+    if target:
+        target.with_suffix(".md").write_text(tables.report(results), encoding="utf-8")
+
+
+def _draw(results: Results, plan: Plan, target: Path | None) -> None:
+    from l3ms.benchmark.figure import save
+
+    for path in (plan.plot, target.with_suffix(".png") if target else None):
+        if path and results.cases:
+            save(results, path)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar in a terminal; elsewhere a line for each case and phase on standard error."""
+    if not console.is_terminal:
+        plain, last = Console(stderr=True), ""
+
+        def line(text: str) -> None:
+            nonlocal last
+            if (case := text.partition(":")[0]) != last:
+                last = case
+                plain.print(f"measuring {case}", markup=False, highlight=False, soft_wrap=True)
+
+        yield line
+        return
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text: progress.update(task, advance=1, description=escape(text))
+
+
+def scaling_case(cases: tuple[Case, ...]) -> Case:
+    """Shape and dtype for the scaling measurements: those of the first case, else of `QUICK`."""
+    return (cases[0] if cases else QUICK)._replace(op="weighted", masked=0.0)
