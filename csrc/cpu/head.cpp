@@ -18,10 +18,14 @@ namespace {
 
 template <typename T>
 const auto& row_kernels(const Kernels& kernels) {
-  if constexpr (std::is_same_v<T, BFloat16>) return kernels.rows_bfloat16;
-  else if constexpr (std::is_same_v<T, Float16>) return kernels.rows_float16;
-  else if constexpr (std::is_same_v<T, float>) return kernels.rows_float;
-  else return kernels.rows_double;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return kernels.rows_bfloat16;
+  else if constexpr (std::is_same_v<T, Float16>)
+    return kernels.rows_float16;
+  else if constexpr (std::is_same_v<T, float>)
+    return kernels.rows_float;
+  else
+    return kernels.rows_double;
 }
 
 template <typename In, typename Out, typename Mul, typename Acc>
@@ -64,7 +68,12 @@ class Head {
 
   struct Rows {  // per column of the blocks
     explicit Rows(int64_t count, int64_t slices)
-        : target_logit(count), slope(count), reference(count), factor(count), coefficient(count), others(count * slices) {}
+        : target_logit(count),
+          slope(count),
+          reference(count),
+          factor(count),
+          coefficient(count),
+          others(count * slices) {}
     Buffer<double> target_logit, slope;
     Buffer<Acc> reference;
     Buffer<Acc> factor;       // -u / (S temperature): of the exponentials
@@ -72,15 +81,15 @@ class Head {
     Buffer<double> others;    // (slices, columns) sums of the exponentials of all but the target
   };
 
-  struct Batch {  // rows that go through together
+  struct Batch {                // rows that go through together
     std::vector<int64_t> rows;  // of the caller's
     bool gradient;
     std::vector<Block> blocks;
     int64_t columns, slices;
     Rows state;
-    int64_t kept = 0;          // columns, of the first blocks, whose exponentials are kept
+    int64_t kept = 0;                       // columns, of the first blocks, whose exponentials are kept
     std::vector<Buffer<Mul>> exponentials;  // (V, width) of each of these blocks
-    Buffer<Mul> packed;        // hidden as an operand, of the other blocks: their exponentials are computed again
+    Buffer<Mul> packed;  // hidden as an operand, of the other blocks: their exponentials are computed again
   };
 
   // ---- work on all threads ----
@@ -117,8 +126,10 @@ class Head {
       for (int64_t m = 0; m < width; m += kGathered) {
         for (int64_t k = 0; k < kGathered; ++k) {
           uint32_t* row = rows + k * (D_ / 2);
-          if (m + k < block.count) std::memcpy(row, hidden_row(batch.rows[block.first + m + k]), D_ * sizeof(Mul));
-          else std::fill(row, row + D_ / 2, 0u);
+          if (m + k < block.count)
+            std::memcpy(row, hidden_row(batch.rows[block.first + m + k]), D_ * sizeof(Mul));
+          else
+            std::fill(row, row + D_ / 2, 0u);
         }
         kernels_.pair.transpose(rows, D_ / 2, kGathered, D_ / 2, words + m, width);
       }
@@ -127,8 +138,10 @@ class Head {
       for (int64_t m = 0; m < width; m += kGathered) {
         for (int64_t k = 0; k < kGathered; ++k) {
           Acc* row = rows + k * D_;
-          if (m + k < block.count) row_kernels<In>(kernels_).widen(hidden_row(batch.rows[block.first + m + k]), D_, Acc(1), row);
-          else std::fill(row, row + D_, Acc(0));
+          if (m + k < block.count)
+            row_kernels<In>(kernels_).widen(hidden_row(batch.rows[block.first + m + k]), D_, Acc(1), row);
+          else
+            std::fill(row, row + D_, Acc(0));
         }
         tile_kernels().transpose(rows, D_, kGathered, D_, to + m, width);
       }
@@ -160,10 +173,10 @@ class Head {
 
   const Acc* bias_at(int64_t v) const { return p_.bias ? bias_.get() + v : nullptr; }
 
-  // Products (rows, width), `ld` apart, of a strip of the vocabulary -> exponentials, the targets' left out; adds them to
-  // `others` where it is given.
-  void exponentials(const Batch& batch, const Block& block, int64_t v, int64_t rows, Acc* z, int64_t ld, Scratch& scratch,
-                    double* others) {
+  // Products (rows, width), `ld` apart, of a strip of the vocabulary -> exponentials, the targets' left out; adds them
+  // to `others` where it is given.
+  void exponentials(const Batch& batch, const Block& block, int64_t v, int64_t rows, Acc* z, int64_t ld,
+                    Scratch& scratch, double* others) {
     const int64_t width = block.width;
     const Acc mask = p_.softcap ? kMasked<Acc> : -std::numeric_limits<Acc>::infinity();
     for (int64_t m = 0; m < block.count; ++m) {
@@ -180,11 +193,14 @@ class Head {
   }
 
   const TileKernels<Acc>& tile_kernels() const {
-    if constexpr (std::is_same_v<Acc, double>) return kernels_.tile_double;
-    else return kernels_.tile_float;
+    if constexpr (std::is_same_v<Acc, double>)
+      return kernels_.tile_double;
+    else
+      return kernels_.tile_float;
   }
 
-  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart; and transposed, (count, rows), where given.
+  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart; and transposed, (count, rows),
+  // where given.
   void panel(const Batch& batch, const Block& block, const Mul* hidden, int64_t v, int64_t rows, const Mul* weight,
              int64_t ld, Scratch& scratch, double* others, Mul* to, int64_t ld_to, Mul* by_row) {
     const int64_t width = block.width;
@@ -200,7 +216,8 @@ class Head {
         uint32_t* pairs = by_row ? at_least(scratch.pairs, (tiling_.strip + 1) / 2 * tiling_.block) : nullptr;
         kernels_.pair.narrow(z, width, even, width, to + s * ld_to, ld_to, pairs, width, block.offset < batch.kept);
         if (by_row) {
-          kernels_.pair.transpose(pairs, width, even / 2, block.count, reinterpret_cast<uint32_t*>(by_row + s), by_row_ld() / 2);
+          kernels_.pair.transpose(pairs, width, even / 2, block.count, reinterpret_cast<uint32_t*>(by_row + s),
+                                  by_row_ld() / 2);
         }
       } else {
         Acc* z = to + s * ld_to;
@@ -227,7 +244,8 @@ class Head {
     return std::min(round_up(ceil_div(V_ * slice, batch.slices), tiling_.panel), V_);
   }
 
-  // Sums of one block over one slice of the vocabulary; d hidden (count, D), without the factor, into `d_hidden` where given.
+  // Sums of one block over one slice of the vocabulary; d hidden (count, D), without the factor, into `d_hidden` where
+  // given.
   void pass(const Batch& batch, const Block& block, int64_t slice, Scratch& scratch, Acc* d_hidden) {
     const Mul* hidden = packed_hidden(batch, block, scratch);
     double* others = batch.state.others.get() + slice * batch.columns + block.offset;
@@ -246,8 +264,8 @@ class Head {
   }
 
   // d_hidden (count, D) (+)= E^T W over a panel.
-  void add_to_hidden(const Block& block, int64_t v, int64_t rows, const Mul* weight, int64_t ld, const Mul* by_row, bool add,
-                     Scratch& scratch, Acc* d_hidden) {
+  void add_to_hidden(const Block& block, int64_t v, int64_t rows, const Mul* weight, int64_t ld, const Mul* by_row,
+                     bool add, Scratch& scratch, Acc* d_hidden) {
     const int64_t even = round_up(rows, 2);
     for (int64_t n = 0; n < D_; n += tiling_.columns) {
       const int64_t count = std::min(tiling_.columns, D_ - n);
@@ -266,7 +284,8 @@ class Head {
             }
           }
         }
-        product_(block.count, count, even, by_row, by_row_ld(), words + part * even * tiling_.columns, count, d_hidden + n, ld_, add);
+        product_(block.count, count, even, by_row, by_row_ld(), words + part * even * tiling_.columns, count,
+                 d_hidden + n, ld_, add);
       } else {
         product_(block.count, count, rows, by_row, by_row_ld(), weight + n, ld, d_hidden + n, ld_, add);
       }
@@ -317,7 +336,8 @@ class Head {
 
   double sum_of_others(const Batch& batch, int64_t column) const {
     double sum = 0;
-    for (int64_t slice = 0; slice < batch.slices; ++slice) sum += batch.state.others.get()[slice * batch.columns + column];
+    for (int64_t slice = 0; slice < batch.slices; ++slice)
+      sum += batch.state.others.get()[slice * batch.columns + column];
     return sum;
   }
 
@@ -362,7 +382,8 @@ class Head {
     for (int64_t m = 0; m < block.count; ++m) {
       const int64_t column = block.offset + m, index = batch.rows[block.first + m];
       row_kernels<Acc>(kernels_).widen(sums + m * ld_, D_, batch.state.factor.get()[column], row);
-      row_kernels<In>(kernels_).add_scaled(weight_row(p_.targets[index]), D_, batch.state.coefficient.get()[column], row);
+      row_kernels<In>(kernels_).add_scaled(weight_row(p_.targets[index]), D_, batch.state.coefficient.get()[column],
+                                           row);
       row_kernels<Out>(kernels_).narrow(row, D_, Acc(1), p_.d_hidden + index * D_);
     }
   }
@@ -373,13 +394,9 @@ class Head {
     std::vector<Block> blocks = cut(rows.size(), tiling_.block, threads_);
     const int64_t columns = blocks.empty() ? 0 : blocks.back().offset + blocks.back().width;
     const int64_t slices =
-        blocks.empty() ? 1 : std::min(ceil_div(threads_, blocks.size()), std::max<int64_t>(V_ / (4 * tiling_.panel), 1));
-    return {std::move(rows),
-            gradient,
-            std::move(blocks),
-            columns,
-            slices,
-            Rows(columns, slices)};
+        blocks.empty() ? 1
+                       : std::min(ceil_div(threads_, blocks.size()), std::max<int64_t>(V_ / (4 * tiling_.panel), 1));
+    return {std::move(rows), gradient, std::move(blocks), columns, slices, Rows(columns, slices)};
   }
 
   // Statistics and d hidden of a batch.
@@ -468,8 +485,8 @@ class Head {
 
   int64_t bytes_per_row() const { return int64_t(sizeof(Mul)) * D_ * 2 + int64_t(sizeof(double)) * 6; }
   int64_t thread_bytes() const {
-    return threads_ * (tiling_.block * D_ * int64_t(sizeof(Mul) + sizeof(Acc)) + 2 * tiling_.panel * D_ * int64_t(sizeof(Mul)) +
-                       tiling_.weight * D_ * int64_t(sizeof(Acc)));
+    return threads_ * (tiling_.block * D_ * int64_t(sizeof(Mul) + sizeof(Acc)) +
+                       2 * tiling_.panel * D_ * int64_t(sizeof(Mul)) + tiling_.weight * D_ * int64_t(sizeof(Acc)));
   }
 
   // What may hold exponentials. Where the weight is of 16 bits, an fp32 accumulator of its gradient may be held too:
@@ -480,9 +497,11 @@ class Head {
     return std::max<int64_t>(p_.workspace + spare - thread_bytes(), 0);
   }
 
-  // Products of 16-bit numbers are so cheap that logits are computed again sooner than sums are read and written once more.
+  // Products of 16-bit numbers are so cheap that logits are computed again sooner than sums are read and written once
+  // more.
   int64_t rows_per_chunk(int64_t n) const {
-    const int64_t row = V_ * int64_t(sizeof(Mul)), operands = std::max<int64_t>(p_.workspace / 2 / bytes_per_row(), tiling_.block);
+    const int64_t row = V_ * int64_t(sizeof(Mul)),
+                  operands = std::max<int64_t>(p_.workspace / 2 / bytes_per_row(), tiling_.block);
     if (kPairs || p_.low_memory || n * (row + bytes_per_row()) <= budget(false)) return std::min(n, operands);
     return std::clamp(budget(true) / (row + bytes_per_row()), tiling_.block, operands);
   }
@@ -501,7 +520,8 @@ class Head {
     batch.packed = Buffer<Mul>((batch.columns - batch.kept) * D_);
     in_parallel(batch.blocks.size(), [&](int64_t i, Scratch& scratch) {
       const Block& block = batch.blocks[i];
-      if (block.offset >= batch.kept) pack_hidden(batch, block, scratch, batch.packed.get() + (block.offset - batch.kept) * D_);
+      if (block.offset >= batch.kept)
+        pack_hidden(batch, block, scratch, batch.packed.get() + (block.offset - batch.kept) * D_);
     });
   }
 
@@ -529,8 +549,8 @@ class Head {
   }
 
   // total (rows, D) (+)= E X, and d_bias, over columns from `offset` on, for tokens from v on.
-  void add_to_weight(const Batch& batch, const Mul* tile, int64_t ld, int64_t v, int64_t rows, int64_t offset, int64_t width,
-                     bool add, Acc* total) {
+  void add_to_weight(const Batch& batch, const Mul* tile, int64_t ld, int64_t v, int64_t rows, int64_t offset,
+                     int64_t width, bool add, Acc* total) {
     for (int64_t n = 0; total && n < D_; n += tiling_.weight_columns) {
       const int64_t count = std::min(tiling_.weight_columns, D_ - n);
       const Mul* strip = scaled_.get() + n * batch.columns + offset * count;
@@ -538,8 +558,10 @@ class Head {
     }
     if (!p_.d_bias) return;
     const Acc* factors = batch.state.factor.get() + offset;
-    if constexpr (kPairs) kernels_.pair.weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
-    else tile_kernels().weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
+    if constexpr (kPairs)
+      kernels_.pair.weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
+    else
+      tile_kernels().weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
   }
 
   void weight_gradient(const Batch& batch, Acc* sums, bool first, bool last) {
@@ -583,8 +605,10 @@ class Head {
   void store_weight(const Acc* row, int64_t v, Acc* sums, bool first, bool last) {
     if constexpr (std::is_same_v<Acc, Out>) sums = p_.d_weight;
     Acc* sum = sums ? sums + v * D_ : nullptr;
-    if (!first) row_kernels<Acc>(kernels_).add_scaled(row, D_, Acc(1), sum);
-    else if (!last) row_kernels<Acc>(kernels_).widen(row, D_, Acc(1), sum);
+    if (!first)
+      row_kernels<Acc>(kernels_).add_scaled(row, D_, Acc(1), sum);
+    else if (!last)
+      row_kernels<Acc>(kernels_).widen(row, D_, Acc(1), sum);
     if (last && !(std::is_same_v<Acc, Out> && !first)) {
       row_kernels<Out>(kernels_).narrow(first ? row : sum, D_, scale_, p_.d_weight + v * D_);
     }

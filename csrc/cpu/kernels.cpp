@@ -1,6 +1,6 @@
-// The kernels of kernels.h in plain loops that the compiler turns into vectors; this file is compiled once per instruction
-// set, in a namespace of its own (L3M_ISA). It includes nothing with inline functions: the linker keeps one copy of such a
-// function, and that could be the one compiled for the largest set.
+// The kernels of kernels.h in plain loops that the compiler turns into vectors; this file is compiled once per
+// instruction set, in a namespace of its own (L3M_ISA). It includes nothing with inline functions: the linker keeps one
+// copy of such a function, and that could be the one compiled for the largest set.
 #include "cpu/kernels.h"
 
 #ifdef __AVX512BW__
@@ -250,14 +250,18 @@ void weighted_sums(const T* tile, int64_t ld, int64_t rows, int64_t columns, con
 #ifdef __AVX512BW__
 // Sixteen numbers to bf16 in the low halves of the words.
 inline __m512i bfloat16_words(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i bits = _mm512_castps_si512(x),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 
 inline void store_line(uint16_t* to, __m512i line, bool stream) {
-  if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
-  else _mm512_storeu_si512(to, line);
+  if (stream)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+  else
+    _mm512_storeu_si512(to, line);
 }
 #endif
 
@@ -276,8 +280,10 @@ void narrow_tile(const float* tile, int64_t ld, int64_t rows, int64_t columns, B
                                             24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const bool aligned = reinterpret_cast<uintptr_t>(low) % 64 == 0 && ld_to % 32 == 0;
     for (; m + 32 <= columns; m += 32) {
-      const __m512i a0 = bfloat16_words(_mm512_loadu_ps(first + m)), a1 = bfloat16_words(_mm512_loadu_ps(first + m + 16));
-      const __m512i b0 = bfloat16_words(_mm512_loadu_ps(second + m)), b1 = bfloat16_words(_mm512_loadu_ps(second + m + 16));
+      const __m512i a0 = bfloat16_words(_mm512_loadu_ps(first + m)),
+                    a1 = bfloat16_words(_mm512_loadu_ps(first + m + 16));
+      const __m512i b0 = bfloat16_words(_mm512_loadu_ps(second + m)),
+                    b1 = bfloat16_words(_mm512_loadu_ps(second + m + 16));
       store_line(low + m, _mm512_permutex2var_epi16(a0, halves, a1), stream && aligned);
       store_line(high + m, _mm512_permutex2var_epi16(b0, halves, b1), stream && aligned);
       if (words) {

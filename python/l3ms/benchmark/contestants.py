@@ -19,7 +19,6 @@ from l3ms.benchmark.inputs import IGNORED, Batch
 from l3ms.benchmark.shapes import Case
 
 DEVICE = "cpu"
-LOW_MEMORY = 32 << 20  # bytes of workspace of the contestant that shows what less memory costs
 Run = Callable[[Batch], tuple[Tensor, ...]]
 
 
@@ -42,7 +41,7 @@ class Contestant:
     kind: str = "peer"  # or "ours", or "limit": the bare matrix products
     uniform: bool = False  # adds up the losses of all tokens, so it gets one weight for all sequences
     compiled: bool = False  # its first call compiles
-    workspace: int | None = None  # bytes, `l3m_kernels.set_workspace`
+    low_memory: bool = False  # of `l3m_kernels.set_workspace`
 
 
 def prepare(contestant: Contestant, case: Case) -> Run:
@@ -64,13 +63,11 @@ def prepare(contestant: Contestant, case: Case) -> Run:
 
     def run(batch: Batch) -> tuple[Tensor, ...]:
         batch = batch.uniform() if contestant.uniform else batch
-        if contestant.workspace is not None:
-            set_workspace(contestant.workspace)
+        set_workspace(None, low_memory=contestant.low_memory)
         try:
             return _outputs(case.op, functions, batch)
         finally:
-            if contestant.workspace is not None:
-                set_workspace(None)
+            set_workspace(None)
 
     return run
 
@@ -199,8 +196,7 @@ def contestants() -> dict[str, Contestant]:
         title, make = f"l3m_kernels {name}", partial(_ours, name)
         table.append(Contestant(name, title, make, "ours"))
         if name != "reference":
-            low = f"{title}, {LOW_MEMORY >> 20} MiB"
-            table.append(Contestant(f"{name}-low-memory", low, make, "ours", workspace=LOW_MEMORY))
+            table.append(Contestant(f"{name}-low-memory", f"{title}, low memory", make, "ours", low_memory=True))
     table += [
         Contestant("eager", "torch, logits held", _eager),
         Contestant("compile", "torch.compile of that", _compiled, compiled=True),
