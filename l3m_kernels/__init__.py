@@ -3,7 +3,7 @@
 `python -m l3m_kernels` says what runs on this machine.
 """
 
-from l3m_kernels.backends import backends, set_workspace
+from l3m_kernels.backends import backends, release_workspace, set_workspace
 from l3m_kernels.barrier import Bounds, barrier_multiplier, barrier_weights, initial_state, relaxed_log_barrier
 from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
 from l3m_kernels.reference import BarrierWeights, reward_sums
@@ -20,6 +20,7 @@ __all__ = [
     "initial_state",
     "log_likelihood",
     "relaxed_log_barrier",
+    "release_workspace",
     "reward_sums",
     "set_workspace",
     "weighted_log_likelihood",

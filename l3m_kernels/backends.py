@@ -99,6 +99,8 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
         low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
             gradient is written once. Backend `cpp` has this; the reference holds an accumulator whatever is said here.
 
+    Backend `cpp` keeps the largest piece of this memory from one call to the next; `release_workspace` gives it back.
+
     Raises:
         ValueError: not a positive number of bytes.
     """
@@ -106,6 +108,12 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
     if bytes is not None and bytes <= 0:
         raise ValueError(f"set_workspace: bytes must be positive or None, got {bytes}")
     _workspace, _low_memory = bytes, low_memory
+
+
+def release_workspace() -> None:
+    """Give back the memory that the head's ops keep from one call to the next, as `torch.cuda.empty_cache` does."""
+    if NATIVE.module is not None:
+        NATIVE.module.release_workspace()
 
 
 def workspace(device: str) -> int:

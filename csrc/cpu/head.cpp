@@ -88,7 +88,7 @@ class Head {
     int64_t columns, slices;
     Rows state;
     int64_t kept = 0;                       // columns, of the first blocks, whose exponentials are kept
-    std::vector<Buffer<Mul>> exponentials;  // (V, width) of each of these blocks
+    std::unique_ptr<Retained> exponentials;  // (V, width) of each of these blocks
     Buffer<Mul> packed;  // hidden as an operand, of the other blocks: their exponentials are computed again
   };
 
@@ -234,7 +234,7 @@ class Head {
   Mul* tile_of(const Batch& batch, const Block& block, int64_t v, Scratch& scratch, int64_t* ld) {
     // A power of 2 apart, rows would share a set of the cache.
     *ld = block.width % 64 ? block.width : block.width + 32;
-    if (block.offset < batch.kept) return batch.exponentials[&block - batch.blocks.data()].get() + v * *ld;
+    if (block.offset < batch.kept) return reinterpret_cast<Mul*>(batch.exponentials->get()) + kept_elements(batch, block.offset) + v * *ld;
     return at_least(scratch.by_vocabulary, (std::max(tiling_.panel, tiling_.weight) + 1) * (tiling_.block + 32));
   }
 
@@ -506,6 +506,15 @@ class Head {
     return std::clamp(budget(true) / (row + bytes_per_row()), tiling_.block, operands);
   }
 
+  // Elements that the exponentials of the blocks before a column take, each block's from a cache line on.
+  int64_t kept_elements(const Batch& batch, int64_t column) const {
+    int64_t elements = 0;
+    for (const Block& block : batch.blocks) {
+      if (block.offset < column) elements += round_up((V_ + 1) * (block.width + 32), 64);
+    }
+    return elements;
+  }
+
   // Memory for the operands of d weight, and for the exponentials of as many blocks as the budget allows.
   void keep(Batch& batch) {
     scaled_ = Buffer<Mul>(batch.columns * D_);
@@ -514,8 +523,8 @@ class Head {
     for (const Block& block : batch.blocks) {
       if (block.offset + block.width > columns) break;
       batch.kept = block.offset + block.width;
-      batch.exponentials.emplace_back((V_ + 1) * (block.width + 32));
     }
+    batch.exponentials = std::make_unique<Retained>(kept_elements(batch, batch.kept) * sizeof(Mul));
     if (batch.kept == batch.columns) return;
     batch.packed = Buffer<Mul>((batch.columns - batch.kept) * D_);
     in_parallel(batch.blocks.size(), [&](int64_t i, Scratch& scratch) {
