@@ -1,5 +1,5 @@
-// Registers the head's native ops with torch: tensors to the plain arrays of cpu/head.h. As in ops.cpp, what is checked here
-// is what keeps memory access in bounds.
+// Registers the head's native ops with torch: tensors to the plain arrays of cpu/head.h. As in ops.cpp, what is checked
+// here is what keeps memory access in bounds.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -42,16 +42,16 @@ void check(Batch& batch, HeadArguments& head) {
   const Tensor &hidden = batch.hidden, &weight = head.weight;
   TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1),
                     "head: wanted hidden (T, D) and weight (V, D), got ", hidden.sizes(), " and ", weight.sizes());
-  TORCH_CHECK_TYPE(hidden.scalar_type() == weight.scalar_type(), "head: hidden is ", hidden.scalar_type(), ", weight is ",
-                   weight.scalar_type());
+  TORCH_CHECK_TYPE(hidden.scalar_type() == weight.scalar_type(), "head: hidden is ", hidden.scalar_type(),
+                   ", weight is ", weight.scalar_type());
   const int64_t T = hidden.size(0), V = weight.size(0);
   TORCH_CHECK_VALUE(batch.targets.sizes() == at::IntArrayRef{T} && batch.targets.scalar_type() == at::kLong,
                     "head: targets must be (T,) int64, got ", batch.targets.sizes());
   batch.targets = batch.targets.contiguous();
   const int64_t* target = batch.targets.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < T; ++t) {
-    TORCH_CHECK_INDEX(target[t] == batch.ignore_index || (0 <= target[t] && target[t] < V), "head: targets[", t, "] = ",
-                      target[t], " is outside the vocabulary [0, ", V, ")");
+    TORCH_CHECK_INDEX(target[t] == batch.ignore_index || (0 <= target[t] && target[t] < V), "head: targets[", t,
+                      "] = ", target[t], " is outside the vocabulary [0, ", V, ")");
   }
   TORCH_CHECK_VALUE(batch.cu_seqlens.dim() == 1 && batch.cu_seqlens.numel() >= 1, "head: cu_seqlens must be (N + 1,)");
   batch.cu_seqlens = batch.cu_seqlens.to(at::kLong).contiguous();
@@ -69,7 +69,9 @@ void check(Batch& batch, HeadArguments& head) {
   head.weight = with_rows(weight);
 }
 
-at::ScalarType compute_type(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType compute_type(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 struct Statistics {
   Tensor sequence, length, token, lse;
@@ -89,8 +91,8 @@ Gradients empty_gradients(const Batch& batch, const HeadArguments& head, at::Sca
 
 // What a call asks of the rows: u of each, empty where no gradient is wanted.
 template <typename In, typename Out, typename Mul, typename Acc>
-void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, const Tensor& known_lse, Statistics* found,
-         Gradients* gradients) {
+void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, const Tensor& known_lse,
+         Statistics* found, Gradients* gradients) {
   cpu::HeadProblem<In, Out, Acc> problem{};
   const auto pointer = [](const Tensor& tensor) { return static_cast<const In*>(tensor.const_data_ptr()); };
   problem.hidden_size = batch.hidden.size(1);
@@ -120,7 +122,9 @@ void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, 
     problem.lse = found->lse.defined() ? found->lse.mutable_data_ptr<Acc>() : nullptr;
   }
   if (gradients) {
-    const auto output = [](Tensor& tensor) { return tensor.numel() ? static_cast<Out*>(tensor.mutable_data_ptr()) : nullptr; };
+    const auto output = [](Tensor& tensor) {
+      return tensor.numel() ? static_cast<Out*>(tensor.mutable_data_ptr()) : nullptr;
+    };
     problem.d_hidden = output(gradients->hidden);
     problem.d_weight = output(gradients->weight);
     if (problem.d_weight) cpu::prefer_huge_pages(problem.d_weight, gradients->weight.nbytes());
@@ -160,7 +164,8 @@ Statistics empty_statistics(const Batch& batch, bool with_lse) {
           with_lse ? at::zeros({T}, options) : Tensor()};
 }
 
-// Sums in double over each sequence's tokens -> their weighted sum; a weight of 0 drops its sequence, whatever its likelihood.
+// Sums in double over each sequence's tokens -> their weighted sum; a weight of 0 drops its sequence, whatever its
+// likelihood.
 template <typename Acc>
 double sum_sequences(const Batch& batch, const Statistics& found, const Acc* seq_weight) {
   const int64_t N = batch.cu_seqlens.numel() - 1;
@@ -221,9 +226,9 @@ Tensor per_row(const char* name, const Batch& batch, const Tensor& values) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> log_likelihood(const Tensor& hidden, const Tensor& targets,
                                                           const Tensor& cu_seqlens, const Tensor& weight,
-                                                          const std::optional<Tensor>& bias, std::optional<double> softcap,
-                                                          double temperature, int64_t workspace, bool low_memory,
-                                                          int64_t ignore_index) {
+                                                          const std::optional<Tensor>& bias,
+                                                          std::optional<double> softcap, double temperature,
+                                                          int64_t workspace, bool low_memory, int64_t ignore_index) {
   Batch batch{hidden, targets, cu_seqlens, ignore_index};
   HeadArguments head{weight, bias, softcap.value_or(0), temperature, workspace, low_memory};
   check(batch, head);
@@ -233,11 +238,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_likelihood(const Tensor& hidden, 
   return {found.sequence, found.length, found.token, found.lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
-    const Tensor& grad_sequence, const Tensor& grad_token, const Tensor& hidden, const Tensor& targets,
-    const Tensor& cu_seqlens, const Tensor& lse, const Tensor& weight, const std::optional<Tensor>& bias,
-    std::optional<double> softcap, double temperature, int64_t workspace, bool low_memory, int64_t ignore_index,
-    bool need_hidden, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(const Tensor& grad_sequence, const Tensor& grad_token,
+                                                           const Tensor& hidden, const Tensor& targets,
+                                                           const Tensor& cu_seqlens, const Tensor& lse,
+                                                           const Tensor& weight, const std::optional<Tensor>& bias,
+                                                           std::optional<double> softcap, double temperature,
+                                                           int64_t workspace, bool low_memory, int64_t ignore_index,
+                                                           bool need_hidden, bool need_weight, bool need_bias) {
   Batch batch{hidden, targets, cu_seqlens, ignore_index};
   HeadArguments head{weight, bias, softcap.value_or(0), temperature, workspace, low_memory};
   check(batch, head);
@@ -249,9 +256,9 @@ std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_log_likelihood(
-    const Tensor& hidden, const Tensor& targets, const Tensor& seq_weight, const Tensor& cu_seqlens, const Tensor& weight,
-    const std::optional<Tensor>& bias, std::optional<double> softcap, double temperature, int64_t workspace,
-    bool low_memory, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
+    const Tensor& hidden, const Tensor& targets, const Tensor& seq_weight, const Tensor& cu_seqlens,
+    const Tensor& weight, const std::optional<Tensor>& bias, std::optional<double> softcap, double temperature,
+    int64_t workspace, bool low_memory, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   Batch batch{hidden, targets, cu_seqlens, ignore_index};
   HeadArguments head{weight, bias, softcap.value_or(0), temperature, workspace, low_memory};
   check(batch, head);
@@ -263,20 +270,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_log_
   Statistics found = empty_statistics(batch, false);
   dispatch(batch, head, any ? spread(batch, weights, -1.0) : Tensor(), {}, &found, &gradients);
   const double loss = -sum_sequences(batch, found, weights);
-  return {at::full({}, loss, found.sequence.options()), found.sequence, found.length, found.token,
-          gradients.hidden, gradients.weight, gradients.bias};
+  return {at::full({}, loss, found.sequence.options()),
+          found.sequence,
+          found.length,
+          found.token,
+          gradients.hidden,
+          gradients.weight,
+          gradients.bias};
 }
 
 }  // namespace
 
-#define L3M_HEAD "Tensor weight, Tensor? bias, float? softcap, float temperature, int workspace, bool low_memory, int ignore_index"
+#define L3M_HEAD \
+  "Tensor weight, Tensor? bias, float? softcap, float temperature, int workspace, bool low_memory, int ignore_index"
 #define L3M_NEEDS "bool need_hidden, bool need_weight, bool need_bias"
 
 TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
   m.def("cpp_log_likelihood(Tensor hidden, Tensor targets, Tensor cu_seqlens, " L3M_HEAD
         ") -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpp_log_likelihood_backward(Tensor grad_sequence, Tensor grad_token, Tensor hidden, Tensor targets, Tensor "
-        "cu_seqlens, Tensor lse, " L3M_HEAD ", " L3M_NEEDS ") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpp_log_likelihood_backward(Tensor grad_sequence, Tensor grad_token, Tensor hidden, Tensor targets, Tensor "
+      "cu_seqlens, Tensor lse, " L3M_HEAD ", " L3M_NEEDS ") -> (Tensor, Tensor, Tensor)");
   m.def("cpp_weighted_log_likelihood(Tensor hidden, Tensor targets, Tensor seq_weight, Tensor cu_seqlens, " L3M_HEAD
         ", " L3M_NEEDS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -21,6 +21,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of l3m_kernels, reached through torch.ops.l3m_kernels.";
-  m.def("cpu_path", [] { return l3m::cpu::path().name; }, "What the head runs on: generic, avx2, avx512, avx512_bf16 or amx; L3M_CPU names another.");
+  m.def(
+      "cpu_path", [] { return l3m::cpu::path().name; },
+      "What the head runs on: generic, avx2, avx512, avx512_bf16 or amx; L3M_CPU names another.");
   m.def("build_info", &build_info, "What this module was compiled with: torch, compiler, cpp_standard, cxx11_abi.");
 }

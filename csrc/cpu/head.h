@@ -1,15 +1,18 @@
 // The head: hidden states x vocabulary matrix -> log-likelihoods of the targets and gradients, tile by tile.
 //
-// Letters: T rows of the batch, n of them scored, D hidden size, V vocabulary. A block is up to a few hundred scored rows.
+// Letters: T rows of the batch, n of them scored, D hidden size, V vocabulary. A block is up to a few hundred scored
+// rows.
 //
-// With r[m] a reference near the logits of row m (its target's logit z_t), E[v, m] = exp(z[v, m] - r[m]) and S[m] = sum_v E[v, m]:
+// With r[m] a reference near the logits of row m (its target's logit z_t), E[v, m] = exp(z[v, m] - r[m]) and S[m] =
+// sum_v E[v, m]:
 //
-//   log pi = (z_t - r) - log S          d z[v, m] = u[m] ([v = t] - E[v, m] / S[m])        u: gradient of the loss in log pi
-//   d hidden[m] = u (1 - p_t) W[t] - (u / S) sum_(v != t) E[v, m] W[v]
-//   d W[v] = sum_(m: t = v) u (1 - p_t) X[m] - sum_(m: t != v) E[v, m] (u / S) X[m]
+//   log pi = (z_t - r) - log S          d z[v, m] = u[m] ([v = t] - E[v, m] / S[m])        u: gradient of the loss in
+//   log pi d hidden[m] = u (1 - p_t) W[t] - (u / S) sum_(v != t) E[v, m] W[v] d W[v] = sum_(m: t = v) u (1 - p_t) X[m]
+//   - sum_(m: t != v) E[v, m] (u / S) X[m]
 //
-// S enters after the sums over v, so one pass over the vocabulary gives S and d hidden, and leaves E behind for d W. The target's
-// own terms are added in full precision: 1 - p_t = sum_(v != t) E / S has no cancellation where p_t is nearly 1.
+// S enters after the sums over v, so one pass over the vocabulary gives S and d hidden, and leaves E behind for d W.
+// The target's own terms are added in full precision: 1 - p_t = sum_(v != t) E / S has no cancellation where p_t is
+// nearly 1.
 #pragma once
 
 #include <cstdint>
@@ -19,24 +22,24 @@ namespace l3m::cpu {
 
 template <typename In, typename Out, typename Acc>
 struct HeadProblem {
-  int64_t hidden_size, vocabulary;          // D, V
-  const In* hidden;                         // (T, D), rows hidden_stride apart
-  const In* weight;                         // (V, D), rows weight_stride apart
-  const In* bias;                           // (V,) or null
+  int64_t hidden_size, vocabulary;  // D, V
+  const In* hidden;                 // (T, D), rows hidden_stride apart
+  const In* weight;                 // (V, D), rows weight_stride apart
+  const In* bias;                   // (V,) or null
   int64_t hidden_stride, weight_stride;
-  const int64_t* targets;                   // (T,)
-  double softcap, temperature;              // softcap 0: none
-  std::vector<int64_t> gradient_rows;       // scored rows that need a gradient
-  std::vector<int64_t> forward_rows;        // scored rows that need none
-  const Acc* upstream;                      // (T,) u, where there are gradient rows
-  const Acc* known_lse;                     // (T,) log sum exp of the logits from an earlier forward, or null
-  int64_t workspace;                        // bytes
-  bool low_memory;                          // recompute instead of keeping exponentials
-  Acc* token;                               // (T,) log-likelihoods of the scored rows, or null
-  Acc* lse;                                 // (T,) or null
-  Out* d_hidden;                            // (T, D) zeroed, or null
-  Out* d_weight;                            // (V, D), or null; written whole
-  Out* d_bias;                              // (V,), or null; written whole
+  const int64_t* targets;              // (T,)
+  double softcap, temperature;         // softcap 0: none
+  std::vector<int64_t> gradient_rows;  // scored rows that need a gradient
+  std::vector<int64_t> forward_rows;   // scored rows that need none
+  const Acc* upstream;                 // (T,) u, where there are gradient rows
+  const Acc* known_lse;                // (T,) log sum exp of the logits from an earlier forward, or null
+  int64_t workspace;                   // bytes
+  bool low_memory;                     // recompute instead of keeping exponentials
+  Acc* token;                          // (T,) log-likelihoods of the scored rows, or null
+  Acc* lse;                            // (T,) or null
+  Out* d_hidden;                       // (T, D) zeroed, or null
+  Out* d_weight;                       // (V, D), or null; written whole
+  Out* d_bias;                         // (V,), or null; written whole
 };
 
 // Mul: the type of the products' operands.

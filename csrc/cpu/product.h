@@ -1,5 +1,5 @@
-// Products of tiles, C (+)= A B, by a library: oneDNN's brgemm through torch where the machine has it, else torch's BLAS.
-// Called from within a parallel region: each product runs on the thread that asks for it.
+// Products of tiles, C (+)= A B, by a library: oneDNN's brgemm through torch where the machine has it, else torch's
+// BLAS. Called from within a parallel region: each product runs on the thread that asks for it.
 #pragma once
 
 #include <ATen/core/grad_mode.h>
@@ -15,7 +15,8 @@
 
 namespace l3m::cpu {
 
-// A (m, k) row-major; B (k, n) row-major, its 16-bit numbers in words of two consecutive k (k is then even); C (m, n) row-major.
+// A (m, k) row-major; B (k, n) row-major, its 16-bit numbers in words of two consecutive k (k is then even); C (m, n)
+// row-major.
 template <typename Number, typename Acc>
 class Product {
  public:
