@@ -72,7 +72,10 @@ class Retained {
   }
   Retained(const Retained&) = delete;
   Retained& operator=(const Retained&) = delete;
-  char* get() const { return memory_.buffer.get(); }
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_.buffer.get());
+  }
 
   static void release() {
     const std::lock_guard lock(mutex());

@@ -1,0 +1,177 @@
+// d weight and d bias: the exponentials of a batch times its hidden states, for some tokens at a time. How much of the
+// exponentials is kept from the first pass, and how much computed again, is what the workspace decides.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "cpu/statistics.h"
+
+namespace l3m::cpu {
+
+template <typename In, typename Out, typename Mul, typename Acc>
+class WeightGradient {
+  using Tiles = cpu::Tiles<In, Out, Mul, Acc>;
+  using Batch = typename Tiles::Batch;
+  using Scratch = typename Tiles::Scratch;
+
+ public:
+  WeightGradient(const HeadProblem<In, Out, Acc>& problem, Tiles& tiles)
+      : p_(problem), D_(problem.hidden_size), V_(problem.vocabulary), t_(tiles) {
+    if (!p_.d_bias) return;
+    d_bias_ = Buffer<Acc>(V_);
+    std::fill(d_bias_.get(), d_bias_.get() + V_, Acc(0));
+  }
+
+  // How many rows go through together. Products of 16-bit numbers are so cheap that logits are computed again sooner
+  // than sums are read and written once more.
+  int64_t rows_per_chunk() const {
+    const int64_t n = p_.gradient_rows.size();
+    const int64_t row = (V_ + 1) * int64_t(sizeof(Mul)) * (t_.tiling.block + Tiles::kLine) / t_.tiling.block,
+                  operands = std::max<int64_t>(p_.workspace / 2 / bytes_per_row(), t_.tiling.block);
+    if (kPairs || p_.low_memory || n * (row + bytes_per_row()) <= budget(false)) return std::min(n, operands);
+    return std::clamp(budget(true) / (row + bytes_per_row()), t_.tiling.block, operands);
+  }
+
+  // Memory for the operands of d weight, and for the exponentials of as many blocks as the budget allows.
+  void keep(Batch& batch) {
+    batch.scaled = Buffer<Mul>(batch.columns * D_);
+    int64_t left = budget(p_.gradient_rows.size() > batch.rows.size()) - batch.columns * bytes_per_row();
+    for (const Block& block : batch.blocks) {
+      left -= t_.kept_elements(block) * int64_t(sizeof(Mul));
+      if (left < 0) break;
+      batch.kept = block.offset + block.width;
+    }
+    batch.exponentials = std::make_unique<Retained>(t_.kept_before(batch, batch.kept) * sizeof(Mul));
+    if (batch.kept == batch.columns) return;
+    batch.packed = Buffer<Mul>((batch.columns - batch.kept) * D_);
+    t_.in_parallel(batch.blocks.size(), [&](int64_t i, Scratch& scratch) {
+      const Block& block = batch.blocks[i];
+      if (block.offset < batch.kept) return;
+      t_.pack_hidden(batch, block, scratch, batch.packed.get() + (block.offset - batch.kept) * D_);
+    });
+  }
+
+  // Adds the gradient of a batch whose statistics are known, one of several unless it is both the first and the last.
+  void add(const Batch& batch, bool first, bool last) {
+    if (!last && p_.d_weight && !std::is_same_v<Acc, Out> && !sums_) sums_ = Buffer<Acc>(V_ * D_);
+    std::vector<std::pair<int64_t, int64_t>> targets;  // (token, column), for the rows' own terms
+    std::vector<int64_t> row_of(batch.columns);
+    for (const Block& block : batch.blocks) {
+      for (int64_t m = 0; m < block.count; ++m) {
+        row_of[block.offset + m] = batch.rows[block.first + m];
+        targets.emplace_back(p_.targets[row_of[block.offset + m]], block.offset + m);
+      }
+    }
+    std::sort(targets.begin(), targets.end());
+    t_.in_parallel(batch.blocks.size(), [&](int64_t i, Scratch&) { scale_hidden(batch, batch.blocks[i]); });
+    t_.in_parallel(ceil_div(V_, t_.tiling.weight), [&](int64_t item, Scratch& scratch) {
+      const int64_t v = item * t_.tiling.weight, rows = std::min(t_.tiling.weight, V_ - v);
+      Acc* total = p_.d_weight ? at_least(scratch.d_weight, t_.tiling.weight * t_.ld_sums) : nullptr;
+      int64_t ld = 0, ld_tile = 0;
+      const Mul* weight = batch.kept < batch.columns ? t_.weight_operand(v, rows, scratch, &ld) : nullptr;
+      for (const Block& block : batch.blocks) {
+        Mul* tile = t_.tile_of(batch, block, v, scratch, &ld_tile);
+        if (block.offset >= batch.kept) {
+          const Mul* hidden = t_.packed_hidden(batch, block, scratch);
+          t_.panel(batch, block, hidden, v, rows, weight, ld, scratch, nullptr, tile, ld_tile, nullptr);
+        }
+        add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, block.offset > 0, total);
+      }
+      const auto from = std::lower_bound(targets.begin(), targets.end(), std::pair<int64_t, int64_t>(v, 0));
+      for (auto it = from; it != targets.end() && it->first < v + rows; ++it) {
+        const Acc coefficient = batch.state.coefficient.get()[it->second];
+        if (total) {
+          row_kernels<In>(t_.kernels)
+              .add_scaled(t_.hidden_row(row_of[it->second]), D_, coefficient, total + (it->first - v) * t_.ld_sums);
+        }
+        if (p_.d_bias) d_bias_.get()[it->first] += coefficient;
+      }
+      for (int64_t i = 0; total && i < rows; ++i) store(batch, total + i * t_.ld_sums, v + i, first, last);
+    });
+  }
+
+  // After the last batch, if there was one.
+  void finish(int64_t batches, Acc scale) {
+    if (batches == 0 && p_.d_weight) std::fill(p_.d_weight, p_.d_weight + V_ * D_, Out{});
+    if (p_.d_bias) row_kernels<Out>(t_.kernels).narrow(d_bias_.get(), V_, scale, p_.d_bias);
+  }
+
+ private:
+  int64_t bytes_per_row() const { return int64_t(sizeof(Mul)) * D_ * 2 + int64_t(sizeof(double)) * 6; }
+  int64_t thread_bytes() const {
+    return t_.threads *
+           (t_.tiling.block * D_ * int64_t(sizeof(Mul) + sizeof(Acc)) +
+            2 * t_.tiling.panel * D_ * int64_t(sizeof(Mul)) + t_.tiling.weight * D_ * int64_t(sizeof(Acc)));
+  }
+
+  // What may hold exponentials. Where the weight is of 16 bits, an fp32 accumulator of its gradient may be held too:
+  // without one, that much more of the exponentials.
+  int64_t budget(bool accumulator) const {
+    if (p_.low_memory) return 0;
+    const int64_t spare = sizeof(Out) < sizeof(Acc) && !accumulator ? V_ * D_ * int64_t(sizeof(Acc)) : 0;
+    return std::max<int64_t>(p_.workspace + spare - thread_bytes(), 0);
+  }
+
+  // hidden times the rows' factors, as the second operand (columns, D) of d weight, in strips of the hidden size.
+  void scale_hidden(const Batch& batch, const Block& block) {
+    const Acc* factors = batch.state.factor.get() + block.offset;
+    for (int64_t n = 0; n < D_; n += t_.tiling.weight_columns) {
+      const int64_t count = std::min(t_.tiling.weight_columns, D_ - n);
+      Mul* strip = batch.scaled.get() + n * batch.columns + block.offset * count;
+      for (int64_t m = 0; m < block.width; m += kPairs ? 2 : 1) {
+        const auto row = [&](int64_t k) {
+          return k < block.count ? t_.hidden_row(batch.rows[block.first + k]) + n : nullptr;
+        };
+        if constexpr (kPairs) {
+          t_.kernels.pair.interleave_scaled(row(m), factors[m], row(m + 1), factors[m + 1], count,
+                                            reinterpret_cast<uint32_t*>(strip + m * count));
+        } else if (row(m)) {
+          row_kernels<In>(t_.kernels).widen(row(m), count, factors[m], strip + m * count);
+        } else {
+          std::fill(strip + m * count, strip + (m + 1) * count, Mul(0));
+        }
+      }
+    }
+  }
+
+  // total (rows, D) (+)= E X, and d_bias, over columns from `offset` on, for tokens from v on.
+  void add_to_weight(const Batch& batch, const Mul* tile, int64_t ld, int64_t v, int64_t rows, int64_t offset,
+                     int64_t width, bool add, Acc* total) {
+    for (int64_t n = 0; total && n < D_; n += t_.tiling.weight_columns) {
+      const int64_t count = std::min(t_.tiling.weight_columns, D_ - n);
+      const Mul* strip = batch.scaled.get() + n * batch.columns + offset * count;
+      t_.product(rows, count, width, tile, ld, strip, count, total + n, t_.ld_sums, add);
+    }
+    if (!p_.d_bias) return;
+    const Acc* factors = batch.state.factor.get() + offset;
+    if constexpr (kPairs)
+      t_.kernels.pair.weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
+    else
+      t_.tile_kernels().weighted_sums(tile, ld, rows, width, factors, d_bias_.get() + v);
+  }
+
+  // A row of d weight, of one chunk of several.
+  void store(const Batch& batch, const Acc* row, int64_t v, bool first, bool last) {
+    Acc* sums = sums_.get();
+    if constexpr (std::is_same_v<Acc, Out>) sums = p_.d_weight;
+    Acc* sum = sums ? sums + v * D_ : nullptr;
+    if (!first)
+      row_kernels<Acc>(t_.kernels).add_scaled(row, D_, Acc(1), sum);
+    else if (!last)
+      row_kernels<Acc>(t_.kernels).widen(row, D_, Acc(1), sum);
+    if (last && !(std::is_same_v<Acc, Out> && !first)) {
+      row_kernels<Out>(t_.kernels).narrow(first ? row : sum, D_, batch.scale, p_.d_weight + v * D_);
+    }
+  }
+
+  static constexpr bool kPairs = Tiles::kPairs;
+  const HeadProblem<In, Out, Acc>& p_;
+  const int64_t D_, V_;
+  Tiles& t_;
+  Buffer<Acc> d_bias_, sums_;  // sums: (V, D), of several batches where d_weight itself cannot hold them
+};
+
+}  // namespace l3m::cpu
