@@ -91,3 +91,59 @@ def test_no_widened_weight_is_held():
     vocabulary, width, tokens = 32768, 512, 24
     for op, found in zip(OPS, peaks(OPS, tokens, vocabulary, width, WORKSPACE, "bfloat16", True), strict=True):
         assert found < ALLOWED < vocabulary * width * 4 / 4, (op, found)
+
+
+CPP_PROGRAM = """
+import json, sys
+import torch
+from l3m_kernels import set_workspace, weighted_log_likelihood
+
+torch.set_num_threads(2)
+dtype, low_memory, T, D, V = json.loads(sys.argv[1])
+
+
+def resident(what):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(what)) * 1024
+
+
+hidden = torch.randn(T, D).to(getattr(torch, dtype)).requires_grad_()
+weight = (torch.randn(V, D) / D**0.5).to(hidden.dtype).requires_grad_()
+targets, whole = torch.arange(T) % V, torch.tensor([0, T])
+set_workspace(None, low_memory=low_memory)
+few = torch.tensor([0, 64])
+weighted_log_likelihood(hidden[:64], weight[:512], targets[:64], torch.ones(1), few, backend="cpp")[0].backward()
+hidden.grad = weight.grad = None
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the high-water mark starts again
+before = resident("VmRSS")
+weighted_log_likelihood(hidden, weight, targets, torch.ones(1), whole, backend="cpp")[0].backward()
+print(resident("VmHWM") - before - hidden.grad.nbytes - weight.grad.nbytes)
+"""
+ROWS, WIDTH, VOCABULARY = 2048, 1024, 32000
+ACCUMULATOR = 4 * VOCABULARY * WIDTH  # fp32, or exponentials of that size, where the weight has 16 bits
+SLACK = 2 << 20  # of the heap
+
+
+@pytest.mark.skipif("cpp" not in HEAD_BACKENDS, reason="backend cpp is not built here")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.parametrize(
+    ("dtype", "low_memory", "allowed"),
+    [
+        ("bfloat16", False, (64 << 20) + ACCUMULATOR),
+        ("bfloat16", True, 40 << 20),
+        ("float16", False, (64 << 20) + ACCUMULATOR),
+        ("float32", False, 64 << 20),
+        ("float32", True, 40 << 20),
+    ],
+)
+def test_peak_memory_of_the_native_head(dtype, low_memory, allowed):
+    """Beyond the returned gradients, in a fresh process."""
+    arguments = json.dumps([dtype, low_memory, ROWS, WIDTH, VOCABULARY])
+    command = [sys.executable, "-c", CPP_PROGRAM, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    held = int(done.stdout)
+    assert held < allowed + SLACK
+    if not low_memory:
+        assert held > 16 << 20  # the exponentials that it keeps are seen
