@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shapes import STEP
 from torch import Tensor, nn
 
 import l3ms
+from l3ms.benchmark.shapes import STEP
 
 BASES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw_fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),

@@ -56,8 +56,8 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// One large piece of memory that outlives the call that used it: fresh pages are zeroed by the kernel at first touch, which took a
-// quarter of the time of a call with 467 MB of exponentials. Given back by release_workspace.
+// One large piece of memory that outlives the call that used it: fresh pages are zeroed by the kernel at first touch,
+// which took a quarter of the time of a call with 467 MB of exponentials. Given back by release_workspace.
 class Retained {
  public:
   explicit Retained(size_t bytes) {

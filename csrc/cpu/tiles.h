@@ -194,11 +194,13 @@ class Tiles {
   // Where a block's exponentials of token v go: kept, or a tile of the thread's. `ld` is set.
   Mul* tile_of(const Batch& batch, const Block& block, int64_t v, Scratch& scratch, int64_t* ld) {
     *ld = tile_ld(block.width);
-    if (block.offset < batch.kept) return batch.exponentials->template as<Mul>() + kept_before(batch, block.offset) + v * *ld;
+    if (block.offset < batch.kept)
+      return batch.exponentials->template as<Mul>() + kept_before(batch, block.offset) + v * *ld;
     return at_least(scratch.by_vocabulary, (std::max(tiling.panel, tiling.weight) + 1) * (tiling.block + kLine));
   }
 
-  // Elements of a block's exponentials, and of all those of the blocks before a column; each block's begin a cache line.
+  // Elements of a block's exponentials, and of all those of the blocks before a column; each block's begin a cache
+  // line.
   int64_t kept_elements(const Block& block) const { return round_up((V_ + 1) * tile_ld(block.width), kLine); }
   int64_t kept_before(const Batch& batch, int64_t column) const {
     int64_t elements = 0;

@@ -44,6 +44,14 @@ SCALING_ROWS = (256, 512, 1024, 2048, 4096, 8192)
 SCALING_CONSTRAINTS = (1, 2, 4, 8)
 RESPONSES = (64, 4096)  # of a constraint step, for `barrier_weights` alone
 
+# Parameters of an optimizer step: 10M in 56 tensors.
+STEP = (
+    (16000, 256),
+    *((256, 256), (256, 256), (1024, 256), (256, 1024), (256,)) * 9,
+    *((256,),) * 9,
+    (256, 256),
+)
+
 
 class Case(NamedTuple):
     op: str
