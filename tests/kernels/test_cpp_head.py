@@ -148,12 +148,11 @@ def test_oracle_on_every_path_that_this_machine_runs(path):
     if NATIVE.module is not None and NATIVE.module.cpu_path() == path:
         return
     folder = Path(__file__).parent
-    selection = [
-        str(folder / "test_cpp_head.py"),
-        str(folder / "test_ops_oracle.py"),
-        str(folder / "test_ops_hazards.py"),
-    ]
-    cases = "cpp and not every_path and not low-memory and not smallest and not (log_likelihood and 1100)"
+    selection = [str(folder / f"test_{name}.py") for name in ("cpp_head", "ops_oracle", "ops_hazards")]
+    cases = (
+        "(cut and default and (1100 or 3001) and weighted) or far_below or any_size"
+        " or (cpp and (test_weighted_log_likelihood or infinite))"
+    )
     command = [sys.executable, "-c", RUN, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", cases, *selection]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder.parents[1])
     assert done.returncode == 0, done.stdout[-3000:]
