@@ -18,8 +18,8 @@ inline int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
 inline constexpr size_t kHugePage = size_t(2) << 20;
 
-// A fault on each of many small pages costs more than the work on it: 65 MB of a gradient take 27 ms to write in small ones, 16
-// in huge ones (one thread).
+// A fault on each of many small pages costs more than the work on it: 65 MB of a gradient take 27 ms to write in small
+// ones, 16 in huge ones (one thread).
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
@@ -36,7 +36,8 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t count) {
-    const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T), line = bytes < kHugePage ? 64 : kHugePage;
+    const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T),
+                 line = bytes < kHugePage ? 64 : kHugePage;
     const size_t rounded = (bytes + 63) / 64 * 64;
     void* data = nullptr;
     if (posix_memalign(&data, line, rounded)) throw std::bad_alloc();
@@ -67,8 +68,9 @@ struct Tiling {
     const auto fit = [](int64_t bytes, int64_t per_row, int64_t least, int64_t most) {
       return std::clamp(bytes / per_row / 16 * 16, least, most);
     };
-    // Products of 16-bit numbers are so fast that reading the weight from memory once per block limits them: blocks of 512, 256
-    // and 192 rows give the logits in 95, 106 and 128 ms. Those of fp32 are at 90% of the peak with small blocks.
+    // Products of 16-bit numbers are so fast that reading the weight from memory once per block limits them: blocks of
+    // 512, 256 and 192 rows give the logits in 95, 106 and 128 ms. Those of fp32 are at 90% of the peak with small
+    // blocks.
     const bool fast = operand_bytes == 2;
     block = fit(fast ? 1024 << 10 : 512 << 10, D * operand_bytes, 32, fast ? 512 : 128);
     panel = fast ? 512 : 128;
