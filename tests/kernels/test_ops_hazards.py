@@ -122,7 +122,7 @@ def test_infinite_and_nan_logits(op, backend, kind, dtype, softcap):
     out = call(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options)
     torch.testing.assert_close(out.token.detach(), token.detach(), equal_nan=True)
     loss_of(op, leaves[0], leaves[1], targets, cu_seqlens, seq_weight, **options).backward()
-    # Where both factors of a product are rounded to bf16, by 2^-9 of themselves: of |u| <= 2, and hidden and weight up to 2.5, 2^-8 each row.
+    # Both factors of a product are rounded to bf16, by 2^-9 of themselves: with |u| <= 2, hidden and weight up to 2.5.
     rounded = multiplies_in(backend, dtype) == torch.bfloat16
     tolerance = {"rtol": 2e-2, "atol": 2 * 2.5 * 2**-8} if rounded else {}
     for leaf, wanted in zip(leaves, expected, strict=True):
