@@ -5,6 +5,8 @@ L3M_BUILD=off   compile nothing
 L3M_BUILD=cpu   compile the C++ ops or fail
 L3M_BUILD=cuda  compile the CUDA ops or fail
 
+L3M_SANITIZE=address,undefined  compile with these sanitizers of the compiler, for `make test-sanitize`
+
 What happened is written to l3m_kernels/_build.json, which `python -m l3m_kernels` reads.
 """
 
@@ -110,9 +112,13 @@ class CMakeBuild(build_ext):
 
     def compile(self, torch_version: str, settings: list[str], package: Path) -> str:
         """-> the compiler. One folder per Python and torch: objects made with other headers are never reused."""
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch-{torch_version}"
+        sanitize = os.environ.get("L3M_SANITIZE", "")
+        name = f"cmake-{sys.implementation.cache_tag}-torch-{torch_version}" + ("-sanitize" if sanitize else "")
+        folder = ROOT / "build" / name
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=SEARCH_PATH) else []
         settings = ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", *settings]
+        if sanitize:
+            settings.append(f"-DL3M_SANITIZE={sanitize}")
         run_cmake("-S", str(ROOT), "-B", str(folder), "--fresh", *generator, *settings)
         run_cmake("--build", str(folder), "--parallel")
         run_cmake("--install", str(folder), "--prefix", str(package))

@@ -21,9 +21,7 @@ class Head(NamedTuple):
     softcap: float | None
     temperature: float
     workspace: int  # bytes that may be held beyond inputs, outputs and the accumulators of the gradients
-    low_memory: bool = (
-        False  # prefer computing logits again to holding anything of their size, or an accumulator; for `cpp`
-    )
+    low_memory: bool = False  # compute logits again sooner than hold anything of their size, or an accumulator (`cpp`)
 
     @property
     def compute(self) -> torch.dtype:

@@ -33,7 +33,7 @@ Path choose() {
   const char* wanted = std::getenv("L3M_CPU");
   if (wanted && !*wanted) wanted = nullptr;
   std::string able = "generic";
-  const auto offer = [&](bool runs, const Path& candidate) {
+  [[maybe_unused]] const auto offer = [&](bool runs, const Path& candidate) {
     if (!runs) return;
     able += std::string(", ") + candidate.name;
     if (!wanted || !std::strcmp(wanted, candidate.name)) best = candidate;

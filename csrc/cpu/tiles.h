@@ -145,6 +145,9 @@ class Tiles {
     std::fill(sums, sums + width, Acc(0));
     tile_kernels().exponentials(z, ld, rows, width, bias_at(v), batch.state.reference.get() + block.offset, sums,
                                 transform, batch.gradient);
+    // Beyond the block's rows hidden is 0, and 0 times an infinite weight is NaN.
+    for (int64_t i = 0; block.count < width && i < rows; ++i)
+      std::fill(z + i * ld + block.count, z + i * ld + width, Acc(0));
     if (others) {
       for (int64_t m = 0; m < width; ++m) others[m] += sums[m];
     }

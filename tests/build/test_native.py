@@ -18,6 +18,11 @@ bounds = l3m_kernels.Bounds.of([(0, 1.0, 2.0, 1.0, 0.0, 0.0, 0.0)])
 for backend in ("cpp", "reference"):
     result = l3m_kernels.barrier_weights(rewards, l3m_kernels.initial_state(1), bounds, 0.1, backend=backend)
     print([field.tolist() for field in result])
+torch.manual_seed(0)
+hidden, weight, targets = torch.randn(9, 6), torch.randn(50, 6), torch.randint(50, (9,))
+batch = (hidden, weight, targets, torch.tensor([0, 4, 9]))
+for backend in ("cpp", "reference"):
+    print(l3m_kernels.log_likelihood(*batch, backend=backend).sequence.tolist())
 print(l3m_kernels.__file__)
 print(l3m_kernels.backends())
 """
@@ -51,10 +56,12 @@ def test_installed_wheel_runs_from_elsewhere(python, native_wheel, tmp_path):
 
     done = python("-W", "error", "-c", USE, cwd=tmp_path, python=inner)
     assert done.returncode == 0, done.stderr
-    cpp, reference, file, *report = done.stdout.splitlines()
+    cpp, reference, cpp_head, reference_head, file, *report = done.stdout.splitlines()
     assert cpp == reference
+    assert json.loads(cpp_head) == pytest.approx(json.loads(reference_head), rel=1e-6)
     assert file.startswith(str(packages))
-    assert any("barrier_weights: cpp on cpu" in line for line in report)
+    for op in ("barrier_weights", "log_likelihood"):
+        assert any(f" {op}: cpp on cpu" in line for line in report)
     version = python(environment / "bin" / "l3ms", "--version", cwd=tmp_path, python=inner)
     assert version.returncode == 0, version.stderr
 

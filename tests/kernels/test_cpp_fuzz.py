@@ -1,0 +1,72 @@
+"""Random calls of the native head against the float64 oracle: any shape, dtype, stride, mask, workspace and number of threads.
+
+The tests are a slice of it; `python tests/kernels/test_cpp_fuzz.py --first 100000 --count 5000` runs other seeds and prints the
+worst error as a share of what is allowed, `make test-sanitize` under the sanitizers of the compiler.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # what conftest.py does
+
+import pytest
+import torch
+from head_cases import HEAD_BACKENDS, Case
+from test_cpp_head import check
+
+from l3m_kernels import set_workspace
+
+pytestmark = pytest.mark.skipif("cpp" not in HEAD_BACKENDS, reason="backend cpp is not built here")
+
+
+def fuzz(seed: int) -> float:
+    """One call, forward and backward -> the worst error, as a share of what is allowed."""
+    draw = random.Random(-1 - seed)
+    case = Case.random(seed, large=draw.random() < 0.5)
+    set_workspace(draw.choice((case.workspace, 1, 1 << 18, 1 << 21, None)), low_memory=draw.random() < 0.3)
+    torch.set_num_threads(draw.choice((1, 1, 2, 3, 7)))
+    return check(case, draw.choice(("log_likelihood", "weighted")))
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(150), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1000, 4000))]
+)
+def test_random_calls(seed):
+    fuzz(seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=100_000, metavar="SEED")
+    parser.add_argument("--count", type=int, default=5_000)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this many")
+    arguments = parser.parse_args()
+    started, worst, failures, done = time.monotonic(), (0.0, -1), [], 0
+    for seed in range(arguments.first, arguments.first + arguments.count):
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        try:
+            worst = max(worst, (fuzz(seed), seed))
+        except AssertionError as error:
+            failures.append(seed)
+            print(f"seed {seed}: {error}", flush=True)
+        done += 1
+    print(
+        f"{done} calls from seed {arguments.first}: {len(failures)} failures, worst {worst[0]:.3f} of what is allowed (seed {worst[1]})"
+    )
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
