@@ -104,6 +104,16 @@ def test_max_files_takes_the_same_spread_of_files(packages):
     assert corpus.sources([packages], max_files=10**6) == corpus.sources([packages])
 
 
+@pytest.mark.parametrize(
+    "name", ["VERSION", "MAX_PROMPT_CHARS", "MIN_RESPONSE_CHARS", "MAX_RESPONSE_CHARS", "HELD_OUT_PERCENT"]
+)
+def test_the_fingerprint_follows_the_recipe(packages, monkeypatch, name):
+    files = corpus.sources([packages])
+    before = corpus.fingerprint(files)
+    monkeypatch.setattr(corpus, name, getattr(corpus, name) + 1)
+    assert corpus.fingerprint(files) != before
+
+
 def test_the_fingerprint_follows_names_and_sizes_not_places(packages):
     files = corpus.sources([packages])
     moved = [file._replace(path="/elsewhere") for file in files]
@@ -179,6 +189,7 @@ def test_a_long_signature_is_cut_at_a_parameter():
         ("A first sentence. " + "And a second one " * 20 + ".", "A first sentence."),
         ("No end in sight " * 30, ""),
         ("A first one. " + "x" * 150 + ".\n\n" + "y" * 150 + ".", "A first one. " + "x" * 150 + "."),
+        ("A first one. " + "x" * 150 + ".\n\n" + "y" * 100 + ".", "A first one. " + "x" * 150 + ". " + "y" * 100 + "."),
     ],
 )
 def test_clean(docstring, expected):

@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 1  # raise it when the same files would give other pairs
+VERSION = 2  # raise it when the same files would give other pairs
 MAX_PROMPT_CHARS = 140  # about 50 tokens; parameters that go beyond become "..."
 MIN_RESPONSE_CHARS = 12
-MAX_RESPONSE_CHARS = 180  # about 50 tokens; mean response 24 tokens (byte-level BPE, vocabulary 2,048)
+MAX_RESPONSE_CHARS = 300  # about 90 tokens; mean response 32 tokens (byte-level BPE, vocabulary 2,048)
 MAX_FILE_BYTES = 400_000  # larger files are generated tables
-HELD_OUT_PERCENT = 8  # at 27,000 pairs about 2,100 prompts
+HELD_OUT_PERCENT = 8  # at 46,000 pairs about 3,600 prompts
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "__pycache__", "idlelib", "lib2to3"}
 _SKIPPED_PACKAGES = {"l3ms", "l3m_kernels"}  # a new version of this project is not new data
@@ -88,7 +88,8 @@ def sources(folders: Iterable[Path] | None = None, max_files: int | None = None)
 
 def fingerprint(files: Iterable[Source]) -> str:
     """Hash of what determines the pairs: the files' names and sizes, and the recipe (ast differs between Python versions)."""
-    digest = hashlib.sha256(f"{VERSION} {sys.version_info[:2]}".encode())
+    recipe = (VERSION, MAX_PROMPT_CHARS, MIN_RESPONSE_CHARS, MAX_RESPONSE_CHARS, HELD_OUT_PERCENT)
+    digest = hashlib.sha256(f"{recipe} {sys.version_info[:2]}".encode())
     for file in files:
         digest.update(f"\n{file.name}\0{file.bytes}".encode(errors="surrogateescape"))
     return digest.hexdigest()
