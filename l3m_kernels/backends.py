@@ -97,7 +97,8 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
             and the tiles of the threads. Where the weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top,
             or exponentials of that size.
         low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
-            gradient is written once. Backend `cpp` has this; the reference holds an accumulator whatever is said here.
+            gradient is written once. Backend `cpp` has this, for as many rows as their operands fit half of the workspace (8,000 at
+            D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held.
 
     Backend `cpp` keeps the largest piece of this memory from one call to the next; `release_workspace` gives it back.
 

@@ -35,10 +35,10 @@ void run_head(const HeadProblem<In, Out, Acc>& problem) {
   const Acc scale = std::is_same_v<Mul, BFloat16> ? power_near_largest(problem) : Acc(1);
   const bool need_weight = problem.d_weight || problem.d_bias;
   WeightGradient<In, Out, Mul, Acc> weight(problem, tiles);
-  const int64_t chunks = n == 0 ? 0 : need_weight ? ceil_div(n, weight.rows_per_chunk()) : 1;
+  const int64_t chunk = need_weight ? weight.rows_per_chunk() : n, chunks = n == 0 ? 0 : ceil_div(n, chunk);
   for (int64_t c = 0; c < chunks; ++c) {
     auto batch =
-        statistics.make_batch({rows.begin() + n * c / chunks, rows.begin() + n * (c + 1) / chunks}, true, scale);
+        statistics.make_batch({rows.begin() + c * chunk, rows.begin() + std::min(n, (c + 1) * chunk)}, true, scale);
     if (need_weight) weight.keep(batch);
     statistics.run(batch);
     if (need_weight) weight.add(batch, c == 0, c + 1 == chunks);

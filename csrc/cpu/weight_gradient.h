@@ -32,7 +32,9 @@ class WeightGradient {
     const int64_t row = (V_ + 1) * int64_t(sizeof(Mul)) * (t_.tiling.block + Tiles::kLine) / t_.tiling.block,
                   operands = std::max<int64_t>(p_.workspace / 2 / bytes_per_row(), t_.tiling.block);
     if (kPairs || p_.low_memory || n * (row + bytes_per_row()) <= budget(false)) return std::min(n, operands);
-    return std::clamp(budget(true) / (row + bytes_per_row()), t_.tiling.block, operands);
+    const int64_t fit = std::clamp(budget(true) / (row + bytes_per_row()), t_.tiling.block, operands);
+    const int64_t whole = t_.tiling.block * t_.threads;  // full blocks for all threads
+    return fit < whole ? fit : fit / whole * whole;
   }
 
   // Memory for the operands of d weight, and for the exponentials of as many blocks as the budget allows.
@@ -112,7 +114,8 @@ class WeightGradient {
   int64_t budget(bool accumulator) const {
     if (p_.low_memory) return 0;
     const int64_t spare = sizeof(Out) < sizeof(Acc) && !accumulator ? V_ * D_ * int64_t(sizeof(Acc)) : 0;
-    return std::max<int64_t>(p_.workspace + spare - thread_bytes(), 0);
+    const int64_t left = std::max<int64_t>(p_.workspace + spare - thread_bytes(), 0);
+    return kPairs ? std::min(left, kMostKept) : left;
   }
 
   // hidden times the rows' factors, as the second operand (columns, D) of d weight, in strips of the hidden size.
@@ -168,6 +171,10 @@ class WeightGradient {
   }
 
   static constexpr bool kPairs = Tiles::kPairs;
+  // Beyond what a shared cache may hold, 16-bit products make exponentials sooner than memory gives them back: with all 311 MB
+  // kept at V = 151936, D = 896, n = 1024 a call took 772 ms, with none 681 ms; 131 MB at V = 32000, D = 1024, n = 2048 are worth it
+  // (196 against 259 ms; `l3ms bench`, two threads).
+  static constexpr int64_t kMostKept = int64_t(160) << 20;
   const HeadProblem<In, Out, Acc>& p_;
   const int64_t D_, V_;
   Tiles& t_;
