@@ -96,7 +96,7 @@ def test_no_widened_weight_is_held():
 CPP_PROGRAM = """
 import json, sys
 import torch
-from l3m_kernels import set_workspace, weighted_log_likelihood
+from l3m_kernels import release_workspace, set_workspace, weighted_log_likelihood
 
 torch.set_num_threads(2)
 dtype, low_memory, T, D, V = json.loads(sys.argv[1])
@@ -118,7 +118,10 @@ with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the high-water mark starts again
 before = resident("VmRSS")
 weighted_log_likelihood(hidden, weight, targets, torch.ones(1), whole, backend="cpp")[0].backward()
-print(resident("VmHWM") - before - hidden.grad.nbytes - weight.grad.nbytes)
+peak, after = resident("VmHWM"), resident("VmRSS")
+release_workspace()
+returned = hidden.grad.nbytes + weight.grad.nbytes
+print(json.dumps([peak - before - returned, after - before - returned, resident("VmRSS") - before - returned]))
 """
 ROWS, WIDTH, VOCABULARY = 2048, 1024, 32000
 ACCUMULATOR = 4 * VOCABULARY * WIDTH  # fp32, or exponentials of that size, where the weight has 16 bits
@@ -138,12 +141,14 @@ SLACK = 2 << 20  # of the heap
     ],
 )
 def test_peak_memory_of_the_native_head(dtype, low_memory, allowed):
-    """Beyond the returned gradients, in a fresh process."""
+    """Beyond the returned gradients, in a fresh process; and what is kept for the next call, until it is released."""
     arguments = json.dumps([dtype, low_memory, ROWS, WIDTH, VOCABULARY])
     command = [sys.executable, "-c", CPP_PROGRAM, arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    held = int(done.stdout)
+    held, kept, released = json.loads(done.stdout)
     assert held < allowed + SLACK
+    assert released < 16 << 20  # the heap's, of tiles
     if not low_memory:
         assert held > 16 << 20  # the exponentials that it keeps are seen
+        assert kept - released > 16 << 20
