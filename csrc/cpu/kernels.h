@@ -1,5 +1,5 @@
 // What happens to a tile while it is in cache: exponentials, sums, conversions, transpositions. kernels.cpp is compiled
-// once per instruction set; `kernels()` is the fastest of them that this machine runs (or the one that L3M_CPU names).
+// once per instruction set; `path()` has the fastest of them that this machine runs (or the one that L3M_CPU names).
 #pragma once
 
 #include <cstdint>
@@ -92,7 +92,7 @@ struct Path {
   const Kernels* kernels;
   bool brgemm_float;     // oneDNN's small products of fp32 tiles; otherwise the BLAS's
   bool brgemm_bfloat16;  // and of bf16 tiles (AVX512_BF16 or AMX); otherwise they are widened to fp32
-  const char* name;      // "generic", "avx2", "avx512", "amx"
+  const char* name;      // "generic", "avx2", "avx512", "avx512_bf16", "amx"
 };
 
 // The path in use: the best that the machine has, or the one named by the environment variable L3M_CPU (read once).

@@ -183,10 +183,12 @@ class Statistics {
   }
 
   // Whether a row's exponentials are too large, or not finite, with its target's logit for a reference.
+  bool out_of_range(const Batch& batch, int64_t column) const { return !(sum_of_others(batch, column) < kLargestSum); }
+
   bool out_of_range(const Batch& batch, const Block& block) const {
     if (p_.known_lse) return false;
     for (int64_t m = 0; m < block.count; ++m) {
-      if (!(sum_of_others(batch, block.offset + m) < kLargestSum)) return true;
+      if (out_of_range(batch, block.offset + m)) return true;
     }
     return false;
   }
@@ -195,9 +197,7 @@ class Statistics {
     Buffer<Acc> maximum(block.width);
     find_maxima(batch, block, scratch, maximum.get());
     for (int64_t m = 0; m < block.count; ++m) {
-      if (!(sum_of_others(batch, block.offset + m) < kLargestSum)) {
-        batch.state.reference.get()[block.offset + m] = maximum.get()[m];
-      }
+      if (out_of_range(batch, block.offset + m)) batch.state.reference.get()[block.offset + m] = maximum.get()[m];
     }
   }
 
