@@ -100,7 +100,8 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
             gradient is written once. Backend `cpp` has this, for as many rows as their operands fit half of the workspace (8,000 at
             D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held.
 
-    Backend `cpp` keeps the largest piece of this memory from one call to the next; `release_workspace` gives it back.
+    Backend `cpp` keeps the largest piece of this memory from one call to the next, and that of its last gradients once they are freed;
+    `release_workspace` gives it back.
 
     Raises:
         ValueError: not a positive number of bytes.
