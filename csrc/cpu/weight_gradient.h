@@ -58,7 +58,7 @@ class WeightGradient {
 
   // Adds the gradient of a batch whose statistics are known, one of several unless it is both the first and the last.
   void add(const Batch& batch, bool first, bool last) {
-    if (!last && p_.d_weight && !std::is_same_v<Acc, Out> && !sums_) sums_ = Buffer<Acc>(V_ * D_);
+    if (!last && p_.d_weight && !kInPlace && !sums_) sums_ = Buffer<Acc>(V_ * D_);
     std::vector<std::pair<int64_t, int64_t>> targets;  // (token, column), for the rows' own terms
     std::vector<int64_t> row_of(batch.columns);
     for (const Block& block : batch.blocks) {
@@ -71,7 +71,7 @@ class WeightGradient {
     t_.in_parallel(batch.blocks.size(), [&](int64_t i, Scratch&) { scale_hidden(batch, batch.blocks[i]); });
     t_.in_parallel(ceil_div(V_, t_.tiling.weight), [&](int64_t item, Scratch& scratch) {
       const int64_t v = item * t_.tiling.weight, rows = std::min(t_.tiling.weight, V_ - v);
-      Acc* total = p_.d_weight ? at_least(scratch.d_weight, t_.tiling.weight * t_.ld_sums) : nullptr;
+      const Sums total = sums_of(v, scratch);
       int64_t ld = 0, ld_tile = 0;
       const Mul* weight = batch.kept < batch.columns ? t_.weight_operand(v, rows, scratch, &ld) : nullptr;
       for (const Block& block : batch.blocks) {
@@ -80,18 +80,21 @@ class WeightGradient {
           const Mul* hidden = t_.packed_hidden(batch, block, scratch);
           t_.panel(batch, block, hidden, v, rows, weight, ld, scratch, nullptr, tile, ld_tile, nullptr);
         }
-        add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, block.offset > 0, total);
+        const bool add = block.offset > 0 || (kInPlace && !first);
+        add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, add, total);
       }
       const auto from = std::lower_bound(targets.begin(), targets.end(), std::pair<int64_t, int64_t>(v, 0));
       for (auto it = from; it != targets.end() && it->first < v + rows; ++it) {
         const Acc coefficient = batch.state.coefficient.get()[it->second];
-        if (total) {
+        if (total.data) {
           row_kernels<In>(t_.kernels)
-              .add_scaled(t_.hidden_row(row_of[it->second]), D_, coefficient, total + (it->first - v) * t_.ld_sums);
+              .add_scaled(t_.hidden_row(row_of[it->second]), D_, coefficient, total.data + (it->first - v) * total.ld);
         }
         if (p_.d_bias) d_bias_.get()[it->first] += coefficient;
       }
-      for (int64_t i = 0; total && i < rows; ++i) store(batch, total + i * t_.ld_sums, v + i, first, last);
+      if constexpr (!kInPlace) {
+        for (int64_t i = 0; total.data && i < rows; ++i) store(batch, total.data + i * total.ld, v + i, first, last);
+      }
     });
   }
 
@@ -140,13 +143,26 @@ class WeightGradient {
     }
   }
 
+  // Where the products of tokens from v on are summed up: in d weight itself, or for a chunk at a time.
+  struct Sums {
+    Acc* data;
+    int64_t ld;
+  };
+  Sums sums_of(int64_t v, Scratch& scratch) {
+    if (!p_.d_weight) return {nullptr, 0};
+    if constexpr (kInPlace)
+      return {p_.d_weight + v * D_, D_};
+    else
+      return {at_least(scratch.d_weight, t_.tiling.weight * t_.ld_sums), t_.ld_sums};
+  }
+
   // total (rows, D) (+)= E X, and d_bias, over columns from `offset` on, for tokens from v on.
   void add_to_weight(const Batch& batch, const Mul* tile, int64_t ld, int64_t v, int64_t rows, int64_t offset,
-                     int64_t width, bool add, Acc* total) {
-    for (int64_t n = 0; total && n < D_; n += t_.tiling.weight_columns) {
+                     int64_t width, bool add, const Sums& total) {
+    for (int64_t n = 0; total.data && n < D_; n += t_.tiling.weight_columns) {
       const int64_t count = std::min(t_.tiling.weight_columns, D_ - n);
       const Mul* strip = batch.scaled.get() + n * batch.columns + offset * count;
-      t_.product(rows, count, width, tile, ld, strip, count, total + n, t_.ld_sums, add);
+      t_.product(rows, count, width, tile, ld, strip, count, total.data + n, total.ld, add);
     }
     if (!p_.d_bias) return;
     const Acc* factors = batch.state.factor.get() + offset;
@@ -158,19 +174,16 @@ class WeightGradient {
 
   // A row of d weight, of one chunk of several.
   void store(const Batch& batch, const Acc* row, int64_t v, bool first, bool last) {
-    Acc* sums = sums_.get();
-    if constexpr (std::is_same_v<Acc, Out>) sums = p_.d_weight;
-    Acc* sum = sums ? sums + v * D_ : nullptr;
+    Acc* sum = sums_ ? sums_.get() + v * D_ : nullptr;
     if (!first)
       row_kernels<Acc>(t_.kernels).add_scaled(row, D_, Acc(1), sum);
     else if (!last)
       row_kernels<Acc>(t_.kernels).widen(row, D_, Acc(1), sum);
-    if (last && !(std::is_same_v<Acc, Out> && !first)) {
-      row_kernels<Out>(t_.kernels).narrow(first ? row : sum, D_, batch.scale, p_.d_weight + v * D_);
-    }
+    if (last) row_kernels<Out>(t_.kernels).narrow(first ? row : sum, D_, batch.scale, p_.d_weight + v * D_);
   }
 
   static constexpr bool kPairs = Tiles::kPairs;
+  static constexpr bool kInPlace = std::is_same_v<Acc, Out>;  // d weight has the sums' type: the scale is 1
   // Beyond what a shared cache may hold, 16-bit products may make exponentials sooner than memory gives them back.
   // Measured alone in a process, two threads: V = 128256, D = 512, n = 1024 took 244 ms with this limit; with all 262
   // MB kept, 373 ms in `l3ms bench`. At V = 151936, D = 896 runs differ too much to tell. 131 MB at V = 32000, D =
