@@ -7,6 +7,7 @@ from l3m_kernels.backends import backends, release_workspace, set_workspace
 from l3m_kernels.barrier import Bounds, barrier_multiplier, barrier_weights, initial_state, relaxed_log_barrier
 from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
 from l3m_kernels.reference import BarrierWeights, reward_sums
+from l3m_kernels.target_flag import check_targets
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "backends",
     "barrier_multiplier",
     "barrier_weights",
+    "check_targets",
     "initial_state",
     "log_likelihood",
     "relaxed_log_barrier",

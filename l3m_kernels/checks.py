@@ -1,6 +1,7 @@
 """Arguments of the head's ops: what can be checked from shapes and dtypes (at the call), and from values (inside the op, on a CPU).
 
-On a GPU the values are not looked at, since that would stop the stream: a target outside the vocabulary makes its row NaN.
+On a GPU the values are not looked at, since that would stop the stream: a target outside the vocabulary makes its row NaN and is told
+later (`target_flag`).
 """
 
 import math
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from l3m_kernels import target_flag
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -97,10 +100,10 @@ def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 def check_values(op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Bounds of the targets and order of cu_seqlens, for tensors on a CPU.
+    """Bounds of the targets and order of cu_seqlens, for tensors on a CPU; on a GPU, what is known of earlier calls by now.
 
     Raises:
-        IndexError: a target outside [0, V) that is not `ignore_index`, naming row and value.
+        IndexError: a target outside [0, V) that is not `ignore_index`, naming row and value (on a CPU).
         ValueError: cu_seqlens does not start at 0, end at T and never decrease.
     """
     if cu_seqlens.device.type == "cpu":
@@ -111,6 +114,8 @@ def check_values(op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, 
                 f"{op}: cu_seqlens must start at 0, never decrease and end at T = {total} (the rows of hidden); "
                 f"got {shorten(cu_seqlens.tolist())}"
             )
+    if targets.device.type == "cuda":
+        target_flag.raise_if_set(op, targets.device)
     if targets.device.type == "cpu":
         outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
         if bool(outside.any()):

@@ -58,7 +58,8 @@ def log_likelihood(
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong (named), or cu_seqlens is not ordered.
-        IndexError: a target outside [0, V) that is not `ignore_index` (CPU; on a GPU its row is NaN).
+        IndexError: a target outside [0, V) that is not `ignore_index`. On a GPU nothing waits to see: its row is NaN, a later call or
+            `check_targets` raises.
         RuntimeError: the named backend is not available here, or a second derivative is asked for.
     """
     batch = packed_batch("log_likelihood", hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
@@ -129,7 +130,7 @@ def weighted_log_likelihood(
 
 
 def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Head:
-    return Head(weight, bias, softcap, temperature, workspace(weight.device.type), low_memory())
+    return Head(weight, bias, softcap, temperature, workspace(weight.device.type, len(weight)), low_memory())
 
 
 def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +176,7 @@ def _log_likelihood(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_values("log_likelihood", targets, cu_seqlens, len(weight), ignore_index)
-    run = select("log_likelihood", backend, hidden.device.type)
+    run = select("log_likelihood", backend, hidden.device.type, hidden.dtype)
     return run(hidden, targets, cu_seqlens.to(hidden.device), _head(weight, bias, softcap, temperature), ignore_index)
 
 
@@ -203,7 +204,7 @@ def _log_likelihood_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = select("log_likelihood_backward", backend, hidden.device.type)
+    run = select("log_likelihood_backward", backend, hidden.device.type, hidden.dtype)
     head = _head(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
     return run(grad_sequence, grad_token, hidden, targets, cu_seqlens.to(hidden.device), lse, head, ignore_index, needs)
@@ -274,7 +275,7 @@ def _weighted_log_likelihood(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_values("weighted_log_likelihood", targets, cu_seqlens, len(weight), ignore_index)
-    run = select("weighted_log_likelihood", backend, hidden.device.type)
+    run = select("weighted_log_likelihood", backend, hidden.device.type, hidden.dtype)
     head = _head(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
     return run(hidden, targets, seq_weight, cu_seqlens.to(hidden.device), head, ignore_index, needs)

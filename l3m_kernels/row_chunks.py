@@ -25,6 +25,7 @@ from l3m_kernels.chunked import sequence_sums as segment_sums
 from l3m_kernels.gradient_sums import NEEDS, GradientSums, matmul_fp32
 
 COLUMN_MULTIPLE = 32  # of a row of logits: 128 bytes, so that each row is aligned whatever V
+LEAST_COLUMNS = 2048  # of a block of the vocabulary: shorter ones make slow products, and long chains of sums
 ROW_MULTIPLE = 256  # of a chunk: whole tiles of the products
 
 
@@ -37,9 +38,10 @@ class RowKernels(NamedTuple):
     """What a backend supplies. All tensors are on one device; nothing here may make the host wait.
 
     softmax_gradient(logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse) -> None
-        logits (n, V) fp32, row stride ld (elements, any int64): products only, before bias, softcap and temperature. Overwritten where
-            upstream is given: the gradient of the products, upstream * (onehot - p) * inverse_temperature * softcap'(.), in `grad_dtype`
-            (bf16, fp16 or fp32) from the beginning of each row, so with a row stride of ld * 4 / itemsize elements.
+        logits (n, V) fp32, row stride ld >= V; all n * ld elements may be read and written. Products only, before bias, softcap and
+            temperature. Overwritten where upstream is given: the gradient of the products, upstream * (onehot - p) *
+            inverse_temperature * softcap'(.), in `grad_dtype` (bf16, fp16 or fp32) from the beginning of each row, so with a row stride
+            of ld * 4 / itemsize elements.
         targets (n,) int64; upstream (n,) fp32 or None; bias (V,) in the inputs' dtype, contiguous, or None; softcap: float, 0 is none.
         token (n,) fp32: written, log-likelihoods. lse (n,) fp32: written, of softcap(logits + bias) * inverse_temperature.
         flag (1,) int32: set to 1 where a target is outside [0, V), whose row is NaN (token, lse and gradient) and never an access there.
@@ -203,7 +205,7 @@ class _Batch:
         inputs = self.inputs(rows)
         products = self._without_idle(inputs.clone(), upstream) if self.scored is not None else inputs
         free = self.head.workspace - inputs.numel() * (inputs.itemsize + 4)
-        columns = max(free // (4 * len(inputs) + 4 * self.width), 64) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+        columns = max(free // (4 * len(inputs) + 4 * self.width), LEAST_COLUMNS) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
         d_inputs = torch.zeros_like(inputs, dtype=torch.float32) if sums.needs[0] else None
         for first in range(0, self.vocabulary, columns):
             last = min(first + columns, self.vocabulary)
