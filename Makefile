@@ -16,7 +16,7 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-full test-sanitize bench bench-results lint type format dev clean
+.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,9 @@ test-sanitize: dev ## the native head under AddressSanitizer and UBSan (Linux, g
 	  tests/kernels/test_cpp_head.py tests/kernels/test_cpp_fuzz.py tests/kernels/test_ops_oracle.py tests/kernels/test_ops_hazards.py \
 	  tests/kernels/test_ops_shapes.py $(ARGS)
 	for path in "" generic avx2 avx512; do echo "L3M_CPU=$$path"; L3M_CPU=$$path $(SANITIZE) OMP_NUM_THREADS=2 $(BIN)/python $(FUZZ) --count 1500 || exit 1; done
+
+aot: dev ## every Triton kernel compiled for sm_80, 90, 100, 120 without a GPU: registers, spills, shared memory
+	$(BIN)/python -m l3m_kernels.triton_ops $(ARGS)
 
 bench: $(VENV)/peers ## the benchmarks, with the peers installed; make bench ARGS="-k 'no_grad and fp32'"
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)

@@ -85,7 +85,7 @@ def softmax_gradient_kernel(
             above = z - largest
             exponential = tl.exp(-tl.abs(above))
             sums = tl.where(above > 0.0, sums * exponential + 1.0, sums + exponential)
-            largest = tl.maximum(largest, z)
+            largest = tl.where(above > 0.0, z, largest)  # not a NaN, which the sum has
 
         z_target, _ = _logits(logits_ptr, bias_ptr, target, inside, inside, softcap, inverse_temperature, CAPPED)
         shift = tl.maximum(tl.max(largest, 0), z_target)

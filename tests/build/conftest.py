@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # `barrier_problems` is shared
 FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 FOLDERS = ("csrc", "l3m_kernels", "python")
 BUILD_WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
