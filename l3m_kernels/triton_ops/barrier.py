@@ -6,6 +6,7 @@ off now and then. Rewards are added up row after row; that is the time it takes,
 """
 
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -189,6 +190,14 @@ def barrier_weights(
     multiplier, violation = rewards.new_empty(constraints), rewards.new_empty(constraints)
     total = rewards.new_empty(())
     estimate, stderr, new_state = rewards.new_empty(columns), rewards.new_empty(columns), rewards.new_empty(columns, 5)
+    options: dict[str, Any] = {
+        "LEAVE_ONE_OUT": leave_one_out,
+        "R": triton.next_power_of_2(max(columns, 1)),
+        "K": triton.next_power_of_2(max(constraints, 1)),
+        "BLOCK": RESPONSES.block,
+        "num_warps": RESPONSES.warps,
+        "enable_fp_fusion": False,
+    }
     with torch.cuda.device_of(rewards):
         barrier_weights_kernel[(1,)](
             rewards.contiguous(),
@@ -210,11 +219,6 @@ def barrier_weights(
             sequences,
             columns,
             constraints,
-            LEAVE_ONE_OUT=leave_one_out,
-            R=triton.next_power_of_2(max(columns, 1)),
-            K=triton.next_power_of_2(max(constraints, 1)),
-            BLOCK=RESPONSES.block,
-            num_warps=RESPONSES.warps,
-            enable_fp_fusion=False,
+            **options,
         )
     return seq_weight, multiplier, total, violation, estimate, stderr, new_state

@@ -1,5 +1,7 @@
 """Log-likelihoods of tokens to those of sequences: one program a sequence, so no atomics and the same bits every time."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -40,6 +42,7 @@ def sequence_sums(token: Tensor, targets: Tensor, cu_seqlens: Tensor, ignore_ind
     count = len(cu_seqlens) - 1
     sequence = torch.empty(count, dtype=torch.float64, device=token.device)
     length = torch.empty(count, dtype=torch.int64, device=token.device)
+    options: dict[str, Any] = {"BLOCK": SEQUENCES.block, "num_warps": SEQUENCES.warps, "enable_fp_fusion": True}
     if count:
         sequence_sums_kernel[(count,)](
             token,
@@ -49,8 +52,6 @@ def sequence_sums(token: Tensor, targets: Tensor, cu_seqlens: Tensor, ignore_ind
             length,
             len(token),
             ignore_index,
-            BLOCK=SEQUENCES.block,
-            num_warps=SEQUENCES.warps,
-            enable_fp_fusion=True,
+            **options,
         )
     return sequence, length

@@ -8,6 +8,8 @@ What is read and written goes to the end of the row in memory, `stride` elements
 are then 16 bytes wide. Nothing that is computed from what lies there is used.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -105,7 +107,9 @@ def softmax_gradient_kernel(
             columns = start + lanes
             readable = columns < stride
             real = columns < vocabulary
-            z, slope = _logits(logits_ptr, bias_ptr, columns, readable, real, softcap, inverse_temperature, CAPPED)
+            z, slope = _logits(  # pyright: ignore[reportGeneralTypeIssues]: called from Python it would raise
+                logits_ptr, bias_ptr, columns, readable, real, softcap, inverse_temperature, CAPPED
+            )
             p = tl.exp(z - shift) * scale
             at_target = 1.0 - p if KNOWN_LSE else rest
             gradient = upstream * tl.where(columns == target, at_target, -p) * inverse_temperature * slope
@@ -137,6 +141,13 @@ def softmax_gradient(
     if upstream is not None:
         gradient = logits.as_strided((rows, stride), (stride, 1)).view(grad_dtype)
     config = for_rows(vocabulary)
+    options: dict[str, Any] = {
+        "CAPPED": softcap != 0,
+        "KNOWN_LSE": known_lse,
+        "BLOCK": config.block,
+        "num_warps": config.warps,
+        "enable_fp_fusion": True,
+    }
     softmax_gradient_kernel[(rows,)](
         logits,
         stride,
@@ -151,9 +162,5 @@ def softmax_gradient(
         vocabulary,
         softcap,
         inverse_temperature,
-        CAPPED=softcap != 0,
-        KNOWN_LSE=known_lse,
-        BLOCK=config.block,
-        num_warps=config.warps,
-        enable_fp_fusion=True,
+        **options,
     )

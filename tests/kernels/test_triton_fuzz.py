@@ -28,7 +28,7 @@ from l3m_kernels import set_workspace
 if "triton" not in HEAD_BACKENDS:
     pytest.skip("the kernels run in the interpreter only where TRITON_INTERPRET=1", allow_module_level=True)
 
-from l3m_kernels.triton_ops import configs
+from l3m_kernels.triton_ops.configs import Config
 
 softmax_module = sys.modules["l3m_kernels.triton_ops.softmax_gradient"]
 
@@ -46,11 +46,10 @@ def fuzz(seed: int) -> float:
     sizes = (1 << 18, 1 << 20, None) if large else (case.workspace, 1, 1 << 18, None)
     set_workspace(draw.choice(sizes), low_memory=draw.random() < 0.3)
     block = draw.choice((512, 1024, None)) if large else draw.choice((32, 64, None))
-    softmax_module.for_rows = lambda vocabulary: configs.Config(block, 1) if block else configs.for_rows(vocabulary)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if block:
+            patch.setattr(softmax_module, "for_rows", lambda _: Config(block, 1))
         return check("triton", case, draw.choice(("log_likelihood", "weighted")))
-    finally:
-        softmax_module.for_rows = configs.for_rows
 
 
 @pytest.mark.parametrize(

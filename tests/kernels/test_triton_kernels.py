@@ -218,7 +218,7 @@ def test_derivative_of_the_barrier_is_the_reference(mu):
         [torch.linspace(-3, 3, 201, dtype=torch.float64), torch.stack([-s, -s * 1.0000001, -s * 0.9999999, s])]
     )
     out = torch.empty_like(z)
-    derivative_kernel[(1,)](z, mu, s, out, len(z), BLOCK=256)
+    derivative_kernel[(1,)](z, mu, s, out, len(z), BLOCK=tl.constexpr(256))
     assert torch.equal(out, reference.barrier_multiplier(z, mu, s))
 
 
