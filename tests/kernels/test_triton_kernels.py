@@ -102,10 +102,11 @@ def test_against_torch_in_guarded_buffers(vocabulary, stride, dtype, guard, soft
     torch.testing.assert_close(*gradients, rtol=relative, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", [*OUTSIDE, 40, 41])
-def test_target_outside_the_vocabulary_is_never_an_access(target, block):
-    """Its row is NaN and the flag is set; around the buffers are NaNs that would show in other rows."""
-    case, clean = Guarded(4, 40, 40, torch.nan), Guarded(4, 40, 40, torch.nan)
+@pytest.mark.parametrize("guard", [torch.nan, SENTINEL])
+@pytest.mark.parametrize("target", [*OUTSIDE, 40, 41, 1000])
+def test_target_outside_the_vocabulary_is_never_an_access(target, guard, block):
+    """Its row is NaN, as nothing that lies there is, and the flag is set; nothing of it shows in other rows."""
+    case, clean = Guarded(4, 40, 40, guard), Guarded(4, 40, 40, guard)
     case.targets[2] = target
     gradient = case.run(triton_ops.softmax_gradient, torch.bfloat16)
     expected = clean.run(triton_ops.softmax_gradient, torch.bfloat16)
