@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weigh
     sums_ = checked("sums", *sums, at::kDouble, {R, 3});
   } else {
     sums_ = at::empty({R, 3}, options);
-    cpu::reward_sums(rewards_.const_data_ptr<double>(), N, R, rows<cpu::Sums>(sums_));
+    cpu::reward_sums(rewards_.const_data_ptr<double>(), N, R, rows<Sums>(sums_));
   }
 
   Tensor seq_weight = at::empty({N}, options.dtype(at::kFloat));
@@ -72,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weigh
       .constraints = K,
       .rewards = rewards_.const_data_ptr<double>(),
       .norm = norm_.const_data_ptr<double>(),
-      .state = rows<cpu::Average>(state_),
+      .state = rows<Average>(state_),
       .reward_index = index,
-      .bounds = rows<cpu::Bound>(bounds_),
+      .bounds = rows<Bound>(bounds_),
       .mu = mu_,
       .s = s_,
       .smoothing = smoothing,
@@ -88,9 +88,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> barrier_weigh
       .violation = violation.data_ptr<double>(),
       .estimate = estimate.data_ptr<double>(),
       .stderr_ = standard_error.data_ptr<double>(),
-      .state = rows<cpu::Average>(new_state),
+      .state = rows<Average>(new_state),
   };
-  cpu::barrier_weights(problem, rows<cpu::Sums>(sums_), result);
+  cpu::barrier_weights(problem, rows<Sums>(sums_), result);
   return {seq_weight, multiplier, total, violation, estimate, standard_error, new_state};
 }
 
