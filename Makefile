@@ -10,7 +10,7 @@ ARGS ?=
 # Processes that run tests, each with one thread
 JOBS ?= 2
 
-NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal

@@ -68,9 +68,17 @@ def _triton() -> Backend:
     return Backend("triton", devices, ops, float64=False, automatic=not interpreted)
 
 
+def _cuda_ops() -> dict[str, Callable]:
+    if NATIVE.no_cuda:
+        return {}
+    kernels = torch.ops.l3m_kernels
+    rows = row_chunks.RowKernels(kernels.cuda_softmax_gradient)
+    return row_chunks.head_ops(rows) | {"barrier_weights": kernels.cuda_barrier_weights}
+
+
 # Fastest first: `auto` goes down this list.
 TABLE: tuple[Backend, ...] = (
-    Backend("cuda", ("cuda",), missing="this version has no CUDA C++ kernels"),
+    Backend("cuda", ("cuda",), _cuda_ops(), NATIVE.no_cuda, float64=False),
     _triton(),
     Backend("cpp", ("cpu",), _native_ops(), None if NATIVE.module else NATIVE.reason),
     Backend(

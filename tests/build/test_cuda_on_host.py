@@ -18,7 +18,7 @@ from filelock import FileLock
 from test_barrier_bits import bits, random_problem
 from torch import Tensor
 
-from l3m_kernels import reference
+from l3m_kernels import chunked, reference, row_chunks
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "cuda_on_host"
@@ -212,6 +212,59 @@ def test_what_cannot_be_launched_is_refused(kernels):
     assert kernels.softmax_gradient(null, zero, zero, one, *options) == 0  # no rows
     assert kernels.softmax_gradient(null, zero, one, zero, *options) != 0
     assert kernels.softmax_gradient(null, zero, one, large, *options) != 0
+
+
+def row_kernels(kernels) -> row_chunks.RowKernels:
+    """The kernel as `csrc/cuda_ops.cpp` launches it."""
+
+    def run(
+        logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse=False
+    ):
+        sizes = map(ctypes.c_int64, (logits.stride(0) if len(logits) > 1 else logits.shape[1], *logits.shape))
+        status = kernels.softmax_gradient(
+            pointer(logits), *sizes, pointer(targets), pointer(upstream), pointer(bias),
+            DTYPES[None if bias is None else bias.dtype], DTYPES[None if upstream is None else grad_dtype],
+            ctypes.c_float(softcap), ctypes.c_float(inverse_temperature), int(known_lse),
+            *map(pointer, (token, lse, flag)),
+        )  # fmt: skip
+        assert status == 0
+
+    return row_chunks.RowKernels(run)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory):
+    """row_chunks on a CPU with the CUDA kernel, against the reference in float64: strides, parts and dtypes fit each other."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, width, vocabulary = 23, 8, (40, 77, 1030)[seed % 3]
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype)
+    bias = torch.randn(vocabulary, generator=generator).to(dtype) if seed % 2 else None
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    targets[::5] = -100
+    cu_seqlens, seq_weight = torch.tensor([0, 4, 4, 15, 23]), torch.tensor([1.0, 2.0, 0.0, -0.5])
+    grad_sequence, grad_token = torch.randn(4, generator=generator), torch.randn(tokens, generator=generator)
+    options = ((None, 5.0)[seed // 3], 0.7)
+    head = chunked.Head(weight, bias, *options, 5000 if seed % 2 else 1 << 20, low_memory)
+    exact_head = chunked.Head(weight.double(), None if bias is None else bias.double(), *options, 1 << 20)
+    needs, rows = (True, True, bias is not None), row_kernels(kernels)
+
+    found = row_chunks.weighted_log_likelihood(rows, hidden, targets, seq_weight, cu_seqlens, head, -100, needs)
+    batch = (hidden.double(), targets)
+    wanted = chunked.weighted_log_likelihood(*batch, seq_weight.double(), cu_seqlens, exact_head, -100, needs)
+    sequence, length, token, lse = row_chunks.log_likelihood(rows, hidden, targets, cu_seqlens, head, -100)
+    upstream = (grad_sequence, grad_token, hidden, targets, cu_seqlens, lse, head, -100, needs)
+    found = (*found, sequence, length, token, lse, *row_chunks.log_likelihood_backward(rows, *upstream))
+    statistics = chunked.log_likelihood(*batch, cu_seqlens, exact_head, -100)
+    upstream = (grad_sequence.double(), grad_token.double(), *batch, cu_seqlens, statistics[3], exact_head, -100, needs)
+    wanted = (*wanted, *statistics, *chunked.log_likelihood_backward(*upstream))
+    for index, (mine, right) in enumerate(zip(found, wanted, strict=True)):
+        gradient = index in (4, 5, 6, 11, 12, 13)
+        scale = right.abs().max() if right.numel() else 1.0
+        tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype] if gradient else 1e-5
+        torch.testing.assert_close(mine.double(), right.double(), rtol=0, atol=float(tolerance * scale))
 
 
 def barrier_weights(kernels, rewards, norm, sums, state, index, bounds, mu, s, smoothing, leave_one_out):
