@@ -16,7 +16,7 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean
+.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,9 @@ test-sanitize: dev ## the native head under AddressSanitizer and UBSan (Linux, g
 
 aot: dev ## every Triton kernel compiled for sm_80, 90, 100, 120 without a GPU: registers, spills, shared memory
 	$(BIN)/python -m l3m_kernels.triton_ops $(ARGS)
+
+test-gpu: dev ## what needs a CUDA device: every GPU backend there, one process
+	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
 
 bench: $(VENV)/peers ## the benchmarks, with the peers installed; make bench ARGS="-k 'no_grad and fp32'"
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 def softmax_gradient(
     kernels, logits, targets, upstream, bias, softcap, temperature, gradient, lse=None, stride=None, shift=0, order=0
-):
+) -> tuple[Tensor, Tensor, int, Any]:
     """-> token (n,), lse (n,), flag, gradients (n, V) in dtype `gradient` or None; the buffers are guarded and poisoned."""
     rows, vocabulary = logits.shape
     stride = stride or vocabulary
@@ -136,7 +137,9 @@ def test_rows_against_float64(kernels, seed):
     assert bool((found[0] <= 0).all())
     near_one = (token > -1e-3) & (size < 2 / temperature)  # no error of the logits' size is left in these
     assert bool(((found[0].double() - token).abs() <= 1e-5 * token.abs())[near_one].all())
-    for known in (None, found[1]) if gradient else ():
+    if gradient is None:
+        return
+    for known in (None, found[1]):
         again = softmax_gradient(kernels, *arguments, gradient, lse=known, order=seed + 1, **layout)
         right = gradients.to(gradient).double() if gradient != torch.float32 else gradients
         unit = torch.finfo(gradient).eps if gradient != torch.float32 else 0
