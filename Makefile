@@ -13,10 +13,12 @@ JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+# Installed with what it depends on, where that can be had; else it is listed as not installed.
+GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu
+.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +55,10 @@ test-gpu: dev ## what needs a CUDA device: every GPU backend there, one process
 
 bench: $(VENV)/peers ## the benchmarks, with the peers installed; make bench ARGS="-k 'no_grad and fp32'"
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)
+
+bench-gpu: $(VENV)/peers ## all peers on a CUDA device, in 8 minutes; writes to OUT or bench/results
+	-$(PIP) install -q $(GPU_PEERS)
+	$(BIN)/l3ms bench --device cuda --full --output $${OUT:-bench/results} $(ARGS)
 
 bench-results: $(VENV)/peers ## measure all for bench/results and the README: hours, on an idle machine
 	$(BIN)/l3ms bench --full --output bench/results $(ARGS)
