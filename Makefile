@@ -16,7 +16,7 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
+CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
 .PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu bench-gpu
 

@@ -7,6 +7,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "barrier_tensors.h"
 #include "cuda/barrier_weights.h"
 #include "cuda/softmax_gradient.h"
@@ -60,7 +62,7 @@ void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::op
   const c10::cuda::CUDAGuard guard(logits.device());
   const cuda::SoftmaxGradient arguments{
       .logits = logits.data_ptr<float>(),
-      .stride = n < 2 ? V : logits.stride(0),
+      .stride = std::max(logits.stride(0), V),  // of a single row it may be anything
       .rows = n,
       .vocabulary = V,
       .target = targets.const_data_ptr<int64_t>(),
