@@ -115,9 +115,11 @@ inline void block() {
   }
 }
 
-// kernel<<<blocks, threads>>>
+// kernel<<<blocks, threads>>>; of a grid that is smaller than asked for, if `largest_grid` is: kernels stride over it.
+inline unsigned largest_grid = 1u << 31;
 inline void launch(unsigned blocks, unsigned threads, std::function<void()> kernel) {
   body = std::move(kernel);
+  blocks = std::min(blocks, largest_grid);
   gridDim.x = blocks, blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) block();
 }
