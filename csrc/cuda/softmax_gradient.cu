@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kMostThreads, kAligned ? kBlocks : 1) softmax_
         reinterpret_cast<Gradient*>(one.logits)[one.target] = of_float<Gradient>(g);
       }
     }
-    __syncthreads();  // before the next row takes the shared memory
+    // The next row may take the shared memory: everyone has read it before the last barrier.
   }
 }
 
