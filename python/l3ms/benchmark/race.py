@@ -69,8 +69,7 @@ class Race:
 
     def __init__(self, case: Case, contestants: Iterable[Contestant], seed: int = 0, deadline: float = math.inf):
         """deadline: of `time.monotonic`; who has not run by then is left out, and rounds that have not begun are too."""
-        self.deadline, now = deadline, time.monotonic()
-        self.checked_by = now + 0.8 * (deadline - now)  # the rest is for the rounds
+        self.deadline = deadline
         torch.compiler.reset()  # compiled functions of other cases have used up their recompilations
         self.case = case
         self.source = Source(case, seed)
@@ -87,7 +86,8 @@ class Race:
 
     def check(self, said: Callable[[str], None] = lambda name: None, exact: bool = True) -> None:
         """Run everyone once, and (exact) compare with float64; who is wrong, or fails, is out, and the reason is kept."""
-        batch = self.source.draw(0)
+        batch, now = self.source.draw(0), time.monotonic()
+        checked_by = now + 0.8 * (self.deadline - now)  # the rest is for the rounds
         for uniform in (False, True):
             names = [name for name in self.running if self.entries[name].contestant.uniform == uniform]
             checked = [name for name in names if exact and self.entries[name].contestant.kind != "limit"]
@@ -97,7 +97,7 @@ class Race:
             # who compiles itself comes last, when the others are done
             for name in sorted(names, key=lambda name: self.entries[name].contestant.compiled):
                 entry = self.entries[name]
-                left = self.checked_by - time.monotonic()
+                left = checked_by - time.monotonic()
                 if left < (COMPILE if entry.contestant.compiled else 0):
                     entry.stop("left out: the time that was set for this case was up")
                     continue
