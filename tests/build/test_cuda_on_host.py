@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from barrier_problems import bits, random_problem
 from filelock import FileLock
-from test_barrier_bits import bits, random_problem
 from torch import Tensor
 
 from l3m_kernels import chunked, reference, row_chunks

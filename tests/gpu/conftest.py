@@ -8,7 +8,7 @@ import torch
 
 from l3m_kernels import set_workspace
 
-for folder in ("kernels", "build", "gpu"):  # the oracle and the random problems are those of the CPU's tests
+for folder in ("kernels", "gpu"):  # the oracle and the random problems are those of the CPU's tests
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 

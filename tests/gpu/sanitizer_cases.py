@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    for folder in ("gpu", "kernels", "build"):
+    for folder in ("gpu", "kernels"):
         sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 import torch
+from barrier_problems import random_problem
 from head_on_gpu import DEVICE, HEAD_BACKENDS, on_device, random_case, run
-from test_barrier_bits import random_problem
 
 from l3m_kernels import set_workspace
 from l3m_kernels.backends import TABLE

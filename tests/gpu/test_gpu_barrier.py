@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from barrier_problems import bits, random_problem
 from head_on_gpu import DEVICE, MISSING, backends_with
-from test_barrier_bits import bits, random_problem
 
 from l3m_kernels import reference
 from l3m_kernels.backends import select

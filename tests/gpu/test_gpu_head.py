@@ -7,9 +7,8 @@ import torch
 from head_cases import assert_close_to_oracle
 from head_on_gpu import DEVICE, HEAD_BACKENDS, MISSING, Batch, backends, both, on_device, random_case, run
 
-from l3m_kernels import barrier_weights, log_likelihood, reference, set_workspace
+from l3m_kernels import barrier_weights, check_targets, log_likelihood, reference, set_workspace
 from l3m_kernels.barrier import Bounds, initial_state
-from l3m_kernels.target_flag import check_targets
 
 FUSED = [name for name in HEAD_BACKENDS if name != "reference"]
 fused = pytest.mark.parametrize("backend", FUSED or [MISSING])
