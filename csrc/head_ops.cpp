@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -81,11 +82,32 @@ struct Gradients {
   Tensor hidden, weight, bias;
 };
 
+// Uninitialised, on memory that goes back to the shelf when the tensor's is freed.
+Tensor on_shelf(cpu::Shelf& shelf, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < size_t(1) << 20) return at::empty(sizes, options);
+  struct Owner {
+    cpu::Memory memory;
+    cpu::Shelf& shelf;
+  };
+  auto* owner = new Owner{shelf.take(bytes, true), shelf};
+  at::DataPtr data(
+      owner->memory.buffer.get(), owner,
+      [](void* context) {
+        const std::unique_ptr<Owner> owner(static_cast<Owner*>(context));
+        owner->shelf.give(std::move(owner->memory), false);
+      },
+      at::kCPU);
+  const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), at::getCPUAllocator(), true);
+  return at::empty({0}, options).set_(storage, 0, sizes);
+}
+
 Gradients empty_gradients(const Batch& batch, const HeadArguments& head, at::ScalarType dtype, bool need_hidden,
                           bool need_weight, bool need_bias) {
   const auto options = batch.hidden.options().dtype(dtype);
-  return {need_hidden ? at::zeros(batch.hidden.sizes(), options) : at::empty({0}, options),
-          at::empty(need_weight ? head.weight.sizes() : at::IntArrayRef{0}, options),
+  cpu::Shelves& shelves = cpu::Shelves::all();
+  return {need_hidden ? on_shelf(shelves.d_hidden, batch.hidden.sizes(), options).zero_() : at::empty({0}, options),
+          need_weight ? on_shelf(shelves.d_weight, head.weight.sizes(), options) : at::empty({0}, options),
           at::empty({need_bias ? head.weight.size(0) : 0}, options)};
 }
 
@@ -127,7 +149,6 @@ void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, 
     };
     problem.d_hidden = output(gradients->hidden);
     problem.d_weight = output(gradients->weight);
-    if (problem.d_weight) cpu::prefer_huge_pages(problem.d_weight, gradients->weight.nbytes());
     problem.d_bias = output(gradients->bias);
   }
   cpu::run_head<In, Out, Mul, Acc>(problem);

@@ -25,7 +25,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_path", [] { return l3m::cpu::path().name; },
       "What the head runs on: generic, avx2, avx512, avx512_bf16 or amx; L3M_CPU names another.");
-  m.def("release_workspace", &l3m::cpu::Retained::release,
+  m.def("release_workspace", &l3m::cpu::Shelves::release,
         "Gives back the memory that is kept from one call of the head to the next.");
   m.def("build_info", &build_info, "What this module was compiled with: torch, compiler, cpp_standard, cxx11_abi.");
 }

@@ -139,7 +139,8 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
             D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held. Backend `triton` has it for any number
             of rows, and holds the hidden states of all of them with their gradient in fp32.
 
-    Backend `cpp` keeps the largest piece of this memory from one call to the next; `release_workspace` gives it back.
+    Backend `cpp` keeps the largest piece of this memory from one call to the next, and that of its last gradients once they are freed;
+    `release_workspace` gives it back.
 
     Raises:
         ValueError: not a positive number of bytes.

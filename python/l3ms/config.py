@@ -123,7 +123,7 @@ class TrainConfig(Section):
     max_grad_norm: Positive = 1.0
     max_new_tokens: Annotated[int, Field(ge=2)] = 256
     temperature: Positive = 1.0
-    mu: Literal["auto", "paper"] = "auto"  # auto: the paper's decay, stopped at the noise floor of the estimates
+    mu: Literal["auto", "paper"] = "auto"  # auto: a decay to the noise floor of the estimates
     mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
     smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
     length_norm: Literal["mean", "sequence", "none"] = "mean"

@@ -45,7 +45,7 @@ class L3MOptimizer(torch.optim.Optimizer):
     Args:
         base: the wrapped optimizer.
         constraints: what must hold, see `Constraint`.
-        mu: "auto" (the paper's decay, stopped at the noise floor of the estimates), "paper", or a schedule.
+        mu: "auto" (a decay to the noise floor of the estimates), "paper", or a schedule.
         smoothing: weight of a new batch mean in the moving average of the estimates.
         max_grad_norm: of each half-step; None does not clip. A task gradient above it pulls less than its multiplier says.
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length

@@ -6,7 +6,6 @@ looked at when they have arrived, as a rule in the next step: nothing that is de
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from l3ms.conflicts import ConflictWatch
-from l3ms.schedules import MuSchedule
+from l3ms.schedules import MuSchedule, NoiseFloorDecay, noise_floor
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,8 @@ class StepReports:
         self.names, self.owner, self.end, self.max_skipped = names, owner, schedule.end, max_skipped
         self.conflicts = ConflictWatch(names)
         self.failure: str | None = None
-        self._mu = schedule.start  # after the last applied step
-        self._waits_at: float | None = None  # the mu that was logged last
+        self._waits = isinstance(schedule, NoiseFloorDecay)
+        self._met_at: float | None = None  # the mu that was logged last
         self._under_way: deque[tuple[Copy, list[int]]] = deque()
 
     def send(self, numbers: StepNumbers) -> None:
@@ -91,23 +90,21 @@ class StepReports:
             self.conflicts.update([max(v for v, owner in sides if owner == i) for i in range(len(noise))])
 
     def _report_floor(self, mu: float, noise: list[float]) -> None:
-        """Log where mu begins to wait for the noise to fall, and again once it has fallen by a fifth."""
-        waiting = mu == self._mu and mu > self.end
-        self._mu = mu
-        if waiting and (self._waits_at is None or mu < 0.8 * self._waits_at):
-            noisiest = _largest(noise)
-            floor = math.sqrt(2 * noise[noisiest])
+        """Log where mu meets the noise floor, and again once it has fallen by a fifth."""
+        noisiest = _largest(noise)
+        floor = float(noise_floor(torch.tensor(noise[noisiest], dtype=torch.float64)))
+        met = self._waits and floor >= mu * (1 - 1e-9) and mu > self.end
+        if met and (self._met_at is None or mu < 0.8 * self._met_at):
             logger.info("mu waits at %.3g: the noise floor of constraint %r is %.3g", mu, self.names[noisiest], floor)
-            self._waits_at = mu
+            self._met_at = mu
 
     def state_dict(self) -> dict[str, Any]:
         self.wait()
-        return {"reported_mu": self._waits_at, "conflicts": self.conflicts.state_dict()}
+        return {"reported_mu": self._met_at, "conflicts": self.conflicts.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """`state` also has the `mu` of then."""
         self._under_way.clear()
-        self.failure, self._waits_at, self._mu = None, state["reported_mu"], float(state["mu"])
+        self.failure, self._met_at = None, state["reported_mu"]
         self.conflicts.load_state_dict(state["conflicts"])
 
 

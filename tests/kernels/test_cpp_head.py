@@ -12,7 +12,7 @@ import torch
 from head_cases import HEAD_BACKENDS, NATIVE, Case, grad_of, multiplies_in
 from test_ops_oracle import check
 
-from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
+from l3m_kernels import log_likelihood, release_workspace, set_workspace, weighted_log_likelihood
 
 pytestmark = pytest.mark.skipif("cpp" not in HEAD_BACKENDS, reason="backend cpp is not built here")
 
@@ -141,3 +141,37 @@ def test_oracle_on_every_path_that_this_machine_runs(path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder.parents[1])
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+def gradient_of_a_large_weight(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(8, 64, generator=generator), torch.randn(5000, 64, generator=generator)  # 1.3 MB
+    weight.requires_grad_()
+    targets, ends = torch.arange(8), torch.tensor([0, 8])
+    loss = weighted_log_likelihood(hidden, weight, targets, torch.ones(1), ends, backend="cpp")[0]
+    return torch.autograd.grad(loss, weight)[0]
+
+
+def test_memory_of_a_gradient_is_used_again_once_it_is_freed_and_not_before():
+    held = gradient_of_a_large_weight(0)
+    before, view = held.clone(), held[17:]
+    other = gradient_of_a_large_weight(1)
+    assert other.data_ptr() != held.data_ptr()
+    place = held.data_ptr()
+    del held
+    assert gradient_of_a_large_weight(2).data_ptr() != place  # a view is still there
+    assert torch.equal(view, before[17:])
+    del view
+    again = gradient_of_a_large_weight(0)
+    assert again.data_ptr() == place
+    assert torch.equal(again, before)
+    release_workspace()
+    assert torch.equal(again, before)
+
+
+def test_a_gradient_can_be_resized_and_shared():
+    gradient = gradient_of_a_large_weight(0)
+    before = gradient.clone()
+    larger = gradient.resize_(6000, 64)
+    assert torch.equal(larger[:5000], before)
+    assert torch.equal(larger.share_memory_()[:5000], before)

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, WEIGHTED_BACKENDS, Case, Inputs, assert_close_to_oracle, sequence_of
+from head_cases import (
+    HEAD_BACKENDS,
+    WEIGHTED_BACKENDS,
+    Case,
+    Inputs,
+    assert_close_to_oracle,
+    grad_of,
+    sequence_of,
+)
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, log_likelihood, set_workspace, weighted_log_likelihood
@@ -78,3 +86,16 @@ def test_weighted_log_likelihood(seed, backend):
     case = Case.random(seed)
     set_workspace(case.workspace)
     check(backend, case, "weighted")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
+@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
+def test_gradients_are_rounded_to_even(backend, dtype, bits):
+    """Two equally likely tokens: d hidden = (W[0] - W[1]) / 2, exactly between two neighbours, of which the even one is wanted."""
+    ulp = 2.0**-bits
+    for above, wanted in ((ulp, 1.0), (3 * ulp, 1 + 2 * ulp)):
+        hidden = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
+        weight = torch.tensor([[2.0, 0.0], [-above, 0.0]], dtype=dtype)
+        targets, ends = torch.tensor([0]), torch.tensor([0, 1])
+        weighted_log_likelihood(hidden, weight, targets, torch.ones(1), ends, backend=backend)[0].backward()
+        assert grad_of(hidden)[0, 0] == -wanted

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import l3ms
+from l3m_kernels import barrier_multiplier
 from l3ms.schedules import as_schedule, noise_floor
 
 QUIET = torch.tensor(0.0, dtype=torch.float64)
@@ -34,9 +35,9 @@ def test_auto_without_noise_is_the_papers_decay():
         assert mu.item() == pytest.approx(paper(torch.tensor(step), mu, QUIET).item(), rel=1e-12)
 
 
-def test_auto_stops_at_the_noise_floor_never_rises_and_resumes():
+def test_auto_ends_at_the_noise_floor_never_rises_and_resumes():
     schedule = l3ms.NoiseFloorDecay(1.0, 1e-6, steps=60)
-    rate = 10 ** (-6 / 60)
+    fastest = 10 ** (-6 / 60)
     mu, steps, seen = f64(1.0), 0, [1.0]
 
     def advance(count, noise):
@@ -46,17 +47,26 @@ def test_auto_stops_at_the_noise_floor_never_rises_and_resumes():
             mu = schedule(torch.tensor(steps), mu, f64(noise))
             seen.append(mu.item())
 
-    advance(30, 0.005)
-    floor = math.sqrt(2 * 0.005)
-    assert mu.item() == pytest.approx(floor, rel=1e-14)
+    floor = 0.01 ** (1 / 3)
     assert noise_floor(f64(0.005)).item() == pytest.approx(floor, rel=1e-14)
+    advance(30, 0.005)
+    assert mu.item() == pytest.approx(floor**0.5, rel=1e-12)  # half of the way, in equal factors
+    advance(30, 0.005)
+    assert mu.item() == pytest.approx(floor, rel=1e-12)
     advance(5, 0.5)  # the noise grows: mu stays
-    assert mu.item() == pytest.approx(floor, rel=1e-14)
-    advance(3, 1e-9)  # the noise falls: it goes on from where it stood, at the same rate
-    assert mu.item() == pytest.approx(floor * rate**3, rel=1e-12)
+    assert mu.item() == pytest.approx(floor, rel=1e-12)
+    advance(3, 1e-9)  # the noise falls: it goes on from where it stood, no faster than the paper's
+    assert mu.item() == pytest.approx(floor * fastest**3, rel=1e-12)
     advance(200, 0.0)
-    assert mu.item() == 1e-6
+    assert mu.item() == pytest.approx(1e-6, rel=1e-12)
     assert all(after <= before for before, after in itertools.pairwise(seen))
+
+
+def test_noise_floor_is_where_a_standard_error_moves_the_multiplier_by_a_half():
+    noise = f64(0.03)
+    mu = noise_floor(noise)
+    at, beyond = (barrier_multiplier(z, mu) for z in (f64(0.01), 0.01 + noise))
+    assert (beyond - at).item() == pytest.approx(0.5, rel=1e-12)
 
 
 def test_unknown_noise_holds_mu():
@@ -120,7 +130,7 @@ def test_mu_of_the_optimizer_follows_the_schedule_on_constraint_steps_only():
 
 
 def test_auto_stops_at_the_noise_of_the_estimates_and_says_which(caplog):
-    """Rewards of standard deviation 10 around 40: the floor is sqrt(2 stderr / scale) of the noisier constraint."""
+    """Rewards of standard deviation 10 around 40: the floor is (2 stderr / scale)^(1/3) of the noisier constraint."""
     x = torch.nn.Parameter(torch.zeros(4))
     opt = l3ms.L3MOptimizer(
         torch.optim.SGD([x], lr=0.0),
@@ -136,7 +146,7 @@ def test_auto_stops_at_the_noise_of_the_estimates_and_says_which(caplog):
             opt.step()
             opt.zero_grad()
     values = opt.metrics()
-    floor = math.sqrt(2 * values["constraints/noisy/stderr"] / 50.0)
+    floor = (2 * values["constraints/noisy/stderr"] / 50.0) ** (1 / 3)
     assert values["l3m/mu"] == pytest.approx(floor, rel=0.15)
     assert values["l3m/mu"] >= floor
     messages = [record.getMessage() for record in caplog.records]
