@@ -32,16 +32,22 @@ class GradientSums:
     of the sums again. Gradients that are still to be multiplied by a loss scale (`unscaled`) then stay fp32.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, index: Tensor, needs: NEEDS, unscaled: bool):
-        self.head, self.index, self.needs = head, index, needs
+    def __init__(
+        self, hidden: Tensor, head: Head, index: Tensor, needs: NEEDS, unscaled: bool, fault: Tensor | None = None
+    ):
+        """`index` (n,), the rows of hidden that may be added; `fault` () fp32, where there is one: added to all, 0 or NaN."""
+        self.head, self.index, self.needs, self.fault = head, index, needs, fault
         self.half = hidden.dtype == torch.float16
         self.dtype = torch.float32 if unscaled and self.half else hidden.dtype
         self.unscale: Tensor | None = None
-        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=self.dtype)
+        self.hidden = self._begun(hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=self.dtype))
         self.weight: Tensor | None = (
             None  # (V, D), fp32 until it is complete; in low-memory mode each block is complete at once
         )
-        self.bias = hidden.new_zeros(len(head.weight) if needs[2] else 0, dtype=torch.float32)
+        self.bias = self._begun(hidden.new_zeros(len(head.weight) if needs[2] else 0, dtype=torch.float32))
+
+    def _begun(self, zeros: Tensor) -> Tensor:
+        return zeros if self.fault is None else zeros.add_(self.fault)
 
     def scaled(self, upstream: Tensor) -> Tensor:
         """upstream (n,) fp32, of all rows, as the row kernel is to have it."""
@@ -90,7 +96,8 @@ class GradientSums:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """-> d_hidden (T, D), d_weight (V, D), d_bias (V,)."""
         if self.weight is None:
-            weight = self.hidden.new_zeros(self.head.weight.shape if self.needs[1] else 0, dtype=self.dtype)
+            zeros = self.hidden.new_zeros(self.head.weight.shape if self.needs[1] else 0, dtype=self.dtype)
+            weight = self._begun(zeros)  # no row was added
         else:
             weight = self.weight if self.head.low_memory else self._true(self.weight).to(self.dtype)
         return self.hidden, weight, self._true(self.bias).to(self.dtype)

@@ -2,14 +2,13 @@
 
 Letters: T tokens of a packed batch, n scored rows (of a chunk), N sequences, D hidden size, V vocabulary.
 
-Scored rows are brought into the order [gradient | log-likelihood only], unscored ones dropped. A chunk of rows is multiplied into one
-fp32 buffer of logits, the row kernel turns these in place into the gradient of the logits, in the inputs' dtype, and two products carry it
-on: to the hidden states, and into one fp32 accumulator of the weight's gradient. Chunks are as large as the workspace allows, since each
-reads and writes the whole accumulator. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose logits
-are computed again (8 n D V FLOPs instead of 6), and each block of the weight's gradient is written once.
+Scored rows are brought into the order [gradient | log-likelihood only], unscored ones dropped (`row_order`). A chunk of rows is multiplied
+into one fp32 buffer of logits, the row kernel turns these in place into the gradient of the logits, in the inputs' dtype, and two products
+carry it on: to the hidden states, and into one fp32 accumulator of the weight's gradient. Chunks are as large as the workspace allows,
+since each reads and writes the whole accumulator. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose
+logits are computed again (8 n D V FLOPs instead of 6), and each block of the weight's gradient is written once.
 
-Counting the rows makes the host wait for the device, once a call. While a CUDA graph is captured nothing may wait: all rows are computed
-then, unscored ones with a gradient of 0.
+Counting the rows makes the host wait for the device, once a call; where the caller gives their number (`scored_rows`) nothing waits.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l3m_kernels import target_flag
+from l3m_kernels import device_flags
 from l3m_kernels.chunked import Head, sequence_index, sequence_lengths
 from l3m_kernels.chunked import sequence_sums as segment_sums
 from l3m_kernels.gradient_sums import NEEDS, GradientSums, matmul_fp32
+from l3m_kernels.row_order import Rows, ordered
 
 COLUMN_MULTIPLE = 32  # of a row of logits: 128 bytes, so that each row is aligned whatever V
 LEAST_COLUMNS = 2048  # of a block of the vocabulary: shorter ones make slow products, and long chains of sums
@@ -70,42 +70,20 @@ def _launching(hidden: Tensor) -> Iterator[None]:
             stack.callback(setattr, settings, name, getattr(settings, name))
             setattr(settings, name, exact)
         yield
-        target_flag.copy_later(hidden.device)
-
-
-class _Rows(NamedTuple):
-    index: Tensor  # (n,) int64: first the rows with a gradient, then those without
-    gradient: int
-    scored: int
-    compact: bool  # unscored rows are not among them
-
-
-def _ordered(scored: Tensor, gradient: Tensor | None) -> _Rows:
-    """Rows in the order of the work. `gradient` (T,) marks those that have one; None: none has."""
-    if scored.is_cuda and torch.cuda.is_current_stream_capturing():
-        count = len(scored)
-        return _Rows(torch.arange(count, device=scored.device), 0 if gradient is None else count, count, False)
-    key = torch.where(scored, 1, 2)
-    if gradient is not None:
-        key -= (scored & gradient).long()
-    index = key.byte().sort(stable=True).indices
-    with_gradient, kept = torch.stack([(key == 0).sum(), (key < 2).sum()]).tolist()  # here the host waits
-    return _Rows(index[:kept], with_gradient, kept, True)
+        device_flags.copy_later(hidden.device)
 
 
 class _Batch:
     """The rows of one call, the buffer that their logits go through, and the gradients."""
 
-    def __init__(
-        self, kernels: RowKernels, hidden: Tensor, targets: Tensor, head: Head, ignore_index: int, rows: _Rows
-    ):
+    def __init__(self, kernels: RowKernels, hidden: Tensor, targets: Tensor, head: Head, ignore_index: int, rows: Rows):
         self.kernels, self.hidden, self.head, self.rows = kernels, hidden, head, rows
         self.bias = None if head.bias is None else head.bias.contiguous()
-        self.flag = target_flag.flag(hidden.device)
+        self.flag = device_flags.flag(hidden.device, "targets")
         self.targets = targets[rows.index]
         self.scored = None if rows.compact else targets != ignore_index
-        if self.scored is not None:
-            self.targets = self.targets.where(self.scored, 0)
+        if rows.idle:  # unscored rows may be among them, by a wrong count too: not a target outside the vocabulary
+            self.targets = self.targets.where(self.targets != ignore_index, 0)
         self.token, self.lse = (hidden.new_empty(rows.scored, dtype=torch.float32) for _ in range(2))
         self.vocabulary, self.width = head.weight.shape
         self.stride = -(-self.vocabulary // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
@@ -174,15 +152,17 @@ class _Batch:
         """(T,): values (n,) where they belong, 0 where not scored."""
         if self.scored is not None:
             return values.where(self.scored, 0)
-        return values.new_zeros(len(self.hidden)).index_copy_(0, self.rows.index, values)
+        found = values.new_zeros(len(self.hidden)).index_copy_(0, self.rows.index, values)
+        return found if self.rows.fault is None else found.add_(self.rows.fault)
 
     def gradients(self, upstream: Tensor, needs: NEEDS, unscaled: bool, known_lse: bool) -> tuple[Tensor, ...]:
         """-> d_hidden, d_weight, d_bias, empty where not needed; upstream (n,) fp32 of the rows with a gradient.
 
         fp16 gradients that are still to be multiplied by a loss scale (`unscaled`) are fp32. Statistics are written unless `known_lse`.
         """
-        sums = GradientSums(self.hidden, self.head, self.rows.index, needs, unscaled)
-        upstream = sums.scaled(upstream)
+        fault = self.rows.fault
+        sums = GradientSums(self.hidden, self.head, self.rows.index, needs, unscaled, fault)
+        upstream = sums.scaled(upstream if fault is None else upstream + fault)
         if self.head.low_memory and any(needs) and len(upstream):
             if not known_lse:
                 self.forward(0, len(upstream))
@@ -202,8 +182,9 @@ class _Batch:
     def _by_vocabulary(self, sums: GradientSums, upstream: Tensor) -> None:
         """All rows with a block of the vocabulary at a time: nothing of the weight's size is held but its gradient."""
         rows = slice(0, len(upstream))
-        inputs = self.inputs(rows)
-        products = self._without_idle(inputs.clone(), upstream) if self.scored is not None else inputs
+        inputs = self._without_idle(
+            self.inputs(rows), upstream
+        )  # of the logits too: the gradient is 0 whatever they are
         free = self.head.workspace - inputs.numel() * (inputs.itemsize + 4)
         columns = max(free // (4 * len(inputs) + 4 * self.width), LEAST_COLUMNS) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
         d_inputs = torch.zeros_like(inputs, dtype=torch.float32) if sums.needs[0] else None
@@ -211,13 +192,13 @@ class _Batch:
             last = min(first + columns, self.vocabulary)
             logits = self.logits(inputs, first, last)
             self.fused_with_lse(logits, rows, upstream, first, last)
-            sums.add_columns(first, last, products, self.gradient_of(logits, self.hidden.dtype), d_inputs)
+            sums.add_columns(first, last, inputs, self.gradient_of(logits, self.hidden.dtype), d_inputs)
         if d_inputs is not None:
             sums.write_hidden(rows, d_inputs)
 
     def _without_idle(self, inputs: Tensor, upstream: Tensor) -> Tensor:
-        """Rows without a gradient contribute nothing, whatever they hold: 0 * NaN is NaN. Where rows are compact there are none."""
-        return inputs if self.scored is None else inputs.masked_fill_((upstream == 0)[:, None], 0)
+        """Rows whose gradient is 0 contribute nothing, whatever they hold: 0 * NaN is NaN."""
+        return inputs if not self.rows.idle else inputs.masked_fill_((upstream == 0)[:, None], 0)
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
@@ -230,10 +211,11 @@ def log_likelihood(
     cu_seqlens: Tensor,  # (N + 1,)
     head: Head,
     ignore_index: int,
+    scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> sequence (N,), length (N,) int64, token (T,), lse (T,): as `chunked.log_likelihood`, 2 n D V FLOPs."""
     with _launching(hidden):
-        rows = _ordered(targets != ignore_index, None)
+        rows = ordered(targets != ignore_index, None, scored_rows)
         batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
         batch.forward(0, rows.scored)
         token = batch.scattered(batch.token)
@@ -252,13 +234,15 @@ def log_likelihood_backward(
     head: Head,
     ignore_index: int,
     needs: NEEDS,
+    scored_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """-> d_hidden, d_weight, d_bias: as `chunked.log_likelihood_backward`, 6 n D V FLOPs for the rows with a gradient."""
     with _launching(hidden):
         upstream = (grad_token + grad_sequence[sequence_index(cu_seqlens, len(hidden))]).float()
         scored = targets != ignore_index
         upstream = upstream.where(scored, 0)
-        rows = _ordered(scored & (upstream != 0), upstream != 0)
+        kept = scored & (upstream != 0) if scored_rows is None else scored
+        rows = ordered(kept, upstream != 0, scored_rows)
         batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
         outside = (batch.targets < 0) | (batch.targets >= len(head.weight))
         batch.lse = lse[rows.index].masked_fill(outside, torch.nan)
@@ -274,22 +258,24 @@ def weighted_log_likelihood(
     head: Head,
     ignore_index: int,
     needs: NEEDS,
+    scored_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """-> loss (), sequence, length, token, d_hidden, d_weight, d_bias: as `chunked.weighted_log_likelihood`, one pass."""
     with _launching(hidden):
         scored = targets != ignore_index
         upstream = -seq_weight.float()[sequence_index(cu_seqlens, len(hidden))]
         upstream = upstream.where(scored, 0)
-        rows = _ordered(scored, upstream != 0 if any(needs) else None)
+        rows = ordered(scored, upstream != 0 if any(needs) else None, scored_rows)
         batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
         gradients = batch.gradients(upstream[rows.index[: rows.gradient]], needs, unscaled=True, known_lse=False)
         batch.forward(rows.gradient, rows.scored)
         token = batch.scattered(batch.token)
         sequence, length = kernels.sequence_sums(token, targets, cu_seqlens, ignore_index)
-        terms = (seq_weight.double() * sequence).where(
-            seq_weight != 0, 0.0
-        )  # a dropped sequence is dropped, also at -inf
-        return -terms.sum().float(), sequence.float(), length, token, *gradients
+        # A dropped sequence is dropped, also at -inf.
+        loss = -(seq_weight.double() * sequence).where(seq_weight != 0, 0.0).sum().float()
+        if rows.fault is not None:
+            loss = loss + rows.fault
+        return loss, sequence.float(), length, token, *gradients
 
 
 def head_ops(kernels: RowKernels) -> dict[str, Callable]:

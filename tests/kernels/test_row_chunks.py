@@ -8,6 +8,7 @@ from head_cases import Case, Inputs, assert_close_to_oracle
 from torch import Tensor
 
 from l3m_kernels import chunked, row_chunks
+from l3m_kernels.row_order import Rows, ordered
 
 NEEDS = (True, True, True)
 
@@ -84,16 +85,16 @@ def test_oracle(seed, workspace, low_memory, weighted):
 def test_without_compaction_unscored_rows_may_hold_anything(low_memory, weighted, monkeypatch):
     """As while a CUDA graph is captured: every row is computed, unscored ones and those of weight 0 leave no trace."""
 
-    def all_rows(scored, gradient):
+    def all_rows(scored, gradient, given):
         count = len(scored)
-        return row_chunks._Rows(torch.arange(count), 0 if gradient is None else count, count, False)
+        return Rows(torch.arange(count), 0 if gradient is None else count, count, False, idle=True)
 
     case = Case.plain(dtype=torch.float32, unscored=0.4, lengths=(30, 0, 41, 1))
     inputs = case.build()
     wanted = run(case, inputs, weighted, 5000, low_memory)
     with torch.no_grad():
         inputs.hidden[inputs.targets == case.ignore_index] = torch.nan
-    monkeypatch.setattr(row_chunks, "_ordered", all_rows)
+    monkeypatch.setattr(row_chunks, "ordered", all_rows)
     found = run(case, inputs, weighted, 5000, low_memory)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
@@ -117,7 +118,7 @@ def test_upstream_gradients_of_any_size_in_fp16(exponent):
 def test_chunks_cover_the_rows_and_fit_the_workspace(workspace, count):
     targets, weight = torch.zeros(count, dtype=torch.int64), torch.zeros(100, 8)
     head = chunked.Head(weight, None, None, 1.0, workspace)
-    rows = row_chunks._ordered(targets == 0, None)
+    rows = ordered(targets == 0, None)
     batch = row_chunks._Batch(KERNELS, torch.zeros(count, 8), targets, head, -100, rows)
     chunks = list(batch.chunks(0, count))
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(count))
@@ -131,6 +132,6 @@ def test_chunks_cover_the_rows_and_fit_the_workspace(workspace, count):
 def test_rows_are_ordered_by_what_they_need():
     scored = torch.tensor([True, False, True, True, False, True])
     gradient = torch.tensor([False, True, True, False, False, True])
-    rows = row_chunks._ordered(scored, gradient)
+    rows = ordered(scored, gradient)
     assert rows.index.tolist() == [2, 5, 0, 3]
     assert (rows.gradient, rows.scored, rows.compact) == (2, 4, True)

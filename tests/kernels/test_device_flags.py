@@ -1,9 +1,9 @@
-"""When a target outside the vocabulary, found by a kernel, is told to the caller; the device is played by CPU tensors and events."""
+"""When targets that a kernel found wrong are told to the caller; the device is played by CPU tensors and events."""
 
 import pytest
 import torch
 
-from l3m_kernels import check_targets, target_flag
+from l3m_kernels import check_targets, device_flags
 
 DEVICE = torch.device("cuda", 0)
 
@@ -27,22 +27,22 @@ def device(monkeypatch):
     state = {"capturing": False}
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    flag = target_flag._Flag(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
-    monkeypatch.setattr(target_flag, "_flags", {DEVICE: flag})
+    flag = device_flags._Flags(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(device_flags, "_flags", {DEVICE: flag})
     return flag, state
 
 
-def call(flag, bad: bool = False) -> None:
-    """What an op does: look, run kernels, send the flag."""
-    target_flag.raise_if_set("log_likelihood", DEVICE)
+def call(flags, bad: str | None = None) -> None:
+    """What an op does: look, run kernels, send the flags."""
+    device_flags.raise_if_set("log_likelihood", DEVICE)
     if bad:
-        flag.device.fill_(1)
-    target_flag.copy_later(DEVICE)
+        device_flags.flag(DEVICE, bad).fill_(1)
+    device_flags.copy_later(DEVICE)
 
 
 def test_told_by_the_first_call_that_can_know(device):
     flag, _ = device
-    call(flag, bad=True)
+    call(flag, bad="targets")
     call(flag)  # the copy is not done yet: nobody waits
     flag.copied.done = True
     with pytest.raises(IndexError, match=r"log_likelihood: an earlier call on cuda:0 .* outside the vocabulary"):
@@ -58,11 +58,30 @@ def test_told_by_check_targets_at_once(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     call(flag)
     check_targets()
-    call(flag, bad=True)
+    call(flag, bad="targets")
     check_targets("cuda:1")
     with pytest.raises(IndexError, match="check_targets: an earlier call on cuda:0"):
         check_targets()
     check_targets()
+    call(flag)
+
+
+def test_each_fault_is_told_by_its_name(device):
+    """Both at once: one after the other."""
+    flag, _ = device
+    call(flag, bad="scored")
+    call(flag, bad="targets")
+    flag.copied.done = True
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        call(flag)
+    call(flag)
+    flag.copied.done = True
+    with pytest.raises(
+        ValueError, match="log_likelihood: an earlier call on cuda:0 had a `scored` that is not the number"
+    ):
+        call(flag)
+    call(flag)
+    flag.copied.done = True
     call(flag)
 
 
@@ -72,11 +91,11 @@ def test_nothing_is_looked_at_or_sent_while_a_graph_is_captured(device):
     flag.copied.done = True
     before = flag.copied
     state["capturing"] = True
-    flag.host.fill_(1)
-    call(flag, bad=True)
+    flag.host[0] = 1
+    call(flag, bad="targets")
     assert flag.copied is before
     state["capturing"] = False
-    flag.host.fill_(0)
+    flag.host[0] = 0
     call(flag)  # sends what a replay set
     flag.copied.done = True
     with pytest.raises(IndexError):
@@ -86,5 +105,5 @@ def test_nothing_is_looked_at_or_sent_while_a_graph_is_captured(device):
 def test_nothing_to_check_where_there_is_no_gpu():
     check_targets()
     check_targets("cpu")
-    assert target_flag.flag(torch.device("cpu")).tolist() == [0]
-    assert not target_flag._flags
+    assert [device_flags.flag(torch.device("cpu"), name).tolist() for name in ("targets", "scored")] == [[0], [0]]
+    assert not device_flags._flags
