@@ -52,6 +52,8 @@ def run(case: Case, inputs: Inputs, weighted: bool, backend: str) -> dict[str, T
     """Forward and backward of inputs on the device -> the values that the oracle knows, on the CPU."""
     hidden, weight, targets, cu_seqlens, bias, seq_weight, grad_sequence, grad_token = inputs
     options = {"bias": bias, "backend": backend, **case.options}
+    if case.seed % 2:
+        options["scored"] = int((targets != case.ignore_index).sum())
     if weighted:
         loss, out = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
         if loss.requires_grad:
@@ -79,12 +81,15 @@ class Batch:
         self.cu_seqlens = torch.arange(0, rows + 1, rows // 4, device=DEVICE)
         self.seq_weight = torch.tensor([1.0, -0.5, 2.0, 0.25], device=DEVICE)
 
-    def loss(self, weighted: bool, backend: str) -> Tensor:
-        arguments = (self.hidden, self.weight, self.targets)
-        if weighted:
-            return weighted_log_likelihood(*arguments, self.seq_weight, self.cu_seqlens, backend=backend)[0]
-        return -(self.seq_weight * log_likelihood(*arguments, self.cu_seqlens, backend=backend).sequence).sum()
+    def scored(self) -> int:
+        return int((self.targets != -100).sum())
 
-    def gradients(self, weighted: bool, backend: str) -> tuple[Tensor, ...]:
-        loss = self.loss(weighted, backend)
+    def loss(self, weighted: bool, backend: str, scored: int | None = None) -> Tensor:
+        arguments, options = (self.hidden, self.weight, self.targets), {"backend": backend, "scored": scored}
+        if weighted:
+            return weighted_log_likelihood(*arguments, self.seq_weight, self.cu_seqlens, **options)[0]
+        return -(self.seq_weight * log_likelihood(*arguments, self.cu_seqlens, **options).sequence).sum()
+
+    def gradients(self, weighted: bool, backend: str, scored: int | None = None) -> tuple[Tensor, ...]:
+        loss = self.loss(weighted, backend, scored)
         return (loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight)))

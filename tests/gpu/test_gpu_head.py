@@ -1,6 +1,7 @@
 """Every backend that is there against the float64 oracle on the device, and what is promised of a GPU alone."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -82,16 +83,18 @@ def test_second_backward(backend, weighted):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def capture(batch: Batch, weighted: bool, backend: str) -> tuple[torch.cuda.CUDAGraph, tuple]:
+def capture(
+    batch: Batch, weighted: bool, backend: str, scored: int | None = None
+) -> tuple[torch.cuda.CUDAGraph, tuple]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            batch.gradients(weighted, backend)
+            batch.gradients(weighted, backend, scored)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = batch.gradients(weighted, backend)
+        outputs = batch.gradients(weighted, backend, scored)
     return graph, outputs
 
 
@@ -112,6 +115,30 @@ def test_cuda_graph(masked, backend, weighted):
             torch.testing.assert_close(mine, right, rtol=0, atol=2e-2 * float(right.abs().max()))
         else:
             assert torch.equal(mine, right)
+
+
+@both
+@fused
+def test_cuda_graph_with_a_count(backend, weighted):
+    """Unscored rows are dropped in the graph too, so its bits are eager's; inputs with another count are told, not answered."""
+    batch, other = (Batch(512, 64, 5000, torch.bfloat16, seed=seed) for seed in (0, 1))
+    for one in (batch, other):
+        one.targets[::3] = -100
+    scored = batch.scored()
+    graph, outputs = capture(batch, weighted, backend, scored)
+    with torch.no_grad():
+        batch.hidden.copy_(other.hidden)
+        batch.targets.copy_(other.targets)
+    graph.replay()
+    found = [tensor.clone() for tensor in outputs]
+    for mine, right in zip(found, batch.gradients(weighted, backend, scored), strict=True):
+        assert torch.equal(mine, right)
+    check_targets()
+    batch.targets[1] = -100
+    graph.replay()
+    assert all(bool(tensor.isnan().all()) for tensor in outputs)
+    with pytest.raises(ValueError, match="scored"):
+        check_targets()
 
 
 @both
@@ -152,13 +179,15 @@ def test_grad_scaler(backend, weighted):
 @both
 @fused
 @pytest.mark.filterwarnings("ignore")  # torch's compiler uses what torch has deprecated
-def test_compiled_fullgraph(backend, weighted):
+@pytest.mark.parametrize("given", [False, True])
+def test_compiled_fullgraph(given, backend, weighted):
     torch.compiler.reset()
     batch = Batch(300, 64, 5000, torch.bfloat16, masked=0.3)
+    scored = batch.scored() if given else None
 
     def step(hidden, weight):
         batch.hidden, batch.weight = hidden * 1.0, weight
-        return batch.loss(weighted, backend)
+        return batch.loss(weighted, backend, scored)
 
     leaves = (batch.hidden, batch.weight)
     loss = torch.compile(step, fullgraph=True)(*leaves)
@@ -182,7 +211,7 @@ def waits(function) -> int:
 
 
 @fused
-def test_the_host_waits_once_for_the_count_of_rows_and_for_nothing_else(backend):
+def test_without_a_count_the_host_waits_once_for_it_and_for_nothing_else(backend):
     batch = Batch(300, 64, 5000, torch.bfloat16, masked=0.3)
     batch.gradients(True, backend)
     assert waits(lambda: batch.loss(True, backend)) <= 1
@@ -191,17 +220,64 @@ def test_the_host_waits_once_for_the_count_of_rows_and_for_nothing_else(backend)
     assert waits(lambda: batch.gradients(False, backend)) <= 2  # forward and backward have different rows
 
 
+@contextmanager
+def no_wait():
+    """An operation that makes the host wait for the device raises inside."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@both
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["packed", "offsets on the host", "padded"])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_with_a_count_the_host_never_waits(low_memory, layout, dtype, backend, weighted):
+    """Forward and backward; all rows have a gradient here, so what was counted has the same rows and the same bits."""
+    set_workspace(1 << 20, low_memory=low_memory)
+    batch = Batch(300, 64, 5000, dtype, masked=0.3)
+    if layout == "offsets on the host":
+        batch.cu_seqlens = batch.cu_seqlens.cpu()
+    if layout == "padded":
+        batch.cu_seqlens, batch.targets = None, batch.targets.view(4, -1)
+        batch.hidden = batch.hidden.detach().view(4, -1, 64).requires_grad_()
+    counted, scored = batch.gradients(weighted, backend), batch.scored()
+    batch.gradients(weighted, backend, scored)
+    with no_wait():
+        given = batch.gradients(weighted, backend, scored)
+    assert all(torch.equal(a, b) for a, b in zip(given, counted, strict=True))
+
+
+@both
+@fused
+@pytest.mark.parametrize("wrong", [-200, -1, 1, 90])
+def test_a_wrong_count(wrong, backend, weighted):
+    """Nothing waits to see; all results are NaN, and the next look at the flags raises."""
+    batch = Batch(300, 64, 5000, torch.bfloat16)
+    batch.targets[:90] = -100
+    check_targets()
+    with no_wait():
+        found = batch.gradients(weighted, backend, 210 + wrong)
+    assert all(bool(tensor.isnan().all()) for tensor in found)
+    with pytest.raises(ValueError, match="`scored` that is not the number"):
+        check_targets()
+    check_targets()  # said once
+    with pytest.raises(ValueError, match=r"scored must be in \[0, T = 300\]"):
+        batch.loss(weighted, backend, 301)
+
+
 @fused
 def test_barrier_weights_never_makes_the_host_wait(backend):
     rewards = torch.randn(64, 4, dtype=torch.float64, device=DEVICE)
     bounds = Bounds.of([(k, 1.0 - 2 * (k % 2), 0.1 * k, 1.0, 0.0, 2.0, float("inf")) for k in range(4)], device=DEVICE)
     state, mu = initial_state(4, device=DEVICE), torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
     barrier_weights(rewards, state, bounds, mu, backend=backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         barrier_weights(rewards, state, bounds, mu, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @both

@@ -47,20 +47,22 @@ def head_of(case: Case, inputs: Inputs, workspace: int, low_memory: bool) -> chu
     return chunked.Head(weight, bias, case.softcap, case.temperature, workspace, low_memory)
 
 
-def run(case: Case, inputs: Inputs, weighted: bool, workspace: int, low_memory: bool) -> dict[str, Tensor]:
+def run(
+    case: Case, inputs: Inputs, weighted: bool, workspace: int, low_memory: bool, scored: int | None = None
+) -> dict[str, Tensor]:
     hidden, targets = inputs.hidden.detach().reshape(-1, case.width), inputs.targets.reshape(-1).long()
     assert inputs.cu_seqlens is not None
     head, cu_seqlens = head_of(case, inputs, workspace, low_memory), inputs.cu_seqlens
     if weighted:
-        arguments = (hidden, targets, inputs.seq_weight, cu_seqlens, head, case.ignore_index, NEEDS)
+        arguments = (hidden, targets, inputs.seq_weight, cu_seqlens, head, case.ignore_index, NEEDS, scored)
         loss, sequence, _, token, *gradients = row_chunks.weighted_log_likelihood(KERNELS, *arguments)
         found = {"loss": loss, "sequence": sequence, "token": token}
     else:
-        arguments = (hidden, targets, cu_seqlens, head, case.ignore_index)
+        arguments = (hidden, targets, cu_seqlens, head, case.ignore_index, scored)
         sequence, _, token, lse = row_chunks.log_likelihood(KERNELS, *arguments)
         found = {"sequence": sequence, "token": token}
         upstream = (inputs.grad_sequence, inputs.grad_token.flatten())
-        arguments = (hidden, targets, cu_seqlens, lse, head, case.ignore_index, NEEDS)
+        arguments = (hidden, targets, cu_seqlens, lse, head, case.ignore_index, NEEDS, scored)
         gradients = row_chunks.log_likelihood_backward(KERNELS, *upstream, *arguments)
     d_hidden, d_weight, d_bias = gradients
     found |= {"d_hidden": d_hidden.view(inputs.hidden.shape), "d_weight": d_weight}
