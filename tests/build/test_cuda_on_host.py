@@ -253,13 +253,14 @@ def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory):
     head = chunked.Head(weight, bias, *options, 5000 if seed % 2 else 1 << 20, low_memory)
     exact_head = chunked.Head(weight.double(), None if bias is None else bias.double(), *options, 1 << 20)
     needs, rows = (True, True, bias is not None), row_kernels(kernels)
+    count = int((targets != -100).sum()) if seed % 2 else None
 
-    found = row_chunks.weighted_log_likelihood(rows, hidden, targets, seq_weight, cu_seqlens, head, -100, needs)
+    found = row_chunks.weighted_log_likelihood(rows, hidden, targets, seq_weight, cu_seqlens, head, -100, needs, count)
     batch = (hidden.double(), targets)
     wanted = chunked.weighted_log_likelihood(*batch, seq_weight.double(), cu_seqlens, exact_head, -100, needs)
-    sequence, length, token, lse = row_chunks.log_likelihood(rows, hidden, targets, cu_seqlens, head, -100)
+    sequence, length, token, lse = row_chunks.log_likelihood(rows, hidden, targets, cu_seqlens, head, -100, count)
     upstream = (grad_sequence, grad_token, hidden, targets, cu_seqlens, lse, head, -100, needs)
-    found = (*found, sequence, length, token, lse, *row_chunks.log_likelihood_backward(rows, *upstream))
+    found = (*found, sequence, length, token, lse, *row_chunks.log_likelihood_backward(rows, *upstream, count))
     statistics = chunked.log_likelihood(*batch, cu_seqlens, exact_head, -100)
     upstream = (grad_sequence.double(), grad_token.double(), *batch, cu_seqlens, statistics[3], exact_head, -100, needs)
     wanted = (*wanted, *statistics, *chunked.log_likelihood_backward(*upstream))

@@ -41,6 +41,18 @@ def test_oracle(seed, workspace, low_memory, weighted):
 
 @of_driver
 @low_memory_too
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_bits_of_counted_rows_where_all_have_a_gradient(dtype, low_memory, weighted):
+    case = Case.plain(dtype=dtype, unscored=0.4, lengths=(300, 0, 410, 1), vocabulary=50)
+    inputs = case.build()
+    inputs = inputs._replace(seq_weight=torch.ones(4), grad_sequence=torch.ones(4), grad_token=torch.ones(711))
+    counted = run(case, inputs, weighted, 1 << 16, low_memory)
+    given = run(case, inputs, weighted, 1 << 16, low_memory, count_of(case, inputs))
+    assert [name for name, value in counted.items() if not torch.equal(value, given[name])] == []
+
+
+@of_driver
+@low_memory_too
 @pytest.mark.parametrize("unscored", [0.0, 0.4, 1.0])
 def test_rows_of_weight_0_may_hold_anything(unscored, low_memory, weighted):
     """NaN hidden states under an upstream gradient of 0 leave no trace in the gradients, nor do unscored rows."""

@@ -159,6 +159,26 @@ def test_target_outside_through_the_host_side():
             assert torch.equal(d.isnan().any(1), bad)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("count", [0, 3, 5, 6])
+def test_a_wrong_count_through_the_host_side(count, low_memory):
+    """What a GPU would give: NaN in all results, whatever the kernels were told to compute."""
+    kernels = row_chunks.RowKernels(triton_ops.softmax_gradient, triton_ops.sequence_sums)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    targets, cu_seqlens = torch.tensor([1, -100, 0, 2, -100, 3]), torch.tensor([0, 2, 6])
+    head = chunked.Head(weight, torch.zeros(7), None, 1.0, 1 << 20, low_memory)
+    needs, upstream = (True, True, True), (torch.tensor([1.0, 0.0]), torch.zeros(6))
+    for given in (4, count):
+        batch = (hidden, targets, cu_seqlens)
+        sequence, _, token, lse = row_chunks.log_likelihood(kernels, *batch, head, -100, given)
+        gradients = row_chunks.log_likelihood_backward(kernels, *upstream, *batch, lse, head, -100, needs, given)
+        arguments = (hidden, targets, upstream[0], cu_seqlens, head, -100, needs, given)
+        loss, other, _, *rest = row_chunks.weighted_log_likelihood(kernels, *arguments)
+        for found in (sequence, token, lse, *gradients, loss, other, *rest):
+            assert bool(found.isfinite().all() if given == 4 else found.isnan().all())
+
+
 def test_no_gradient_where_nothing_comes_from_above(block):
     """Upstream 0 is a row of zeros even where the row is NaN; the logits are left alone where no gradient is wanted."""
     case = Guarded(3, 40, 64, torch.nan)
