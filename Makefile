@@ -10,13 +10,15 @@ ARGS ?=
 # Processes that run tests, each with one thread
 JOBS ?= 2
 
-NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+# Installed with what it depends on, where that can be had; else it is listed as not installed.
+GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.*)
+CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo test test-full test-sanitize bench bench-results lint type format dev clean
+.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,8 +47,18 @@ test-sanitize: dev ## the native head under AddressSanitizer and UBSan (Linux, g
 	  tests/kernels/test_ops_shapes.py $(ARGS)
 	for path in "" generic avx2 avx512; do echo "L3M_CPU=$$path"; L3M_CPU=$$path $(SANITIZE) OMP_NUM_THREADS=2 $(BIN)/python $(FUZZ) --count 1500 || exit 1; done
 
+aot: dev ## every Triton kernel compiled for sm_80, 90, 100, 120 without a GPU: registers, spills, shared memory
+	$(BIN)/python -m l3m_kernels.triton_ops $(ARGS)
+
+test-gpu: dev ## what needs a CUDA device: every GPU backend there, one process
+	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
+
 bench: $(VENV)/peers ## the benchmarks, with the peers installed; make bench ARGS="-k 'no_grad and fp32'"
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)
+
+bench-gpu: $(VENV)/peers ## all peers on a CUDA device, in 8 minutes; writes to OUT or bench/results
+	-$(PIP) install -q $(GPU_PEERS)
+	$(BIN)/l3ms bench --device cuda --full --output $${OUT:-bench/results} $(ARGS)
 
 bench-results: $(VENV)/peers ## measure all for bench/results and the README: hours, on an idle machine
 	$(BIN)/l3ms bench --full --output bench/results $(ARGS)

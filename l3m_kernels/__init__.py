@@ -5,6 +5,7 @@
 
 from l3m_kernels.backends import backends, release_workspace, set_workspace
 from l3m_kernels.barrier import Bounds, barrier_multiplier, barrier_weights, initial_state, relaxed_log_barrier
+from l3m_kernels.device_flags import check_targets
 from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
 from l3m_kernels.reference import BarrierWeights, reward_sums
 
@@ -17,6 +18,7 @@ __all__ = [
     "backends",
     "barrier_multiplier",
     "barrier_weights",
+    "check_targets",
     "initial_state",
     "log_likelihood",
     "relaxed_log_barrier",

@@ -22,12 +22,14 @@ INSTALL = 'pip install "setuptools>=77" cmake ninja && pip install --no-build-is
 class NativeStatus(NamedTuple):
     module: ModuleType | None  # l3m_kernels._C; importing it registered its ops under torch.ops.l3m_kernels
     reason: str  # what it was built with, or why there is none and the command that adds it
+    no_cuda: str | None  # why it has no CUDA kernels, or None
 
 
 def _missing(why: str) -> NativeStatus:
     source = FOLDER.parent
     where, what = ("", f"-e {source}") if (source / "setup.py").exists() else (", in the source tree", ".")
-    return NativeStatus(None, f"{why}; to build it{where}: {INSTALL} {what}")
+    reason = f"{why}; to build it{where}: {INSTALL} {what}"
+    return NativeStatus(None, reason, f"built without CUDA: {reason}")
 
 
 def _unusable(why: str) -> NativeStatus:
@@ -39,6 +41,10 @@ def _unusable(why: str) -> NativeStatus:
 def _identity(version: str, git_version: str, cxx11_abi: bool) -> str:
     """One string per C++ interface: without +cpu or +cu130, because the builds of one release share theirs."""
     return f"{version.partition('+')[0]} (git {git_version[:12]}, C++11 ABI {'on' if cxx11_abi else 'off'})"
+
+
+def _major(cuda: str | None) -> str | None:
+    return cuda and cuda.partition(".")[0]
 
 
 @functools.cache
@@ -59,10 +65,14 @@ def load() -> NativeStatus:
     now = _identity(torch.__version__, torch.version.git_version or "", torch.compiled_with_cxx11_abi())
     if then != now:
         return _unusable(f"built against torch {then}, running torch {now}")
+    cuda = "cuda" in record["built"]
+    if cuda and _major(built["cuda"]) != _major(torch.version.cuda):
+        return _unusable(f"built for CUDA {built['cuda']}, running torch has {torch.version.cuda or 'no CUDA'}")
     try:
         module = importlib.import_module("l3m_kernels._C")
     except ImportError as error:
         return _unusable(f"l3m_kernels._C does not load: {error}")
-    without = "; ".join(f"no {part}: {why}" for part, why in record["missing"].items())
-    how = f"{record['compiler']} as C++{built['cpp_standard']}"
-    return NativeStatus(module, f"built against torch {then} by {how} ({without}), runs on {module.cpu_path()}")
+    no_cuda = None if cuda else f"built without CUDA: {record['missing']['cuda']}"
+    nvcc = f"nvcc {record['nvcc']['version']} for {', '.join(record['nvcc']['architectures'])}" if cuda else no_cuda
+    how = f"{record['compiler']} as C++{built['cpp_standard']} ({nvcc})"
+    return NativeStatus(module, f"built against torch {then} by {how}, runs on {module.cpu_path()}", no_cuda)

@@ -4,13 +4,15 @@ An op is a name; a backend implements it by a function of the signature that `re
 in the table's order that is available on the device and has the op.
 """
 
+import importlib.util
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from l3m_kernels import _native, _native_head, chunked, reference
+from l3m_kernels import _native, _native_head, chunked, reference, row_chunks
 
 NATIVE = _native.load()
 
@@ -21,15 +23,19 @@ class Backend:
     devices: tuple[str, ...]  # torch device types; ("*",) is any
     ops: Mapping[str, Callable] = field(default_factory=dict)
     missing: str | None = None  # why it cannot be used here
+    float64: bool = True  # has the head's ops for float64 inputs
+    automatic: bool = True  # `auto` may take it
 
-    def problem(self, op: str, device: str) -> str | None:
-        """Why this backend cannot run `op` on `device`, or None."""
+    def problem(self, op: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+        """Why this backend cannot run `op` on `device`, for hidden states of `dtype` where the op has any; or None."""
         if self.missing:
             return self.missing
         if self.devices != ("*",) and device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device}"
         if op not in self.ops:
             return f"does not implement {op} (it has: {', '.join(self.ops)})"
+        if dtype == torch.float64 and not self.float64:
+            return "computes in float32, and the inputs are float64"
         return None
 
 
@@ -44,10 +50,36 @@ def _native_ops() -> dict[str, Callable]:
     }
 
 
+def _triton() -> Backend:
+    """Triton is imported only where its kernels can run. In its interpreter that is a CPU too, slowly: for tests, when asked by name."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    missing = None
+    if importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed: pip install triton (torch's CUDA builds for Linux come with it)"
+    elif not interpreted and not torch.cuda.is_available():
+        missing = "no CUDA device here; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
+    if missing:
+        return Backend("triton", ("cuda",), missing=missing)
+    from l3m_kernels import triton_ops
+
+    kernels = row_chunks.RowKernels(triton_ops.softmax_gradient, triton_ops.sequence_sums)
+    ops = row_chunks.head_ops(kernels) | {"barrier_weights": triton_ops.barrier_weights}
+    devices = ("cuda", "cpu") if interpreted else ("cuda",)
+    return Backend("triton", devices, ops, float64=False, automatic=not interpreted)
+
+
+def _cuda_ops() -> dict[str, Callable]:
+    if NATIVE.no_cuda:
+        return {}
+    kernels = torch.ops.l3m_kernels
+    rows = row_chunks.RowKernels(kernels.cuda_softmax_gradient)
+    return row_chunks.head_ops(rows) | {"barrier_weights": kernels.cuda_barrier_weights}
+
+
 # Fastest first: `auto` goes down this list.
 TABLE: tuple[Backend, ...] = (
-    Backend("cuda", ("cuda",), missing="this version has no CUDA C++ kernels"),
-    Backend("triton", ("cuda",), missing="this version has no Triton kernels"),
+    Backend("cuda", ("cuda",), _cuda_ops(), NATIVE.no_cuda, float64=False),
+    _triton(),
     Backend("cpp", ("cpu",), _native_ops(), None if NATIVE.module else NATIVE.reason),
     Backend(
         "reference",
@@ -62,18 +94,23 @@ TABLE: tuple[Backend, ...] = (
 )
 
 
-def select(op: str, backend: str, device: str) -> Callable:
-    """The function that runs `op` on `device`; `backend` is "auto" or a name.
+def _automatic(op: str, device: str, dtype: torch.dtype | None = None) -> Iterator[Backend]:
+    """The rows that `auto` may take, the first one first."""
+    return (row for row in TABLE if row.automatic and row.problem(op, device, dtype) is None)
+
+
+def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> Callable:
+    """The function that runs `op` on `device`; `backend` is "auto" or a name, `dtype` that of the hidden states.
 
     Raises:
         ValueError: no backend of that name.
         RuntimeError: it is not available here, and why.
     """
     if backend == "auto":
-        return next(row.ops[op] for row in TABLE if row.problem(op, device) is None)
+        return next(_automatic(op, device, dtype)).ops[op]
     for row in TABLE:
         if row.name == backend:
-            if problem := row.problem(op, device):
+            if problem := row.problem(op, device, dtype):
                 raise RuntimeError(
                     f"{op}: backend {backend!r} cannot be used: {problem}; backend=None picks one that can"
                 )
@@ -85,6 +122,7 @@ def select(op: str, backend: str, device: str) -> Callable:
 
 # Bytes held beyond inputs, outputs and gradient accumulators. On a GPU large chunks amortise the traffic of the weight gradient.
 DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
+LEAST_ROWS = 1024  # of fp32 logits in a GPU's default: with fewer, reading and writing the accumulator costs as much as the products
 _workspace: int | None = None
 _low_memory = False
 
@@ -93,12 +131,13 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
     """Bound the memory that the head's ops hold beyond inputs, outputs and gradient accumulators, in bytes.
 
     Args:
-        bytes: None restores the default: 64 MiB on a CPU, 512 MiB on a GPU. At least one row of logits (4 V bytes) is always held,
-            and the tiles of the threads. Where the weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top,
-            or exponentials of that size.
+        bytes: None restores the default: 64 MiB on a CPU; 512 MiB on a GPU, or 1024 rows of logits (4 KiB * V) where that is more. At
+            least one row of logits (4 V bytes) is always held, and the tiles of the threads. Where the weight has 16 bits, an fp32
+            accumulator of its gradient (4 V D bytes) comes on top, or exponentials of that size.
         low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
             gradient is written once. Backend `cpp` has this, for as many rows as their operands fit half of the workspace (8,000 at
-            D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held.
+            D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held. Backend `triton` has it for any number
+            of rows, and holds the hidden states of all of them with their gradient in fp32.
 
     Backend `cpp` keeps the largest piece of this memory from one call to the next, and that of its last gradients once they are freed;
     `release_workspace` gives it back.
@@ -118,9 +157,11 @@ def release_workspace() -> None:
         NATIVE.module.release_workspace()
 
 
-def workspace(device: str) -> int:
-    """The bound in force on a device type, in bytes."""
-    return _workspace or DEFAULT_WORKSPACE.get(device, DEFAULT_WORKSPACE["cuda"])
+def workspace(device: str, vocabulary: int = 0) -> int:
+    """The bound in force on a device type, in bytes, for a head of that many tokens."""
+    if _workspace or device == "cpu":
+        return _workspace or DEFAULT_WORKSPACE["cpu"]
+    return max(DEFAULT_WORKSPACE["cuda"], LEAST_ROWS * 4 * vocabulary)
 
 
 def low_memory() -> bool:
@@ -148,7 +189,7 @@ class Report:
             where = "any device" if row.devices == ("*",) else ", ".join(row.devices)
             lines.append(f"  {row.name:<10} {where:<11} {state}")
         for op in TABLE[-1].ops:
-            chosen = (f"{next(b.name for b in TABLE if b.problem(op, d) is None)} on {d}" for d in self.devices)
+            chosen = (f"{next(_automatic(op, d)).name} on {d}" for d in self.devices)
             lines.append(f"  {op}: {', '.join(chosen)}")
         return "\n".join(lines)
 

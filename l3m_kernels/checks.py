@@ -1,6 +1,7 @@
 """Arguments of the head's ops: what can be checked from shapes and dtypes (at the call), and from values (inside the op, on a CPU).
 
-On a GPU the values are not looked at, since that would stop the stream: a target outside the vocabulary makes its row NaN.
+On a GPU the values are not looked at, since that would stop the stream: a target outside the vocabulary makes its row NaN and is told
+later (`device_flags`), and so is a wrong count of scored rows.
 """
 
 import math
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from l3m_kernels import device_flags
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -96,12 +99,15 @@ def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def check_values(op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Bounds of the targets and order of cu_seqlens, for tensors on a CPU.
+def check_values(
+    op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, ignore_index: int, scored: int | None = None
+) -> None:
+    """Targets, their count and the order of cu_seqlens, for tensors on a CPU; on a GPU, what is known of earlier calls by now.
 
     Raises:
-        IndexError: a target outside [0, V) that is not `ignore_index`, naming row and value.
-        ValueError: cu_seqlens does not start at 0, end at T and never decrease.
+        IndexError: a target outside [0, V) that is not `ignore_index`, naming row and value (on a CPU).
+        ValueError: cu_seqlens does not start at 0, end at T and never decrease; `scored` is not the number of targets other than
+            `ignore_index` (on a GPU: is not in [0, T]).
     """
     if cu_seqlens.device.type == "cpu":
         total = len(targets)
@@ -111,7 +117,15 @@ def check_values(op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, 
                 f"{op}: cu_seqlens must start at 0, never decrease and end at T = {total} (the rows of hidden); "
                 f"got {shorten(cu_seqlens.tolist())}"
             )
+    if targets.device.type == "cuda":
+        device_flags.raise_if_set(op, targets.device)
+    if scored is not None and not 0 <= scored <= len(targets):
+        raise ValueError(f"{op}: scored must be in [0, T = {len(targets)}], the number of rows, got {scored}")
     if targets.device.type == "cpu":
+        if scored is not None and (count := int((targets != ignore_index).sum())) != scored:
+            raise ValueError(
+                f"{op}: scored must be {count}, the number of targets other than ignore_index ({ignore_index}), got {scored}"
+            )
         outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
         if bool(outside.any()):
             row = int(outside.nonzero()[0, 0])
@@ -119,6 +133,19 @@ def check_values(op: str, targets: Tensor, cu_seqlens: Tensor, vocabulary: int, 
                 f"{op}: targets[{row}] = {int(targets[row])} is outside the vocabulary [0, {vocabulary}) "
                 f"and is not ignore_index ({ignore_index})"
             )
+
+
+def moved_offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """On `device`. From a CPU to a GPU through pinned memory, so that the host does not wait for what the device is busy with.
+
+    Raises:
+        ValueError: they would have to be copied into a CUDA graph, which would read the host's memory at each replay.
+    """
+    if cu_seqlens.device.type != "cpu" or device.type != "cuda":
+        return cu_seqlens.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"cu_seqlens must be on {device} while a CUDA graph is captured, got cpu")
+    return cu_seqlens.pin_memory().to(device, non_blocking=True)
 
 
 def shorten(values: list) -> str:

@@ -55,6 +55,7 @@ def log_likelihood(
     cu_seqlens: Tensor,  # (N + 1,)
     head: Head,
     ignore_index: int,
+    scored_rows: int | None = None,  # not needed here: rows are counted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> sequence (N,), length (N,) int64, token (T,), lse (T,): the forward pass alone, 2 n D V FLOPs for n scored rows."""
     token = torch.zeros(len(hidden), dtype=head.compute, device=hidden.device)
@@ -74,6 +75,7 @@ def log_likelihood_backward(
     head: Head,
     ignore_index: int,
     needs: tuple[bool, bool, bool],
+    scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> d_hidden, d_weight, d_bias (empty where not needed): recomputes the logits of the rows with a gradient, 6 n D V."""
     upstream = (grad_token + grad_sequence[sequence_index(cu_seqlens, len(hidden))]).to(head.compute)
@@ -95,6 +97,7 @@ def weighted_log_likelihood(
     head: Head,
     ignore_index: int,
     needs: tuple[bool, bool, bool],
+    scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), sequence (N,), length (N,), token (T,), d_hidden, d_weight, d_bias: one pass, 6 n D V FLOPs.
 

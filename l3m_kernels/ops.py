@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from l3m_kernels.backends import low_memory, select, workspace
-from l3m_kernels.checks import check_values, packed_batch
+from l3m_kernels.checks import check_values, moved_offsets, packed_batch
 from l3m_kernels.chunked import Head
 
 NEEDS = tuple[bool, bool, bool]  # gradients wanted for hidden, weight, bias
@@ -37,6 +37,7 @@ def log_likelihood(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    scored: int | None = None,
     backend: str | None = None,
 ) -> LogLikelihood:
     """Log-likelihoods of the target tokens under softmax(softcap(hidden @ weight.T + bias) / temperature).
@@ -54,15 +55,19 @@ def log_likelihood(
         softcap: logits become softcap * tanh(logits / softcap), before the temperature.
         temperature: divides the logits; log pi is that of the distribution sampled at this temperature.
         ignore_index: targets of this value are not scored; their rows are dropped before the first product.
+        scored: how many targets are not `ignore_index`, where the caller knows without asking the device, e.g. from the labels before they
+            were moved. With it a GPU drops rows without making the host wait, here and in the backward, whose rows without a gradient
+            then cost as much as the others. None: counted, one wait on a GPU each; elsewhere it makes no difference.
         backend: "reference", "cpp", "triton" or "cuda"; None takes the fastest that is available.
 
     Raises:
-        ValueError: a shape, dtype, device or option is wrong (named), or cu_seqlens is not ordered.
-        IndexError: a target outside [0, V) that is not `ignore_index` (CPU; on a GPU its row is NaN).
+        ValueError: a shape, dtype, device, option or `scored` is wrong (named), or cu_seqlens is not ordered.
+        IndexError: a target outside [0, V) that is not `ignore_index`. On a GPU nothing waits to see: its row is NaN, a later call or
+            `check_targets` raises; so for a wrong `scored`, which makes all results NaN.
         RuntimeError: the named backend is not available here, or a second derivative is asked for.
     """
     batch = packed_batch("log_likelihood", hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
-    sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, backend or "auto")
+    sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, scored, backend or "auto")
     return LogLikelihood(sequence, length, token.view(targets.shape))
 
 
@@ -77,13 +82,15 @@ def weighted_log_likelihood(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    scored: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, LogLikelihood]:
     """loss = -sum_n seq_weight[n] * log pi(sequence n), gradients formed in the forward pass; arguments as in `log_likelihood`.
 
     `seq_weight` (N,) holds constants of either sign: 1 / (N |y_n|) is the length-normalised task loss, `barrier_weights` gives those
     of constraints, advantages those of policy gradients. `.backward()` on the loss only scales what the forward found (6 n D V FLOPs
-    in all). Rows of weight 0 cost the forward alone. Frozen inputs (`requires_grad=False`) skip their product.
+    in all). Rows of weight 0 cost the forward alone; on a GPU that is given `scored`, as much as the others. Frozen inputs
+    (`requires_grad=False`) skip their product.
 
     Returns:
         loss: () fp32, or fp64 for fp64 inputs. A sequence of weight 0 contributes 0, whatever its likelihood.
@@ -119,6 +126,7 @@ def weighted_log_likelihood(
         softcap,
         temperature,
         ignore_index,
+        scored,
         backend or "auto",
         *needs,
     )
@@ -129,7 +137,7 @@ def weighted_log_likelihood(
 
 
 def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Head:
-    return Head(weight, bias, softcap, temperature, workspace(weight.device.type), low_memory())
+    return Head(weight, bias, softcap, temperature, workspace(weight.device.type, len(weight)), low_memory())
 
 
 def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,15 +180,17 @@ def _log_likelihood(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    scored: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_values("log_likelihood", targets, cu_seqlens, len(weight), ignore_index)
-    run = select("log_likelihood", backend, hidden.device.type)
-    return run(hidden, targets, cu_seqlens.to(hidden.device), _head(weight, bias, softcap, temperature), ignore_index)
+    check_values("log_likelihood", targets, cu_seqlens, len(weight), ignore_index, scored)
+    run = select("log_likelihood", backend, hidden.device.type, hidden.dtype)
+    head = _head(weight, bias, softcap, temperature)
+    return run(hidden, targets, moved_offsets(cu_seqlens, hidden.device), head, ignore_index, scored)
 
 
 @_log_likelihood.register_fake
-def _(hidden, weight, targets, cu_seqlens, bias, softcap, temperature, ignore_index, backend):
+def _(hidden, weight, targets, cu_seqlens, bias, softcap, temperature, ignore_index, scored, backend):
     sequence, length, token = _statistics(hidden, cu_seqlens)
     return sequence, length, token, torch.empty_like(token)
 
@@ -198,15 +208,17 @@ def _log_likelihood_backward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    scored: int | None,
     backend: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = select("log_likelihood_backward", backend, hidden.device.type)
+    run = select("log_likelihood_backward", backend, hidden.device.type, hidden.dtype)
     head = _head(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
-    return run(grad_sequence, grad_token, hidden, targets, cu_seqlens.to(hidden.device), lse, head, ignore_index, needs)
+    offsets = moved_offsets(cu_seqlens, hidden.device)
+    return run(grad_sequence, grad_token, hidden, targets, offsets, lse, head, ignore_index, needs, scored)
 
 
 @_log_likelihood_backward.register_fake
@@ -222,6 +234,7 @@ def _(
     softcap,
     temperature,
     ignore_index,
+    scored,
     backend,
     *needs,
 ):
@@ -248,7 +261,7 @@ def _backward(ctx, grad_sequence, grad_length, grad_token, grad_lse):
     arguments = (grad_sequence, grad_token, hidden, weight, targets, cu_seqlens, bias, lse)
     gradients = _log_likelihood_backward(*arguments, *ctx.options, *needs)
     d_hidden, d_weight, d_bias = (grad if need else None for grad, need in zip(gradients, needs, strict=True))
-    return d_hidden, d_weight, None, None, d_bias, None, None, None, None
+    return d_hidden, d_weight, None, None, d_bias, *[None] * 5
 
 
 _log_likelihood.register_autograd(_backward, setup_context=_setup)
@@ -268,20 +281,23 @@ def _weighted_log_likelihood(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    scored: int | None,
     backend: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_values("weighted_log_likelihood", targets, cu_seqlens, len(weight), ignore_index)
-    run = select("weighted_log_likelihood", backend, hidden.device.type)
+    check_values("weighted_log_likelihood", targets, cu_seqlens, len(weight), ignore_index, scored)
+    run = select("weighted_log_likelihood", backend, hidden.device.type, hidden.dtype)
     head = _head(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
-    return run(hidden, targets, seq_weight, cu_seqlens.to(hidden.device), head, ignore_index, needs)
+    return run(hidden, targets, seq_weight, moved_offsets(cu_seqlens, hidden.device), head, ignore_index, needs, scored)
 
 
 @_weighted_log_likelihood.register_fake
-def _(hidden, weight, targets, seq_weight, cu_seqlens, bias, softcap, temperature, ignore_index, backend, *needs):
+def _(
+    hidden, weight, targets, seq_weight, cu_seqlens, bias, softcap, temperature, ignore_index, scored, backend, *needs
+):
     sequence, length, token = _statistics(hidden, cu_seqlens)
     return sequence.new_empty(()), sequence, length, token, *_gradients(hidden, weight, bias, needs, unscaled=True)
 
@@ -302,7 +318,7 @@ def _weighted_backward(ctx, grad_loss, *_):
             if need:
                 gradient = _once_differentiable(gradients[i], *inputs) if torch.is_grad_enabled() else gradients[i]
                 scaled[i] = _scaled(gradient, grad_loss).to(inputs[0].dtype)
-    return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 7
+    return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 8
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -4,27 +4,9 @@
 
 #include <cstdint>
 
+#include "barrier.h"
+
 namespace l3m::cpu {
-
-// A row of the moving averages' state, in the order of reference.STATE.
-struct Average {
-  double weight, estimate, squares, dof, spread;
-};
-
-// A row of the sums over a batch, in the order of reference.reward_sums.
-struct Sums {
-  double count, total, squares;
-};
-
-// A row of the table of constraints, in the order of reference.BOUNDS.
-struct Bound {
-  double sign, bound, scale, margin, margin_stderrs, margin_max;
-};
-
-// The rows are read in place from the memory of float64 tensors.
-static_assert(sizeof(Average) == 5 * sizeof(double));
-static_assert(sizeof(Sums) == 3 * sizeof(double));
-static_assert(sizeof(Bound) == 6 * sizeof(double));
 
 struct Problem {
   int64_t sequences, reward_count, constraints;  // N, R, K

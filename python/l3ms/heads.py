@@ -50,7 +50,8 @@ def head_options(model: PreTrainedModel) -> HeadOptions:
 def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
     """Let `model(..., labels=labels, seq_weight=weights)` return a `HeadOutput`, in place; other calls are as before.
 
-    Extra arguments of such a call: `labels` (N, L), not shifted, -100 where not scored; `seq_weight` (N,) constants; `temperature`.
+    Extra arguments of such a call: `labels` (N, L), not shifted, -100 where not scored; `seq_weight` (N,) constants; `temperature`;
+    `scored`, the number of `labels[:, 1:]` that are not -100, where it is known on the host: a GPU then need not be waited for.
 
     Returns:
         the transformers model (inside PEFT's wrapper, if any).
@@ -94,7 +95,14 @@ class _FusedHead:
         return _unfilled, (type(self).__mro__[2],), super().__reduce_ex__(2)[2]
 
     def _fused_forward(
-        self, forward: Any, args: tuple, labels: Tensor, seq_weight: Tensor, temperature: float, kwargs: dict
+        self,
+        forward: Any,
+        args: tuple,
+        labels: Tensor,
+        seq_weight: Tensor,
+        temperature: float,
+        scored: int | None,
+        kwargs: dict,
     ) -> HeadOutput:
         model: Any = self
         options = head_options(model)
@@ -105,6 +113,7 @@ class _FusedHead:
             fused = {
                 "softcap": options.softcap,
                 "temperature": temperature * options.divisor,
+                "scored": scored,
                 "backend": model._l3m_backend,
             }
             loss, seen = weighted_log_likelihood(hidden, head.weight, targets, seq_weight, bias=head.bias, **fused)
@@ -121,14 +130,15 @@ def _fused_class(cls: type) -> type:
     """A subclass of the model's class, of the same name (it is written into saved configurations)."""
 
     @functools.wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(self, *args, labels=None, seq_weight=None, temperature=1.0, **kwargs):
+    def forward(self, *args, labels=None, seq_weight=None, temperature=1.0, scored=None, **kwargs):
         if seq_weight is None:
             return (
                 cls.forward(self, *args, **kwargs)
                 if labels is None
                 else cls.forward(self, *args, labels=labels, **kwargs)
             )  # type: ignore[attr-defined]
-        return self._fused_forward(functools.partial(cls.forward, self), args, labels, seq_weight, temperature, kwargs)  # type: ignore[attr-defined]
+        own = functools.partial(cls.forward, self)  # type: ignore[attr-defined]
+        return self._fused_forward(own, args, labels, seq_weight, temperature, scored, kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # generate() reads it
     return type(

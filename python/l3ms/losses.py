@@ -42,6 +42,7 @@ def task_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    scored: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """L = mean over sequences of -(1/|y|) log pi(y|x), the length-normalised task loss (arXiv 2410.21533); exp(L) is the task perplexity.
@@ -51,6 +52,8 @@ def task_loss(
         weight: (V, D), the head's matrix.
         labels: (N, L) or (T,), Hugging Face convention: aligned with the inputs, not shifted; `ignore_index` on prompt and padding.
         cu_seqlens: (N + 1,) for the packed layout.
+        scored: number of labels that are not `ignore_index`, but for the first of each sequence, which nothing predicts; where it is known
+            on the host (padded labels before they are moved: `int((labels[:, 1:] != -100).sum())`) a GPU need not be waited for.
         bias, softcap, temperature, backend: as in `l3m_kernels.log_likelihood`.
 
     Returns:
@@ -67,6 +70,7 @@ def task_loss(
         "softcap": softcap,
         "temperature": temperature,
         "ignore_index": ignore_index,
+        "scored": scored,
         "backend": backend,
     }
     loss, _ = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)

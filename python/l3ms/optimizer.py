@@ -177,7 +177,8 @@ class L3MOptimizer(torch.optim.Optimizer):
             labels: (N, L) or (T,), Hugging Face convention (not shifted), `ignore_index` on prompts and padding.
             rewards: as in `observe`.
             seq_weight: instead of `rewards`, a slice of what `observe` returned for the whole batch.
-            options: bias, softcap, temperature, backend of `l3m_kernels.weighted_log_likelihood`.
+            options: bias, softcap, temperature, scored, backend of `l3m_kernels.weighted_log_likelihood`. `scored=rollout.scored` spares a
+                GPU the wait for the count.
 
         Raises:
             ValueError: as `observe` and the op; both or neither of `rewards` and `seq_weight`.

@@ -29,6 +29,21 @@ class Rollout:
     lengths: Tensor  # (N,) int64, response tokens, the closing EOS included
     ended: Tensor  # (N,) bool, closed by EOS; a truncated response is not
     columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
+    host_lengths: list[int] | None = None  # `lengths`, where no device has to be waited for; from it where not given
+
+    def __post_init__(self) -> None:
+        if self.host_lengths is None:
+            object.__setattr__(self, "host_lengths", self.lengths.tolist())
+
+    @property
+    def scored(self) -> int:
+        """Response tokens of all, which are what the head scores: for `L3MOptimizer.constraint_loss(..., scored=rollout.scored)`."""
+        return self.scored_in(slice(None))
+
+    def scored_in(self, part: slice) -> int:
+        """Response tokens of a micro-batch."""
+        assert self.host_lengths is not None
+        return sum(self.host_lengths[part])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -46,8 +61,7 @@ class Rollout:
         """
         own = [constraint for constraint in constraints if constraint.samples]
         columns = {**self.columns, "completion_ids": self.completion_ids()}
-        lengths = self.lengths.tolist()
-        return {c.name: c.values(self.prompts, self.completions, lengths, **columns) for c in own}
+        return {c.name: c.values(self.prompts, self.completions, self.host_lengths, **columns) for c in own}
 
     def completion_ids(self) -> list[list[int]]:
         """The response tokens of each sequence."""
@@ -137,15 +151,17 @@ def rollout(
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     device = model.device
+    lengths = [len(response) for response in responses]
     return Rollout(
         prompts=list(prompts),
         completions=completions,
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         labels=labels.to(device),
-        lengths=torch.tensor([len(response) for response in responses], device=device),
+        lengths=torch.tensor(lengths, device=device),
         ended=torch.tensor([response[-1] in set(end) for response in responses], device=device),
         columns=columns or {},
+        host_lengths=lengths,
     )
 
 

@@ -179,10 +179,13 @@ class L3MTrainer(Trainer):
             rewards = responses.rewards(self.constraints)
         weights = optimizer.observe(rewards, responses.lengths)
         size = args.per_device_train_batch_size
+        widths = responses.attention_mask.sum(
+            1
+        ).tolist()  # all of them before the first part: later the host would wait for that
         model.train()
         for start in range(0, len(responses), size):
             part = slice(start, start + size)
-            width = int(responses.attention_mask[part].sum(1).max())
+            width = max(widths[part])
             with self.compute_loss_context_manager():
                 loss = model(
                     input_ids=responses.input_ids[part, :width],
@@ -190,6 +193,8 @@ class L3MTrainer(Trainer):
                     labels=responses.labels[part, :width],
                     seq_weight=weights[part],
                     temperature=args.temperature,  # type: ignore[attr-defined]
+                    # nn.DataParallel gives each replica some of the rows, and the whole count
+                    scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
                     use_cache=False,
                 ).loss
             # accelerate divides by the accumulation steps of the task; these parts already add up to the whole

@@ -12,8 +12,9 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # `barrier_problems` is shared
 FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-FOLDERS = ("csrc", "l3m_kernels", "python")
+FOLDERS = ("cmake", "csrc", "l3m_kernels", "python")
 BUILD_WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
 # What `import torch` gives where the CUDA build of torch is installed, as far as a build can see.
 CUDA_TORCH = "import torch; torch.version.cuda = '13.0'; "
@@ -82,6 +83,11 @@ def path_without_nvcc(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_nvcc(tmp_path: Path) -> Path:
+    return path_without_nvcc(tmp_path / "bin")
+
+
 @pytest.fixture(scope="session")
 def native_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that a machine with a CUDA build of torch, no nvcc and no GPU makes. The default tests compile this once."""
@@ -94,7 +100,9 @@ def native_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tree.parent.mkdir()
             path = path_without_nvcc(tree.parent / "bin")
             code = CUDA_TORCH + BUILD_WHEEL
-            done = run_python("-c", code, cwd=copy_tree(tree), L3M_BUILD="cpu", PATH=path, CUDA_HOME=None)
+            done = run_python(
+                "-c", code, cwd=copy_tree(tree), L3M_BUILD="auto", PATH=path, CUDA_HOME=None, CUDA_PATH=None
+            )
             (tree.parent / "log").write_text(done.stdout + done.stderr)
     wheels = list((tree / "dist").glob("*.whl"))
     assert wheels, (tree.parent / "log").read_text()

@@ -42,6 +42,8 @@ def multiplies_in(backend: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a backend has the gradients of the logits when it multiplies them out."""
     if dtype == torch.bfloat16 and backend == "cpp" and NATIVE.module.cpu_path() in ("amx", "avx512_bf16"):  # type: ignore[union-attr]
         return dtype
+    if backend in ("triton", "cuda"):
+        return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

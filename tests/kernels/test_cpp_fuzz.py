@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 from head_cases import HEAD_BACKENDS, Case
-from test_cpp_head import check
+from test_ops_oracle import check
 
 from l3m_kernels import set_workspace
 
@@ -29,7 +29,7 @@ def fuzz(seed: int) -> float:
     case = Case.random(seed, large=draw.random() < 0.5)
     set_workspace(draw.choice((case.workspace, 1, 1 << 18, 1 << 21, None)), low_memory=draw.random() < 0.3)
     torch.set_num_threads(draw.choice((1, 1, 2, 3, 7)))
-    return check(case, draw.choice(("log_likelihood", "weighted")))
+    return check("cpp", case, draw.choice(("log_likelihood", "weighted")))
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, NATIVE, Case, assert_close_to_oracle, grad_of, multiplies_in
-from test_ops_oracle import check_gradients, check_statistics
+from head_cases import HEAD_BACKENDS, NATIVE, Case, grad_of, multiplies_in
+from test_ops_oracle import check
 
 from l3m_kernels import log_likelihood, release_workspace, set_workspace, weighted_log_likelihood
 
@@ -36,26 +36,6 @@ def large_case(shape, dtype, **changes) -> Case:
     return Case.plain(**settings | changes)
 
 
-def check(case: Case, op: str) -> float:
-    """-> the worst error, as a share of what is allowed."""
-    inputs = case.build()
-    hidden, weight, targets, cu_seqlens, bias, seq_weight = inputs[:6]
-    if op == "weighted":
-        options = {"bias": bias, "backend": "cpp", **case.options}
-        loss, out = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
-        found = {"loss": loss.detach()} | check_statistics(case, inputs, out)
-        if loss.requires_grad:
-            loss.backward()
-    else:
-        out = log_likelihood(hidden, weight, targets, cu_seqlens, bias=bias, backend="cpp", **case.options)
-        found = check_statistics(case, inputs, out)
-        if out.sequence.requires_grad:
-            torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
-    found |= check_gradients(case, inputs)
-    worst = assert_close_to_oracle(case, inputs, found, weighted=op == "weighted", backend="cpp")
-    return max(worst.values())
-
-
 @pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -63,7 +43,7 @@ def check(case: Case, op: str) -> float:
 def test_shapes_that_are_cut(shape, dtype, memory, op, threads):
     size, low_memory = MEMORY[memory]
     set_workspace(size, low_memory=low_memory)
-    check(large_case(shape, dtype, seed=threads), op)
+    check("cpp", large_case(shape, dtype, seed=threads), op)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +52,7 @@ def test_shapes_that_are_cut(shape, dtype, memory, op, threads):
 @pytest.mark.parametrize("frozen", [("hidden",), ("weight",), ("hidden", "bias"), ("weight", "bias")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_inputs_and_plain_logits(dtype, frozen, options):
-    check(large_case(SHAPES[1], dtype, frozen=frozen, **options), "weighted")
+    check("cpp", large_case(SHAPES[1], dtype, frozen=frozen, **options), "weighted")
 
 
 @pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
@@ -88,7 +68,7 @@ def test_targets_far_below_the_largest_logit(dtype, op, low_memory):
     )
     assert out.token.min() < -90  # exp(90) is no fp32 number
     assert ((out.token > -36) & (out.token < 0)).any()  # sums below 1e16
-    check(case, op)
+    check("cpp", case, op)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -33,6 +33,12 @@ def packed(case: Case, inputs: Inputs) -> Batch:
     return batch._replace(hidden=hidden, weight=weight, bias=bias)
 
 
+def options_of(case: Case, inputs: Inputs, backend: str) -> tuple:
+    """softcap, temperature, ignore_index, scored (with every other seed), backend"""
+    scored = int((inputs.targets != case.ignore_index).sum()) if case.seed % 2 else None
+    return case.softcap, case.temperature, case.ignore_index, scored, backend
+
+
 def opcheck(op, arguments, tests) -> None:
     torch.library.opcheck(op, arguments, test_utils=tests)
 
@@ -43,7 +49,7 @@ def test_opcheck_log_likelihood(seed, tests, backend):
     case = Case.random(seed)
     inputs = case.build()
     batch = packed(case, inputs)
-    opcheck(_log_likelihood, (*batch, case.softcap, case.temperature, case.ignore_index, backend), tests)
+    opcheck(_log_likelihood, (*batch, *options_of(case, inputs, backend)), tests)
 
 
 @pytest.mark.parametrize("backend", HEAD_BACKENDS)
@@ -53,7 +59,7 @@ def test_opcheck_log_likelihood_backward(seed, tests, backend):
     case = Case.random(seed)
     inputs = case.build()
     batch = packed(case, inputs)
-    options = (case.softcap, case.temperature, case.ignore_index, backend)
+    options = options_of(case, inputs, backend)
     lse = _log_likelihood(*batch, *options)[-1].detach()
     hidden, weight, targets, cu_seqlens, bias = (None if tensor is None else tensor.detach() for tensor in batch)
     needs = [name in inputs.leaves and name not in case.frozen for name in ("hidden", "weight", "bias")]
@@ -69,7 +75,7 @@ def test_opcheck_weighted_log_likelihood(seed, tests, backend):
     case = Case.random(seed)
     inputs = case.build()
     hidden, weight, targets, cu_seqlens, bias = packed(case, inputs)
-    options = (case.softcap, case.temperature, case.ignore_index, backend)
+    options = options_of(case, inputs, backend)
     needs = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     arguments = (hidden, weight, targets, inputs.seq_weight, cu_seqlens, bias, *options, *needs)
     opcheck(_weighted_log_likelihood, arguments, tests)
@@ -82,7 +88,7 @@ def test_opcheck_strided_inputs(op, backend, layout):
     case = Case.plain(dtype=torch.float32, view=layout)
     inputs = case.build()
     batch = packed(case, inputs)
-    options = (case.softcap, case.temperature, case.ignore_index, backend)
+    options = options_of(case, inputs, backend)
     if op == "log_likelihood":
         opcheck(_log_likelihood, (*batch, *options), FULL)
         lse = _log_likelihood(*batch, *options)[-1].detach()

@@ -47,42 +47,47 @@ def check_gradients(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return {f"d_{name}": grad for name, grad in grads.items()}
 
 
+def check(backend: str, case: Case, op: str) -> float:
+    """One call of `op`, forward and backward -> the worst error, as a share of what is allowed."""
+    inputs = case.build()
+    hidden, weight, targets, cu_seqlens, bias, seq_weight = inputs[:6]
+    options = {"bias": bias, "backend": backend, **case.options}
+    if case.seed % 2:
+        options["scored"] = int((targets != case.ignore_index).sum())
+    if op == "weighted":
+        loss, out = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
+        found = {"loss": loss.detach()} | check_statistics(case, inputs, out)
+        assert loss.shape == ()
+        assert loss.dtype == out.sequence.dtype
+        assert not out.sequence.requires_grad
+        assert not out.token.requires_grad
+        assert loss.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
+        if loss.requires_grad:
+            loss.backward()
+    else:
+        out = log_likelihood(hidden, weight, targets, cu_seqlens, **options)
+        found = check_statistics(case, inputs, out)
+        assert out.sequence.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
+        if out.sequence.requires_grad:
+            torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
+    found |= check_gradients(case, inputs)
+    return max(assert_close_to_oracle(case, inputs, found, weighted=op == "weighted", backend=backend).values())
+
+
 @pytest.mark.parametrize("backend", HEAD_BACKENDS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_log_likelihood(seed, backend):
     case = Case.random(seed)
-    inputs = case.build()
     set_workspace(case.workspace)
-    hidden, weight, targets, cu_seqlens, bias = inputs[:5]
-    out = log_likelihood(hidden, weight, targets, cu_seqlens, bias=bias, backend=backend, **case.options)
-    found = check_statistics(case, inputs, out)
-    assert out.sequence.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
-    if out.sequence.requires_grad:
-        torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
-    found |= check_gradients(case, inputs)
-    assert_close_to_oracle(case, inputs, found, weighted=False, backend=backend)
+    check(backend, case, "log_likelihood")
 
 
 @pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_weighted_log_likelihood(seed, backend):
     case = Case.random(seed)
-    inputs = case.build()
     set_workspace(case.workspace)
-    hidden, weight, targets, cu_seqlens, bias, seq_weight = inputs[:6]
-    loss, out = weighted_log_likelihood(
-        hidden, weight, targets, seq_weight, cu_seqlens, bias=bias, backend=backend, **case.options
-    )
-    found = {"loss": loss.detach()} | check_statistics(case, inputs, out)
-    assert loss.shape == ()
-    assert loss.dtype == out.sequence.dtype
-    assert not out.sequence.requires_grad
-    assert not out.token.requires_grad
-    assert loss.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
-    if loss.requires_grad:
-        loss.backward()
-    found |= check_gradients(case, inputs)
-    assert_close_to_oracle(case, inputs, found, weighted=True, backend=backend)
+    check(backend, case, "weighted")
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)])

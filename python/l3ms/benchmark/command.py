@@ -18,6 +18,7 @@ in a process of its own. Peers that are not installed, or need a GPU, are listed
     l3ms bench --op no-grad --contestants cpp,eager,compile --plot a.png
     l3ms bench --scaling                        # time over rows, and over constraints
     l3ms bench --full --output bench/results    # everything: hours
+    l3ms bench --device cuda --full             # on a GPU: in 8 minutes
 
 [bold]Peers[/bold]: pip install --no-deps liger-kernel cut-cross-entropy (they need nothing that is not here already).
 """
@@ -35,6 +36,7 @@ def bench(
         list[float] | None,
         typer.Option(help="Share of the rows that is not scored (prompts, padding); may be repeated."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="All committed cases and the scaling tables.")] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Time over rows and over constraints, instead of the cases.")
@@ -44,6 +46,10 @@ def bench(
     ] = None,
     backend: Annotated[
         str | None, typer.Option(help="Backend of l3m_kernels that ratios refer to; default: the one taken by itself.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=1, help="Time for all cases; who does not fit is left out and listed."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; slow contestants take part in fewer.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
@@ -61,7 +67,8 @@ def bench(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options to a `Plan`, and its execution."""
-    from l3ms.benchmark.shapes import FULL, select_cases
+    from l3ms.benchmark.device import missing
+    from l3ms.benchmark.shapes import FULL, GPU_BUDGET, GPU_FULL, select_cases
     from l3ms.yaml_reader import ConfigError
 
     named = {"--op": op, "--shape": shape, "--dtype": dtype, "--masked": masked, "--scaling": scaling}
@@ -71,7 +78,12 @@ def bench(
         raise ConfigError("--scaling", f"measures weighted with all rows scored; leave out {', '.join(extra)}")
     if add and output is None:
         raise ConfigError("--add", "needs --output: the folder whose file is added to")
-    cases = FULL if full else select_cases(op or [], shape or [], dtype or [], masked or [])
+    if device not in ("cpu", "cuda"):
+        raise ConfigError("--device", f"must be cpu or cuda, got {device!r}")
+    if device == "cuda" and (why := missing()):
+        raise ConfigError("--device", f"cuda cannot be measured here: {why}")
+    everything = FULL if device == "cpu" else GPU_FULL
+    cases = everything if full else select_cases(op or [], shape or [], dtype or [], masked or [], device)
     for option, path, ending in (("--plot", plot, ".png"), ("--json", json, ".json")):
         if path is not None and path.suffix.lower() != ending:
             raise ConfigError(option, f"must be a {ending} file, got {path}")
@@ -93,12 +105,14 @@ def bench(
         seed=seed,
         threads=threads,
         memory=memory,
-        scaling=scaling_case(cases) if full or scaling else None,
+        scaling=scaling_case(cases) if (full and device == "cpu") or scaling else None,
         scaling_rows=_rows(shape, cases),
         json=json,
         plot=plot,
         output=output,
         add=add,
+        device=device,
+        budget=GPU_BUDGET if budget is None and full and device == "cuda" else budget,
     )
     console = Console()
     if not console.is_terminal:

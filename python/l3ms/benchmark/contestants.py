@@ -18,7 +18,6 @@ from l3m_kernels import backends, log_likelihood, set_workspace, weighted_log_li
 from l3ms.benchmark.inputs import IGNORED, Batch
 from l3ms.benchmark.shapes import Case
 
-DEVICE = "cpu"
 Run = Callable[[Batch], tuple[Tensor, ...]]
 
 
@@ -108,14 +107,14 @@ NEEDED = {
 }
 
 
-def our_backends() -> list[str]:
-    """The backends of l3m_kernels for this device, fastest first, whether they can be used here or not."""
-    return [row.name for row in backends().backends if row.devices == ("*",) or DEVICE in row.devices]
+def our_backends(device: str = "cpu") -> list[str]:
+    """The backends of l3m_kernels for a device, fastest first, whether they can be used here or not."""
+    return [row.name for row in backends().backends if row.devices == ("*",) or device in row.devices]
 
 
 def _ours(backend: str, case: Case) -> Functions:
     row = next(row for row in backends().backends if row.name == backend)
-    if problem := next((text for op in NEEDED[case.op] if (text := row.problem(op, DEVICE))), None):
+    if problem := next((text for op in NEEDED[case.op] if (text := row.problem(op, case.device))), None):
         raise Unavailable(problem)
 
     def token(batch: Batch) -> Tensor:
@@ -187,12 +186,12 @@ def _products(case: Case) -> Functions:
     return Functions(run=run)
 
 
-def contestants() -> dict[str, Contestant]:
+def contestants(device: str = "cpu") -> dict[str, Contestant]:
     """All of them, ours first."""
     from l3ms.benchmark.peers import PEERS
 
     table = []
-    for name in our_backends():
+    for name in our_backends(device):
         title, make = f"l3m_kernels {name}", partial(_ours, name)
         table.append(Contestant(name, title, make, "ours"))
         if name != "reference":

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 import l3m_kernels
+from l3ms.benchmark import device
 from l3ms.benchmark.peers import installed
 
 # Instruction sets that decide how fast a matrix product is, as /proc/cpuinfo spells them.
@@ -25,6 +26,8 @@ ISA = (
 class Environment(BaseModel, frozen=True):
     date: str  # ISO, UTC, when the run began
     cpu: str
+    gpu: str | None = None  # that was measured, where one was
+    cuda: str | None = None  # of torch, likewise
     isa: list[str]
     cores: int
     memory_gib: float | None
@@ -38,8 +41,10 @@ class Environment(BaseModel, frozen=True):
     @property
     def device(self) -> str:
         """For a file name: intel-xeon-processor-2-cores."""
-        name = re.sub(r"\((r|tm)\)", "", self.cpu.lower())
+        name = re.sub(r"\((r|tm)\)", "", (self.gpu or self.cpu).lower())
         name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "cpu"
+        if self.gpu:
+            return name
         return f"{name}-{self.cores}-core{'s' * (self.cores != 1)}"
 
     def same_software(self, other: Environment) -> bool:
@@ -47,11 +52,14 @@ class Environment(BaseModel, frozen=True):
         return self.model_dump(exclude={"date", "memory_gib"}) == other.model_dump(exclude={"date", "memory_gib"})
 
 
-def describe() -> Environment:
+def describe(on: str = "cpu") -> Environment:
+    """on: the device that is measured."""
     flags = set(_cpuinfo("flags", "Features").split())
     return Environment(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         cpu=cpu_name(),
+        gpu=device.name() if on == "cuda" else None,
+        cuda=torch.version.cuda if on == "cuda" else None,
         isa=[flag for flag in ISA if flag in flags],
         cores=_cores(),
         memory_gib=_memory(),

@@ -7,7 +7,7 @@ training (2 to 3.5): on plain noise every target is unlikely, and methods that s
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from l3m_kernels import log_likelihood, set_workspace, weighted_log_likelihood
 from l3ms.benchmark.shapes import DTYPES, Case
 
 IGNORED = -100
+EXACT_WORKSPACE = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
 class Batch(NamedTuple):
@@ -35,7 +36,9 @@ class Batch(NamedTuple):
     @property
     def token_weight(self) -> Tensor:
         """(T,) the weight of each token's sequence."""
-        return self.seq_weight.repeat_interleave(self.cu_seqlens.diff())
+        return self.seq_weight.repeat_interleave(
+            self.cu_seqlens.diff(), output_size=len(self.targets)
+        )  # or the host waits
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:
@@ -58,31 +61,34 @@ class Source:
         shape = case.shape
         # The entropy of a softmax of V normal logits falls as log V - spread^2 / 2, and slower when few tokens are left: 2 to 3.5 here.
         spread = math.sqrt(2 * (math.log(shape.vocabulary) + 1))
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.empty(shape.vocabulary, shape.hidden, dtype=self.dtype)
+        generator = torch.Generator(case.device).manual_seed(seed)
+        weight = torch.empty(shape.vocabulary, shape.hidden, dtype=self.dtype, device=case.device)
         weight.normal_(0.0, spread / shape.hidden**0.5, generator=generator)
         self.weight = weight.requires_grad_(case.op in ("weighted", "log-likelihood"))
         self.nll: list[float] = []  # mean of the targets of each batch that was drawn
 
     def draw(self, index: int) -> Batch:
         shape, case = self.case.shape, self.case
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + index + 1)
-        hidden = torch.empty(shape.rows, shape.hidden, dtype=self.dtype).normal_(generator=generator)
+        generator = torch.Generator(case.device).manual_seed(1_000_003 * self.seed + index + 1)
+        options: dict[str, Any] = {"generator": generator, "device": case.device}
+        hidden = torch.empty(shape.rows, shape.hidden, dtype=self.dtype, device=case.device).normal_(
+            generator=generator
+        )
         if self.likely:
             targets, nll = _sample(hidden, self.weight.detach(), generator)
             self.nll.append(nll)
         else:
-            targets = torch.randint(shape.vocabulary, (shape.rows,), generator=generator)
-        unscored = torch.randperm(shape.rows, generator=generator)[: shape.rows - case.scored]
+            targets = torch.randint(shape.vocabulary, (shape.rows,), **options)
+        unscored = torch.randperm(shape.rows, **options)[: shape.rows - case.scored]
         targets[unscored] = IGNORED
         sequences = shape.sequences
         return Batch(
             hidden.requires_grad_(case.op != "no-grad"),
             self.weight,
             targets,
-            torch.arange(sequences + 1) * (shape.rows // sequences),
-            torch.randn(sequences, generator=generator) / case.scored,
-            torch.randn(shape.rows, generator=generator) / case.scored,
+            torch.arange(sequences + 1, device=case.device) * (shape.rows // sequences),
+            torch.randn(sequences, **options) / case.scored,
+            torch.randn(shape.rows, **options) / case.scored,
         )
 
 
@@ -93,26 +99,36 @@ def _sample(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> tuple
         logits = (chunk @ weight.t()).float()
         log_probabilities = logits.log_softmax(-1)
         cumulative = log_probabilities.exp().cumsum(-1)
-        draw = torch.rand(len(chunk), 1, generator=generator) * cumulative[:, -1:]
+        draw = torch.rand(len(chunk), 1, generator=generator, device=chunk.device) * cumulative[:, -1:]
         picked = torch.searchsorted(cumulative, draw).clamp_(max=len(weight) - 1)
         total -= float(log_probabilities.gather(1, picked).sum())
         found.append(picked[:, 0])
     return torch.cat(found), total / len(hidden)
 
 
-def expected(case: Case, batch: Batch) -> tuple[Tensor, ...]:
-    """What `case.op` gives for a batch, computed in float64 by the reference backend: gradients, or log-likelihoods without them."""
-    hidden, weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (batch.hidden, batch.weight))
+def exact_dtype(case: Case) -> torch.dtype:
+    """float64, or on a device that has not the memory float32: the reference's, whose products are not tf32."""
+    if case.device == "cpu":
+        return torch.float64
+    torch.cuda.empty_cache()
+    (rows, hidden, vocabulary), free = case.shape, torch.cuda.mem_get_info()[0]
+    held = 8 * hidden * (3 * vocabulary + 3 * rows) + EXACT_WORKSPACE[case.device]
+    return torch.float64 if 1.2 * held < free else torch.float32
+
+
+def expected(case: Case, batch: Batch, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """What `case.op` gives for a batch, computed in `dtype` by the reference backend: gradients, or log-likelihoods without them."""
+    hidden, weight = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (batch.hidden, batch.weight))
     arguments = (hidden, weight, batch.targets)
     wanted = tuple(tensor for tensor in (hidden, weight) if tensor.requires_grad)
-    set_workspace(256 << 20)
+    set_workspace(EXACT_WORKSPACE[case.device])
     try:
         if case.op == "no-grad":
             return (log_likelihood(*arguments, batch.cu_seqlens, backend="reference").token,)
         if case.op == "log-likelihood":
             token = log_likelihood(*arguments, batch.cu_seqlens, backend="reference").token
-            return torch.autograd.grad(token, wanted, batch.upstream.double())
-        loss, _ = weighted_log_likelihood(*arguments, batch.seq_weight.double(), batch.cu_seqlens, backend="reference")
+            return torch.autograd.grad(token, wanted, batch.upstream.to(dtype))
+        loss, _ = weighted_log_likelihood(*arguments, batch.seq_weight.to(dtype), batch.cu_seqlens, backend="reference")
         return torch.autograd.grad(loss, wanted)
     finally:
         set_workspace(None)

@@ -105,8 +105,14 @@ def _trl(case: Case) -> Functions:
 
 
 def _quack(case: Case) -> Functions:
-    import_module("quack.linear_cross_entropy")
-    raise Unavailable("needs an NVIDIA GPU (SM90 or newer)")
+    function = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    if case.device != "cuda" or torch.cuda.get_device_capability()[0] < 9:
+        raise Unavailable("needs an NVIDIA GPU (SM90 or newer)")
+
+    def loss(batch: Batch) -> Tensor:
+        return function(batch.hidden, batch.weight, batch.targets, ignore_index=IGNORED, reduction="sum") / case.scored
+
+    return Functions(loss=loss)
 
 
 PEERS = (
@@ -116,9 +122,10 @@ PEERS = (
         partial(_cut_cross_entropy, implementation="torch_compile"), compiled=True,
     ),
     Contestant("cce", "cut-cross-entropy, Triton", partial(_cut_cross_entropy, implementation="cce")),
+    Contestant("cce-exact", "cut-cross-entropy, exact", partial(_cut_cross_entropy, implementation="cce_exact")),
     Contestant("liger-grpo", "Liger GRPO, chunks of a sequence", partial(_liger_grpo, whole=False)),
     Contestant("liger-grpo-whole", "Liger GRPO, one chunk", partial(_liger_grpo, whole=True)),
     Contestant("liger-log-probs", "Liger selective log-probabilities", _liger_log_probabilities),
     Contestant("liger-cross-entropy", "Liger fused cross-entropy, Triton", _liger_cross_entropy, uniform=True),
-    Contestant("quack", "QuACK linear cross-entropy", _quack),
+    Contestant("quack", "QuACK linear cross-entropy", _quack, uniform=True, compiled=True),
 )  # fmt: skip

@@ -7,6 +7,7 @@ once unmeasured (whatever it compiles is then compiled) and its gradients are co
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from l3ms.benchmark import device
 from l3ms.benchmark.contestants import Contestant, Run, Unavailable, prepare, reason
-from l3ms.benchmark.inputs import Batch, Source, expected, relative_error
+from l3ms.benchmark.inputs import Batch, Source, exact_dtype, expected, relative_error
 from l3ms.benchmark.shapes import Case
 
 # Largest |gradient - exact| / |exact|. Logits of size 20 that are rounded to bf16 cost a few percent; a wrong formula costs more.
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
 BUDGET = 15.0  # seconds for all rounds of a contestant; a slower one takes part in fewer, in two at least
+COMPILE = 25.0  # seconds that a contestant which compiles itself must have left; once begun, nothing stops it
 
 Argument = TypeVar("Argument")
 
@@ -54,6 +57,7 @@ class Entry:
     reason: str | None = None  # why it does not run
     error: float | None = None  # of its gradients, relative to float64
     first: float = 0.0  # seconds of the last unmeasured call
+    memory: int | None = None  # bytes at the peak, on a CUDA device
     seconds: list[float] = field(default_factory=list)
 
     def stop(self, why: str) -> None:
@@ -63,7 +67,9 @@ class Entry:
 class Race:
     """All contestants in one case."""
 
-    def __init__(self, case: Case, contestants: Iterable[Contestant], seed: int = 0):
+    def __init__(self, case: Case, contestants: Iterable[Contestant], seed: int = 0, deadline: float = math.inf):
+        """deadline: of `time.monotonic`; who has not run by then is left out, and rounds that have not begun are too."""
+        self.deadline = deadline
         torch.compiler.reset()  # compiled functions of other cases have used up their recompilations
         self.case = case
         self.source = Source(case, seed)
@@ -80,38 +86,53 @@ class Race:
 
     def check(self, said: Callable[[str], None] = lambda name: None, exact: bool = True) -> None:
         """Run everyone once, and (exact) compare with float64; who is wrong, or fails, is out, and the reason is kept."""
-        batch = self.source.draw(0)
+        batch, now = self.source.draw(0), time.monotonic()
+        checked_by = now + 0.8 * (self.deadline - now)  # the rest is for the rounds
         for uniform in (False, True):
             names = [name for name in self.running if self.entries[name].contestant.uniform == uniform]
             checked = [name for name in names if exact and self.entries[name].contestant.kind != "limit"]
             if checked:
                 said("float64")
             wanted = self._expected(batch, uniform) if checked else ()
-            for name in names:
+            # who compiles itself comes last, when the others are done
+            for name in sorted(names, key=lambda name: self.entries[name].contestant.compiled):
+                entry = self.entries[name]
+                left = checked_by - time.monotonic()
+                if left < (COMPILE if entry.contestant.compiled else 0):
+                    entry.stop("left out: the time that was set for this case was up")
+                    continue
                 said(name)
                 self._check(self.entries[name], batch, wanted if name in checked else None)
 
     def _expected(self, batch: Batch, uniform: bool) -> tuple[Tensor, ...]:
         """float64 rounded to float32, which is far below the tolerance and half the memory."""
-        exact = expected(self.case, batch.uniform() if uniform else batch)
+        exact = expected(self.case, batch.uniform() if uniform else batch, exact_dtype(self.case))
         return tuple(tensor.float() for tensor in exact)
 
     def _check(self, entry: Entry, batch: Batch, wanted: tuple[Tensor, ...] | None) -> None:
         assert entry.run
         try:
+            if self.case.device == "cuda":
+                device.poison()
             start = time.perf_counter()
             found = entry.run(batch)
             entry.first = time.perf_counter() - start
             if wanted is not None:
                 entry.error = max(relative_error(mine, right) for mine, right in zip(found, wanted, strict=True))
-            if entry.contestant.compiled:
-                entry.first = clock(entry.run, batch)
+            del found
+            if self.case.device == "cuda":
+                entry.memory = device.peak(entry.run, batch) if entry.contestant.kind != "limit" else None
+            if entry.contestant.compiled or self.case.device == "cuda":
+                entry.first = self._clock(entry.run, batch)
         except Exception as error:  # out of memory, or a peer that does not work here
             entry.stop(reason(error))
             return
         limit = TOLERANCE[self.case.dtype]
         if entry.error is not None and not entry.error <= limit:
             entry.stop(f"wrong: error {entry.error:.1e} against float64, allowed {limit:.0e}")
+
+    def _clock(self, run: Run, batch: Batch) -> float:
+        return (device.clock if self.case.device == "cuda" else clock)(run, batch)
 
     def rounds_of(self, name: str, rounds: int) -> int:
         first = self.entries[name].first
@@ -122,6 +143,8 @@ class Race:
         drawn, batch = -1, None
         planned = {name: self.rounds_of(name, rounds) for name in self.running}
         for index, name in turns(self.running, planned):
+            if time.monotonic() > self.deadline and self.entries[name].seconds:
+                break
             if index != drawn:
                 drawn, batch = index, self.source.draw(index + 1)
             assert batch is not None
@@ -132,6 +155,6 @@ class Race:
         entry = self.entries[name]
         if entry.run:
             try:
-                entry.seconds.append(clock(entry.run, batch))
+                entry.seconds.append(self._clock(entry.run, batch))
             except Exception as error:
                 entry.stop(reason(error))

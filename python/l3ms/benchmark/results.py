@@ -41,15 +41,17 @@ class CaseResult(BaseModel):
     sequences: int
     dtype: str
     masked: float  # share of the rows that is not scored
+    device: str = "cpu"
     scored: int
     nll: float | None  # mean of the targets, nats
     flops: float  # that the op needs, on the scored rows
     ours: str | None  # the contestant that ratios refer to
+    forms: dict[str, float] = {}  # seconds of the bare products, each alone: NT, NN, TN
     measurements: list[Measurement]
 
     @property
     def case(self) -> Case:
-        return Case(self.op, Shape(self.rows, self.hidden, self.vocabulary), self.dtype, self.masked)
+        return Case(self.op, Shape(self.rows, self.hidden, self.vocabulary), self.dtype, self.masked, self.device)
 
     def find(self, contestant: str | None) -> Measurement | None:
         return next((item for item in self.measurements if item.contestant == contestant), None)
@@ -63,6 +65,10 @@ class CaseResult(BaseModel):
     def gflops(self, item: Measurement) -> float | None:
         """GFLOP/s of what the op needs; what a contestant computes beyond that makes it slower and not better."""
         return self.flops / item.median / 1e9 if item.median else None
+
+    def share(self, item: Measurement) -> float | None:
+        """Of the rate of the bare products: 1 is as fast as these one after the other."""
+        return sum(self.forms.values()) / item.median if self.forms and item.median else None
 
 
 class ScalingPoint(BaseModel):
@@ -94,6 +100,7 @@ class Results(BaseModel):
     threads: int
     rounds: int
     seed: int
+    budget: float | None = None  # seconds that the run was to take at most
     cases: list[CaseResult] = []
     scaling: list[Scaling] = []
 
@@ -114,6 +121,7 @@ def gather(race: Race, ours: str | None) -> CaseResult:
             reason=entry.reason,
             seconds=entry.seconds,
             error=entry.error,
+            memory=entry.memory,
         )
         for name, entry in race.entries.items()
     ]
@@ -125,6 +133,7 @@ def gather(race: Race, ours: str | None) -> CaseResult:
         sequences=case.shape.sequences,
         dtype=case.dtype,
         masked=case.masked,
+        device=case.device,
         scored=case.scored,
         nll=statistics.mean(nll) if nll else None,
         flops=case.flops,

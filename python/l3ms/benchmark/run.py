@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +15,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from l3m_kernels import backends
-from l3ms.benchmark import memory, scaling, tables
-from l3ms.benchmark.contestants import DEVICE, NEEDED, Contestant, contestants, our_backends
+from l3ms.benchmark import device, memory, scaling, tables
+from l3ms.benchmark.contestants import NEEDED, Contestant, contestants, our_backends
 from l3ms.benchmark.environment import describe
 from l3ms.benchmark.race import Race
 from l3ms.benchmark.results import CaseResult, Results, gather, read, write
 from l3ms.benchmark.shapes import QUICK, SCALING_CONSTRAINTS, SCALING_ROWS, Case
 from l3ms.yaml_reader import ConfigError
 
+# Times a case's equal share of a budget that it may take: those that come first matter most, and give back what they do not need.
+GENEROUS = 2.5
 SCALING_PEERS = ("eager", "torch-none")
 
 
@@ -41,25 +45,28 @@ class Plan:
     plot: Path | None = None
     output: Path | None = None  # folder for JSON, Markdown and PNG, named after the device
     add: bool = False  # keep what output's file has of other cases
+    device: str = "cpu"
+    budget: float | None = None  # seconds for all cases; the first ones may take more than their share
 
     def __post_init__(self):
-        known = contestants()
+        known = contestants(self.device)
         for name in self.contestants:
             if name not in known:
                 raise ConfigError("--contestants", f"must be one of {', '.join(known)}, got {name!r}")
         if self.backend is None:
             return
         rows = {row.name: row for row in backends().backends}
-        if self.backend not in our_backends():
-            raise ConfigError("--backend", f"must be one of {', '.join(our_backends())}, got {self.backend!r}")
+        if self.backend not in our_backends(self.device):
+            names = ", ".join(our_backends(self.device))
+            raise ConfigError("--backend", f"must be one of {names}, got {self.backend!r}")
         cases = (*self.cases, self.scaling._replace(op="weighted")) if self.scaling else self.cases
         for op in dict.fromkeys(op for case in cases for op in NEEDED[case.op]):
-            if problem := rows[self.backend].problem(op, DEVICE):
+            if problem := rows[self.backend].problem(op, self.device):
                 raise ConfigError("--backend", f"{self.backend} cannot run {op} here: {problem}")
 
     @property
     def entrants(self) -> list[Contestant]:
-        known = contestants()
+        known = contestants(self.device)
         return [known[name] for name in known if not self.contestants or name in self.contestants]
 
 
@@ -67,8 +74,14 @@ def execute(plan: Plan, console: Console) -> Results:
     """Measure, print a table after each case, and write what the plan asks for."""
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    environment = describe()
-    results = Results(environment=environment, threads=torch.get_num_threads(), rounds=plan.rounds, seed=plan.seed)
+    environment = describe(plan.device)
+    results = Results(
+        environment=environment,
+        threads=torch.get_num_threads(),
+        rounds=plan.rounds,
+        seed=plan.seed,
+        budget=plan.budget,
+    )
     target = plan.output / f"{environment.device}.json" if plan.output else None
     if plan.add and target and target.exists():
         results = _continued(results, target)
@@ -90,8 +103,15 @@ def execute(plan: Plan, console: Console) -> Results:
 def _measure_all(
     plan: Plan, results: Results, target: Path | None, console: Console, said: Callable[[str], None]
 ) -> None:
-    for case in plan.cases:
-        results.add(measure(case, plan, said))
+    end = math.inf if plan.budget is None else time.monotonic() + plan.budget
+    for index, case in enumerate(plan.cases):
+        now = time.monotonic()
+        if now > end:
+            left = ", ".join(map(str, plan.cases[index:]))
+            console.print(f"not measured, {plan.budget:g} s are over: {left}", markup=False, highlight=False)
+            break
+        share = GENEROUS / (len(plan.cases) - index)
+        results.add(measure(case, plan, said, now + min(1, share) * (end - now)))
         _save(results, plan, target)
         console.print(tables.terminal(tables.case_grid(results.cases[-1])))
     if plan.scaling:
@@ -101,14 +121,23 @@ def _measure_all(
             console.print(tables.terminal(tables.scaling_grid(found)))
 
 
-def measure(case: Case, plan: Plan, said: Callable[[str], None] = lambda name: None) -> CaseResult:
-    """One case: memory in fresh processes, which shows who is too slow to be timed; then the check and the interleaved rounds."""
-    race = Race(case, plan.entrants, plan.seed)
-    peaks = measure_memory(race, plan.seed, lambda name: said(f"{case}: {name}, memory")) if plan.memory else {}
+def measure(
+    case: Case, plan: Plan, said: Callable[[str], None] = lambda name: None, deadline: float = math.inf
+) -> CaseResult:
+    """One case: memory in fresh processes, which shows who is too slow to be timed; then the check and the interleaved rounds.
+
+    On a CUDA device the allocator knows the peak, and the bare products are timed apart.
+    """
+    forms = device.forms(case, plan.rounds) if case.device == "cuda" else {}
+    race = Race(case, plan.entrants, plan.seed, deadline)
+    apart = plan.memory and case.device == "cpu"
+    peaks = measure_memory(race, plan.seed, lambda name: said(f"{case}: {name}, memory")) if apart else {}
     race.check(lambda name: said(f"{case}: {name}, first call"))
     race.time(plan.rounds, lambda name: said(f"{case}: {name}"))
     result = gather(race, ours_of(race, plan.backend))
-    enter_memory(result, peaks)
+    result.forms = forms
+    if apart:
+        enter_memory(result, peaks)
     return result
 
 
@@ -139,7 +168,7 @@ def enter_memory(result: CaseResult, peaks: Mapping[str, int | str]) -> None:
 
 def ours_of(race: Race, backend: str | None) -> str | None:
     """The contestant that ratios refer to."""
-    candidates = [backend] if backend else our_backends()
+    candidates = [backend] if backend else our_backends(race.case.device)
     return next((name for name in candidates if name in race.running), None)
 
 
@@ -153,11 +182,11 @@ def _continued(results: Results, target: Path) -> Results:
 
 
 def _scaling(like: Case, plan: Plan, said: Callable[[str], None]) -> list:
-    known = contestants()
+    known = contestants(plan.device)
     ours = plan.backend
     if ours is None:
-        ready = (row.name for row in backends().backends if row.problem("weighted_log_likelihood", DEVICE) is None)
-        ours = next(name for name in ready if name in our_backends())
+        ready = (row.name for row in backends().backends if row.problem("weighted_log_likelihood", plan.device) is None)
+        ours = next(name for name in ready if name in our_backends(plan.device))
     names = plan.contestants or (ours, *SCALING_PEERS)
     chosen = [known[name] for name in names]
     common = (plan.rounds, plan.seed, lambda text: said(f"scaling {like.shape} {like.dtype}: {text}"))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from l3m_kernels import Bounds, barrier_weights, initial_state, weighted_log_likelihood
+from l3ms.benchmark import device
 from l3ms.benchmark.contestants import Contestant
 from l3ms.benchmark.inputs import Batch, Source
 from l3ms.benchmark.race import Race, clock, turns
 from l3ms.benchmark.results import Scaling, ScalingPoint
-from l3ms.benchmark.shapes import Case, Shape
+from l3ms.benchmark.shapes import Case
 
 Said = Callable[[str], None]
 
@@ -27,7 +28,7 @@ def over_rows(
     """Time of one forward and backward for each number of rows, all of them scored."""
     points = []
     for rows in sizes:
-        case = Case(like.op, Shape(rows, like.shape.hidden, like.shape.vocabulary), like.dtype, 0.0)
+        case = like._replace(shape=like.shape._replace(rows=rows), masked=0.0)
         race = Race(case, contestants, seed)
         race.check(said, exact=False)
         race.time(rounds, said)
@@ -42,10 +43,13 @@ def over_rows(
     )
 
 
-def constraint_step(constraints: int, backend: str | None) -> Callable[[tuple[Batch, Tensor]], tuple[Tensor, ...]]:
+def constraint_step(
+    constraints: int, backend: str | None, on: str = "cpu"
+) -> Callable[[tuple[Batch, Tensor]], tuple[Tensor, ...]]:
     """A function of (batch, rewards (N, 8)): one constraint step with that many constraints, gradients out."""
     rows = [(k, 1.0 - 2 * (k % 2), 0.1 * k, 1.0, 0.0, 2.0, float("inf")) for k in range(constraints)]
-    bounds, state, mu = Bounds.of(rows), initial_state(constraints), torch.tensor(0.1, dtype=torch.float64)
+    bounds, state = Bounds.of(rows, on), initial_state(constraints, on)
+    mu = torch.tensor(0.1, dtype=torch.float64, device=on)
 
     def step(argument: tuple[Batch, Tensor]) -> tuple[Tensor, ...]:
         batch, rewards = argument
@@ -62,12 +66,14 @@ def over_constraints(
     """Time of a constraint step for each number of constraints, the numbers taking turns."""
     case = like._replace(op="weighted", masked=0.0)
     source = Source(case, seed)
-    generator = torch.Generator().manual_seed(seed)
-    steps = {str(size): constraint_step(size, backend) for size in sizes}
+    generator = torch.Generator(case.device).manual_seed(seed)
+    steps = {str(size): constraint_step(size, backend, case.device) for size in sizes}
+    measured = device.clock if case.device == "cuda" else clock
     seconds: dict[str, list[float]] = {name: [] for name in steps}
 
     def draw(index: int) -> tuple[Batch, Tensor]:
-        rewards = torch.randn(case.shape.sequences, max(sizes), dtype=torch.float64, generator=generator)
+        size, options = (case.shape.sequences, max(sizes)), {"generator": generator, "device": case.device}
+        rewards = torch.randn(size, dtype=torch.float64, **options)
         return source.draw(index), rewards
 
     argument, drawn = draw(0), -1
@@ -77,7 +83,7 @@ def over_constraints(
         if index != drawn:
             argument, drawn = draw(index + 1), index
         said(f"{name} constraints")
-        seconds[name].append(clock(steps[name], argument))
+        seconds[name].append(measured(steps[name], argument))
     points = [
         ScalingPoint(size=int(name), contestant=backend or "auto", title="constraint step", seconds=found)
         for name, found in seconds.items()

@@ -58,6 +58,7 @@ class Case(NamedTuple):
     shape: Shape
     dtype: str
     masked: float
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.op} {self.shape} {self.dtype} {self.masked:.0%} unscored"
@@ -78,11 +79,28 @@ def cases_of(op: str) -> tuple[Case, ...]:
 
 
 FULL = tuple(case for op in OPS for case in cases_of(op))
+# On a GPU, in the order of what is asked first: Llama 3 8B, Llama 3.2 1B, Qwen 2.5 7B, and Gemma 2 2B with half the rows.
+GPU_SHAPES = (
+    Shape(8192, 4096, 128256),
+    Shape(8192, 2048, 128256),
+    Shape(8192, 3584, 152064),
+    Shape(4096, 2304, 256000),
+)
+GPU_FULL = (
+    *(Case("weighted", GPU_SHAPES[0], "bf16", masked, "cuda") for masked in MASKED),
+    *(Case(op, GPU_SHAPES[0], "bf16", 0.0, "cuda") for op in ("frozen", "no-grad", "log-likelihood")),
+    *(Case("weighted", shape, "bf16", masked, "cuda") for shape in GPU_SHAPES[1:] for masked in MASKED),
+    *(Case(op, GPU_SHAPES[0], "bf16", 0.4, "cuda") for op in ("frozen", "no-grad", "log-likelihood")),
+)
+GPU_BUDGET = 450.0  # seconds for all of them
+
 QUICK = Case("weighted", SHAPES[0], "bf16", 0.4)
 
 
-def select_cases(ops: list[str], shapes: list[str], dtypes: list[str], masked: list[float]) -> tuple[Case, ...]:
-    """The cases that options of the command line name; what is not named is that of `QUICK`.
+def select_cases(
+    ops: list[str], shapes: list[str], dtypes: list[str], masked: list[float], device: str = "cpu"
+) -> tuple[Case, ...]:
+    """The cases that options of the command line name; what is not named is that of `QUICK`, or on a GPU of `GPU_FULL`'s first.
 
     Raises:
         ConfigError: an op, shape, dtype or share that is not one, naming the option.
@@ -94,13 +112,14 @@ def select_cases(ops: list[str], shapes: list[str], dtypes: list[str], masked: l
     for share in masked:
         if not 0 <= share < 1:
             raise ConfigError("--masked", f"must be a share of the rows, at least 0 and less than 1, got {share:g}")
-    parsed = [parse_shape(text) for text in shapes] or [QUICK.shape]
+    quick = QUICK if device == "cpu" else GPU_FULL[0]
+    parsed = [parse_shape(text) for text in shapes] or [quick.shape]
     cases = tuple(
-        Case(op, shape, dtype, share)
-        for op in ops or [QUICK.op]
+        Case(op, shape, dtype, share, device)
+        for op in ops or [quick.op]
         for shape in parsed
-        for dtype in dtypes or [QUICK.dtype]
-        for share in masked or [QUICK.masked]
+        for dtype in dtypes or [quick.dtype]
+        for share in masked or [quick.masked]
     )
     if empty := next((case for case in cases if case.scored < 1), None):
         raise ConfigError("--masked", f"leaves none of {empty.shape.rows} rows scored, got {empty.masked:g}")

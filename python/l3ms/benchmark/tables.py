@@ -49,14 +49,16 @@ def _number(value: float | None, form: str) -> str:
 
 def case_grid(result: CaseResult) -> Grid:
     """One case: a line per contestant, in the order of the contestants; who did not run is in the notes, with the reason."""
-    header = ["", "time", "time / ours", "GFLOP/s", "memory", "error"]
+    on_gpu, unit = (True, "TFLOP/s") if result.device == "cuda" else (False, "GFLOP/s")
+    header = ["", "time", "time / ours", unit, *(["of the products"] if result.forms else []), "memory", "error"]
     ran = [item for item in result.measurements if item.seconds]
     rows = [
         [
             _label(item),
             seconds_text(item.median),
             _number(result.ratio(item), ".2f"),
-            _number(result.gflops(item), ".0f"),
+            _number(_rate(result, item, on_gpu), ".0f"),
+            *([_number(result.share(item), ".0%")] if result.forms else []),
             bytes_text(item.memory),
             _number(item.error, ".0e"),
         ]
@@ -67,12 +69,20 @@ def case_grid(result: CaseResult) -> Grid:
         f"V={result.vocabulary}, {result.dtype}"
     )
     notes = [f"mean nll of the targets {result.nll:.2f}"] if result.nll is not None else []
+    if result.forms:
+        rate = {form: result.flops / len(result.forms) / seconds / 1e12 for form, seconds in result.forms.items()}
+        notes.append(f"bare products, TFLOP/s: {', '.join(f'{form} {value:.0f}' for form, value in rate.items())}")
     notes += absences([result])
     if any(item.uniform for item in ran):
         notes.append("* one weight for all sequences, which is all that this function can do")
     notes += _unmeasured(ran)
     best = next((index for index, item in enumerate(ran) if item.contestant == result.ours), None)
     return Grid(title, header, rows, notes, best)
+
+
+def _rate(result: CaseResult, item: Measurement, on_gpu: bool) -> float | None:
+    value = result.gflops(item)
+    return value / 1e3 if value and on_gpu else value
 
 
 def _label(item: Measurement) -> str:
@@ -154,10 +164,15 @@ def machine(results: Results) -> str:
     environment = results.environment
     fast = [flag for flag in environment.isa if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")]
     versions = [f"{name} {version}" for name, version in environment.packages.items()]
+    where = [
+        f"{environment.cpu} ({' '.join(fast) or environment.system})",
+        f"{results.threads} thread{'s' * (results.threads != 1)}",
+    ]
+    if environment.gpu:
+        where = [f"{environment.gpu}, CUDA {environment.cuda}"]
     return ", ".join(
         [
-            f"{environment.cpu} ({' '.join(fast) or environment.system})",
-            f"{results.threads} thread{'s' * (results.threads != 1)}",
+            *where,
             f"torch {environment.torch}",
             f"Python {environment.python}",
             f"l3m_kernels {environment.l3m_kernels}",
@@ -169,13 +184,15 @@ def machine(results: Results) -> str:
 
 def report(results: Results) -> str:
     """The Markdown file beside the JSON."""
-    device = results.environment.device
+    environment = results.environment
+    device = environment.device
+    where, unit = ("by the allocator", "TFLOP/s") if environment.gpu else ("in a fresh process", "GFLOP/s")
     parts = [
-        f"# Benchmark: {results.environment.cpu}",
+        f"# Benchmark: {environment.gpu or environment.cpu}",
         f"{machine(results)}.",
         f"Median of up to {results.rounds} interleaved rounds, seed {results.seed}; memory is the peak beyond inputs and what is "
-        "returned, in a fresh process; error is the distance of the gradients (without gradients: of the log-likelihoods) "
-        "from float64, relative; GFLOP/s counts what the op needs on the scored rows. "
+        f"returned, {where}; error is the distance of the gradients (without gradients: of the log-likelihoods) "
+        f"from float64, relative; {unit} counts what the op needs on the scored rows. "
         f"Every round is in [{device}.json]({device}.json).",
     ]
     for grid in grids(results):

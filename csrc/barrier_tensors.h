@@ -1,0 +1,70 @@
+// The tensors of barrier_weights, checked so that memory access is in bounds, and what it returns: for every native
+// backend.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <optional>
+#include <tuple>
+
+#include "barrier.h"
+
+namespace l3m {
+
+// The row struct whose fields are a matrix's columns.
+template <typename Row>
+Row* rows(const at::Tensor& matrix) {
+  return reinterpret_cast<Row*>(matrix.data_ptr<double>());
+}
+
+inline at::Tensor checked(const char* name, const at::Tensor& tensor, at::Device device, at::ScalarType dtype,
+                          at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "barrier_weights: ", name, " must be ", dtype, ", got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "barrier_weights: ", name, " must have shape ", shape, ", got ",
+                    tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == device, "barrier_weights: ", name, " must be on ", device, ", got ",
+                    tensor.device());
+  return tensor.contiguous();
+}
+
+using BarrierOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Letters: N sequences, R rewards, K constraints.
+struct BarrierTensors {
+  int64_t N, R, K;
+  at::Tensor rewards, norm, sums, state, reward_index, bounds, mu, s;  // contiguous; sums undefined where not given
+  at::Tensor seq_weight, multiplier, total, violation, estimate, standard_error, new_state;
+
+  BarrierTensors(const at::Tensor& rewards_, const at::Tensor& norm_, const std::optional<at::Tensor>& sums_,
+                 const at::Tensor& state_, const at::Tensor& reward_index_, const at::Tensor& bounds_,
+                 const at::Tensor& mu_, const at::Tensor& s_) {
+    TORCH_CHECK_VALUE(rewards_.dim() == 2, "barrier_weights: rewards must have shape (N, R), got ", rewards_.sizes());
+    N = rewards_.size(0), R = rewards_.size(1), K = reward_index_.numel();
+    const at::Device device = rewards_.device();
+    rewards = checked("rewards", rewards_, device, at::kDouble, {N, R});
+    norm = checked("norm", norm_, device, at::kDouble, {N});
+    if (sums_) sums = checked("sums", *sums_, device, at::kDouble, {R, 3});
+    state = checked("state", state_, device, at::kDouble, {R, 5});
+    reward_index = checked("reward_index", reward_index_, device, at::kLong, {K});
+    bounds = checked("bounds", bounds_, device, at::kDouble, {K, 6});
+    mu = checked("mu", mu_, device, at::kDouble, {});
+    s = checked("s", s_, device, at::kDouble, {});
+
+    const auto options = rewards.options();
+    seq_weight = at::empty({N}, options.dtype(at::kFloat));
+    multiplier = at::empty({K}, options);
+    total = at::empty({}, options);
+    violation = at::empty({K}, options);
+    estimate = at::empty({R}, options);
+    standard_error = at::empty({R}, options);
+    new_state = at::empty({R, 5}, options);
+  }
+
+  BarrierOutputs outputs() const {
+    return {seq_weight, multiplier, total, violation, estimate, standard_error, new_state};
+  }
+};
+
+}  // namespace l3m

@@ -1,0 +1,308 @@
+// Softmax, log-likelihood of the target and gradient of a row of logits, in place. One block per row.
+//
+// Pass 1 reads the row from its end to its beginning (running maximum and sum), pass 2 from its beginning to its end:
+// what was read last is still in the cache. Pass 2 overwrites the row by its gradient; a 16-bit gradient begins where
+// the row does, so element i is written over element i / 2, which has been read when all threads have loaded their part
+// of the tile.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "cuda/softmax_gradient.h"
+#include "cuda/softmax_row.h"
+
+namespace l3m::cuda {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kBlocks = 2;  // per multiprocessor: one computes while the other waits at its barriers; one where rows
+                            // are not aligned, whose addresses need more registers
+constexpr int kWarp = 32;
+constexpr int kWidth = 4;    // floats in a load of 128 bits
+constexpr int kVectors = 2;  // such loads in flight per thread; 4 spill registers on two architectures
+
+using row::Statistics;
+using row::Sum;
+using row::Value;
+
+template <typename T>
+__device__ T of_float(float x);
+template <>
+__device__ float of_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __nv_bfloat16 of_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __half of_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
+
+// use(bias), with its type; nothing where there is none.
+template <typename Use>
+__device__ void with_bias(const SoftmaxGradient& a, Use use) {
+  if (a.bias_dtype == Dtype::fp32) use(static_cast<const float*>(a.bias));
+  if (a.bias_dtype == Dtype::bf16) use(static_cast<const __nv_bfloat16*>(a.bias));
+  if (a.bias_dtype == Dtype::fp16) use(static_cast<const __half*>(a.bias));
+}
+
+// Which columns a thread has in a tile of blockDim * kVectors * kWidth: vectors of neighbours where the rows are
+// aligned, else single elements, a warp apart. A warp reads whole lines either way.
+template <bool kAligned>
+__device__ int column_of(int tile, int vector, int element) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int base = (tile * kVectors + vector) * kWidth * threads;
+  if (kAligned) return base + thread * kWidth + element;
+  return base + thread / kWarp * kWarp * kWidth + element * kWarp + thread % kWarp;
+}
+
+// Whether a tile ends inside the row is known per tile, so that only the last one looks at its columns.
+template <bool kAligned, bool kFull>
+struct Tile {
+  int index, vocabulary;
+
+  __device__ bool inside(int v, int e) const { return kFull || column_of<kAligned>(index, v, e) < vocabulary; }
+
+  __device__ bool four_inside(int v) const { return kAligned && (kFull || inside(v, kWidth - 1)); }
+
+  __device__ void load(const float* logits, float (&x)[kVectors][kWidth]) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const float* first = logits + column_of<kAligned>(index, v, 0);
+      if (four_inside(v)) {
+        const float4 four = *reinterpret_cast<const float4*>(first);
+        x[v][0] = four.x, x[v][1] = four.y, x[v][2] = four.z, x[v][3] = four.w;
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        x[v][e] = inside(v, e) ? logits[column_of<kAligned>(index, v, e)] : 0.0f;
+      }
+    }
+  }
+
+  __device__ void add_bias(const SoftmaxGradient& a, float (&x)[kVectors][kWidth]) const {
+    with_bias(a, [&](auto bias) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          if (inside(v, e)) x[v][e] += to_float(bias[column_of<kAligned>(index, v, e)]);
+        }
+      }
+    });
+  }
+
+  template <typename Gradient>
+  __device__ void store(Gradient* out, int v, const float (&g)[kWidth]) const {
+    struct alignas(kWidth * sizeof(Gradient)) Four {
+      Gradient values[kWidth];
+    };
+    if (four_inside(v)) {
+      Four four;
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) four.values[e] = of_float<Gradient>(g[e]);
+      *reinterpret_cast<Four*>(out + column_of<kAligned>(index, v, 0)) = four;
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      if (inside(v, e)) out[column_of<kAligned>(index, v, e)] = of_float<Gradient>(g[e]);
+    }
+  }
+};
+
+// A row as the functions below see it.
+struct Row {
+  const SoftmaxGradient& a;
+  row::Transform transform;
+  float* logits;
+  int target;  // -1: none
+
+  __device__ int vocabulary() const { return static_cast<int>(a.vocabulary); }
+
+  __device__ int tile_size() const { return kVectors * kWidth * static_cast<int>(blockDim.x); }
+  __device__ int tiles() const { return (vocabulary() - 1) / tile_size() + 1; }
+
+  // body(Tile)
+  template <bool kAligned, typename Body>
+  __device__ void with_tile(int index, Body body) const {
+    if ((index + 1) * tile_size() <= vocabulary()) {
+      body(Tile<kAligned, true>{index, vocabulary()});
+    } else {
+      body(Tile<kAligned, false>{index, vocabulary()});
+    }
+  }
+};
+
+// The sum over the block, in an order that depends on nothing but its size; valid in thread 0. `warps` holds one per
+// warp.
+__device__ Sum sum_of_block(Sum mine, Sum* warps) {
+  const auto sum_of_warp = [](Sum sum) {
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const float maximum = __shfl_down_sync(0xffffffffu, sum.maximum, step);
+      sum = row::combine(sum, {maximum, __shfl_down_sync(0xffffffffu, sum.total, step)});
+    }
+    return sum;
+  };
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  mine = sum_of_warp(mine);
+  if (lane == 0) warps[warp] = mine;
+  __syncthreads();
+  if (warp > 0) return mine;
+  return sum_of_warp(lane < static_cast<int>(blockDim.x) / kWarp ? warps[lane] : Sum{row::kMinusInfinity, 0.0f});
+}
+
+// The sum over all of the row but the target, from the end to the beginning.
+template <bool kAligned>
+__device__ Sum others(const Row& one) {
+  Sum sum{row::kMinusInfinity, 0.0f};
+  for (int index = one.tiles() - 1; index >= 0; --index) {
+    one.with_tile<kAligned>(index, [&](auto tile) {
+      float x[kVectors][kWidth];
+      tile.load(one.logits, x);
+      tile.add_bias(one.a, x);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float z[kWidth];
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          const int column = column_of<kAligned>(index, v, e);
+          const bool counts = tile.inside(v, e) && column != one.target;
+          z[e] = counts ? row::transform(x[v][e], one.transform).z : row::kMinusInfinity;
+        }
+        sum.add(z);
+      }
+    });
+  }
+  return sum;
+}
+
+// Overwrites the row by its gradient, but that of the target.
+template <bool kAligned, typename Gradient>
+__device__ void overwrite(const Row& one, const Statistics& statistics, float scale) {
+  Gradient* out = reinterpret_cast<Gradient*>(one.logits);
+  for (int index = 0; index < one.tiles(); ++index) {
+    one.with_tile<kAligned>(index, [&](auto tile) {
+      float x[kVectors][kWidth];
+      tile.load(one.logits, x);
+      if (sizeof(Gradient) < sizeof(float)) __syncthreads();
+      tile.add_bias(one.a, x);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float g[kWidth];
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          g[e] = row::gradient(row::transform(x[v][e], one.transform), statistics, scale);
+        }
+        tile.store(out, v, g);
+      }
+    });
+  }
+}
+
+template <bool kAligned, typename Gradient>
+__device__ void fill(const Row& one, float value) {
+  const float g[kWidth] = {value, value, value, value};
+  for (int index = 0; index < one.tiles(); ++index) {
+    one.with_tile<kAligned>(index, [&](auto tile) {
+      for (int v = 0; v < kVectors; ++v) tile.store(reinterpret_cast<Gradient*>(one.logits), v, g);
+    });
+  }
+}
+
+// kGradient: whether there is one; Gradient is then its type.
+template <bool kAligned, bool kGradient, typename Gradient>
+__global__ void __launch_bounds__(kMostThreads, kAligned ? kBlocks : 1) softmax_gradient_kernel(SoftmaxGradient a) {
+  __shared__ Sum sums[kMostThreads / kWarp];
+  __shared__ Statistics found;
+  const row::Transform transform{a.softcap, a.softcap == 0.0f ? 0.0f : 1.0f / a.softcap, a.inverse_temperature};
+  for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    const int64_t wanted = a.target[r];
+    const bool inside = 0 <= wanted && wanted < a.vocabulary;
+    const Row one{a, transform, a.logits + r * a.stride, inside ? static_cast<int>(wanted) : -1};
+    const float scale = kGradient ? a.upstream[r] * a.inverse_temperature : 0.0f;
+    if (!inside && !a.known_lse) {
+      if (threadIdx.x == 0) {
+        *a.flag = 1;  // every block that writes it writes this
+        a.token[r] = a.lse[r] = NAN;
+      }
+      if (kGradient) fill<kAligned, Gradient>(one, scale == 0.0f ? 0.0f : NAN);
+      continue;
+    }
+    // Everyone reads the target before anyone overwrites it: a barrier is between.
+    float logit = inside ? one.logits[one.target] : 0.0f;
+    if (inside) with_bias(a, [&](auto bias) { logit += to_float(bias[one.target]); });
+    const Value own = row::transform(logit, transform);
+    if (!a.known_lse) {
+      const Sum sum = sum_of_block(others<kAligned>(one), sums);
+      if (threadIdx.x == 0) {
+        found = row::statistics(sum, own.z);
+        a.token[r] = found.token;
+        a.lse[r] = found.lse;
+      }
+    } else if (threadIdx.x == 0) {
+      found = row::statistics_of(a.lse[r], own.z);
+    }
+    __syncthreads();
+    if (kGradient) {
+      const Statistics statistics = found;
+      overwrite<kAligned, Gradient>(one, statistics, scale);
+      __syncthreads();  // the target's gradient comes after all the others
+      if (threadIdx.x == 0 && inside) {
+        const float g = row::target_gradient(statistics.complement, own.slope, scale);
+        reinterpret_cast<Gradient*>(one.logits)[one.target] = of_float<Gradient>(g);
+      }
+    }
+    // The next row may take the shared memory: everyone has read it before the last barrier.
+  }
+}
+
+// Threads of a block: enough that a row is a tile or more, in whole warps.
+int threads_of(int64_t vocabulary) {
+  int threads = 128;
+  while (threads < kMostThreads && threads * kVectors * kWidth < vocabulary) threads *= 2;
+  return threads;
+}
+
+template <bool kAligned, bool kGradient, typename Gradient>
+cudaError_t launch(const SoftmaxGradient& a, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(a.rows, (int64_t{1} << 31) - 1));
+  softmax_gradient_kernel<kAligned, kGradient, Gradient><<<blocks, threads_of(a.vocabulary), 0, stream>>>(a);
+  return cudaPeekAtLastError();
+}
+
+template <bool kAligned>
+cudaError_t launch(const SoftmaxGradient& a, cudaStream_t stream) {
+  switch (a.gradient) {
+    case Dtype::fp32:
+      return launch<kAligned, true, float>(a, stream);
+    case Dtype::bf16:
+      return launch<kAligned, true, __nv_bfloat16>(a, stream);
+    case Dtype::fp16:
+      return launch<kAligned, true, __half>(a, stream);
+    default:
+      return launch<kAligned, false, float>(a, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t softmax_gradient(const SoftmaxGradient& arguments, cudaStream_t stream) {
+  if (arguments.rows == 0) return cudaSuccess;
+  // A column is an int, also one past the end of the last tile.
+  if (arguments.rows < 0 || arguments.vocabulary < 1 || arguments.vocabulary > (int64_t{1} << 31) - (1 << 16)) {
+    return cudaErrorInvalidValue;
+  }
+  const bool aligned = reinterpret_cast<uintptr_t>(arguments.logits) % 16 == 0 && arguments.stride % kWidth == 0;
+  return aligned ? launch<true>(arguments, stream) : launch<false>(arguments, stream);
+}
+
+}  // namespace l3m::cuda

@@ -1,0 +1,36 @@
+// Launches of the fused row kernel: raw pointers and a stream, no torch. Letters: n rows, V vocabulary.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace l3m::cuda {
+
+enum class Dtype { none, fp32, bf16, fp16 };
+
+struct SoftmaxGradient {
+  float* logits;          // (n, V) products, overwritten by their gradient from each row's beginning
+  int64_t stride;         // elements from one row of logits to the next
+  int64_t rows;           // n
+  int64_t vocabulary;     // V, at most 2^31 - 2^16
+  const int64_t* target;  // (n,); one outside [0, V) is never used as an index
+  const float* upstream;  // (n,) gradients of the log-likelihoods; null where `gradient` is none
+  const void* bias;       // (V,) of dtype bias_dtype; null where that is none
+  Dtype bias_dtype;
+  Dtype gradient;  // none: statistics alone, logits stay
+  float softcap;   // 0: none
+  float inverse_temperature;
+  // False: token, lse (and flag) are written, and a target outside [0, V) makes its row NaN. True: lse is read, the
+  // columns may be a part of the vocabulary, and a target outside is in another part; one pass over the row.
+  bool known_lse;
+  float* token;   // (n,) log-likelihoods; null with known_lse
+  float* lse;     // (n,)
+  int32_t* flag;  // (1,) becomes 1 where a target is outside [0, V); null with known_lse
+};
+
+// Queues the kernel on the stream; n = 0 queues nothing.
+// The same bits for the same row, V and alignment, whatever else is in the batch.
+cudaError_t softmax_gradient(const SoftmaxGradient& arguments, cudaStream_t stream);
+
+}  // namespace l3m::cuda

@@ -1,0 +1,288 @@
+"""The head on a GPU, for any backend that has the row kernel: large chunks of rows, cuBLAS products, one fused pass between them.
+
+Letters: T tokens of a packed batch, n scored rows (of a chunk), N sequences, D hidden size, V vocabulary.
+
+Scored rows are brought into the order [gradient | log-likelihood only], unscored ones dropped (`row_order`). A chunk of rows is multiplied
+into one fp32 buffer of logits, the row kernel turns these in place into the gradient of the logits, in the inputs' dtype, and two products
+carry it on: to the hidden states, and into one fp32 accumulator of the weight's gradient. Chunks are as large as the workspace allows,
+since each reads and writes the whole accumulator. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose
+logits are computed again (8 n D V FLOPs instead of 6), and each block of the weight's gradient is written once.
+
+Counting the rows makes the host wait for the device, once a call; where the caller gives their number (`scored_rows`) nothing waits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3m_kernels import device_flags
+from l3m_kernels.chunked import Head, sequence_index, sequence_lengths
+from l3m_kernels.chunked import sequence_sums as segment_sums
+from l3m_kernels.gradient_sums import NEEDS, GradientSums, matmul_fp32
+from l3m_kernels.row_order import Rows, ordered
+
+COLUMN_MULTIPLE = 32  # of a row of logits: 128 bytes, so that each row is aligned whatever V
+LEAST_COLUMNS = 2048  # of a block of the vocabulary: shorter ones make slow products, and long chains of sums
+ROW_MULTIPLE = 256  # of a chunk: whole tiles of the products
+
+
+def sequence_sums(token: Tensor, targets: Tensor, cu_seqlens: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """-> (N,) float64 sums of token (T,), (N,) int64 scored tokens: in torch, for backends without a kernel."""
+    return segment_sums(token, cu_seqlens), sequence_lengths(targets, cu_seqlens, ignore_index)
+
+
+class RowKernels(NamedTuple):
+    """What a backend supplies. All tensors are on one device; nothing here may make the host wait.
+
+    softmax_gradient(logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse) -> None
+        logits (n, V) fp32, row stride ld >= V; all n * ld elements may be read and written. Products only, before bias, softcap and
+            temperature. Overwritten where upstream is given: the gradient of the products, upstream * (onehot - p) *
+            inverse_temperature * softcap'(.), in `grad_dtype` (bf16, fp16 or fp32) from the beginning of each row, so with a row stride
+            of ld * 4 / itemsize elements.
+        targets (n,) int64; upstream (n,) fp32 or None; bias (V,) in the inputs' dtype, contiguous, or None; softcap: float, 0 is none.
+        token (n,) fp32: written, log-likelihoods. lse (n,) fp32: written, of softcap(logits + bias) * inverse_temperature.
+        flag (1,) int32: set to 1 where a target is outside [0, V), whose row is NaN (token, lse and gradient) and never an access there.
+        known_lse: lse is read instead; the columns may be a part of the vocabulary, targets outside them are in another part and not
+            wrong: their rows are -upstream * p * ... throughout. token may be None and flag is not touched.
+        upstream 0 gives a row of zeros, also where p is NaN. 1 - p of a target is the sum of the others' p (with known_lse 1 - p will do).
+        A -inf logit has p = 0 (no gradient); a row of -inf, a +inf and a NaN give a NaN row.
+    sequence_sums: as the function above, which is the default.
+    """
+
+    softmax_gradient: Callable[..., None]
+    sequence_sums: Callable[..., tuple[Tensor, Tensor]] = sequence_sums
+
+
+@contextmanager
+def _launching(hidden: Tensor) -> Iterator[None]:
+    """On hidden's device, with products of fp32 in fp32: not in tf32, whatever the program allows its own products."""
+    if not hidden.is_cuda:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    with ExitStack() as stack:
+        stack.enter_context(torch.cuda.device(hidden.device))
+        if hidden.dtype == torch.float32:
+            stack.callback(setattr, settings, name, getattr(settings, name))
+            setattr(settings, name, exact)
+        yield
+        device_flags.copy_later(hidden.device)
+
+
+class _Batch:
+    """The rows of one call, the buffer that their logits go through, and the gradients."""
+
+    def __init__(self, kernels: RowKernels, hidden: Tensor, targets: Tensor, head: Head, ignore_index: int, rows: Rows):
+        self.kernels, self.hidden, self.head, self.rows = kernels, hidden, head, rows
+        self.bias = None if head.bias is None else head.bias.contiguous()
+        self.flag = device_flags.flag(hidden.device, "targets")
+        self.targets = targets[rows.index]
+        self.scored = None if rows.compact else targets != ignore_index
+        if rows.idle:  # unscored rows may be among them, by a wrong count too: not a target outside the vocabulary
+            self.targets = self.targets.where(self.targets != ignore_index, 0)
+        self.token, self.lse = (hidden.new_empty(rows.scored, dtype=torch.float32) for _ in range(2))
+        self.vocabulary, self.width = head.weight.shape
+        self.stride = -(-self.vocabulary // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        self.limit = self._limit()
+        self.buffer: Tensor | None = None
+
+    def _limit(self) -> int:
+        """Rows of a chunk: as many as the workspace holds, with their inputs and the gradient of these."""
+        row_bytes = 4 * self.stride + self.width * (self.hidden.itemsize + 4)
+        limit = max(self.head.workspace // row_bytes, 1)
+        return limit - limit % ROW_MULTIPLE if limit > ROW_MULTIPLE else limit
+
+    def chunks(self, start: int, end: int) -> Iterator[slice]:
+        """Equal slices of the rows, whole multiples where there is room."""
+        count = -(-(end - start) // self.limit)
+        if not count:
+            return
+        size = -(-(end - start) // count)
+        if self.limit >= ROW_MULTIPLE:
+            size = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
+        yield from (slice(first, min(first + size, end)) for first in range(start, end, size))
+
+    def inputs(self, chunk: slice) -> Tensor:
+        inputs = self.hidden[self.rows.index[chunk]]
+        return inputs if self.scored is None else inputs.masked_fill_(~self.scored[chunk, None], 0)
+
+    def logits(self, inputs: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """(n, V), or columns [first, last): in the buffer, whose next content replaces it."""
+        weight = self.head.weight[first:last]
+        stride = -(-len(weight) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        if self.buffer is None or self.buffer.numel() < len(inputs) * stride:
+            self.buffer = None  # or both would be held
+            self.buffer = inputs.new_empty(len(inputs) * stride, dtype=torch.float32)
+        logits = self.buffer[: len(inputs) * stride].view(len(inputs), stride)[:, : len(weight)]
+        matmul_fp32(inputs, weight.t(), logits)
+        return logits
+
+    def gradient_of(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient (n, V) that the row kernel left in place of the logits."""
+        assert self.buffer is not None
+        rows, stride = len(logits), logits.stride(0)
+        return self.buffer[: rows * stride].view(rows, stride).view(dtype)[:, : logits.shape[1]]
+
+    def fused(self, logits: Tensor, chunk: slice, upstream: Tensor | None = None) -> None:
+        """The row kernel on the whole vocabulary; statistics go to `token` and `lse`."""
+        settings = (self.bias, self.head.softcap or 0.0, 1 / self.head.temperature, self.hidden.dtype)
+        statistics = (self.token[chunk], self.lse[chunk], self.flag)
+        self.kernels.softmax_gradient(logits, self.targets[chunk], upstream, *settings, *statistics, False)
+
+    def fused_with_lse(
+        self, logits: Tensor, chunk: slice, upstream: Tensor, first: int = 0, last: int | None = None
+    ) -> None:
+        """The row kernel on columns [first, last) of the vocabulary, with the `lse` that is known."""
+        bias = None if self.bias is None else self.bias[first:last]
+        settings = (bias, self.head.softcap or 0.0, 1 / self.head.temperature, self.hidden.dtype)
+        targets = self.targets[chunk] - first
+        self.kernels.softmax_gradient(
+            logits, targets, upstream, *settings, None, self.lse[chunk], self.flag, known_lse=True
+        )
+
+    def forward(self, start: int, end: int) -> None:
+        for chunk in self.chunks(start, end):
+            self.fused(self.logits(self.inputs(chunk)), chunk)
+
+    def scattered(self, values: Tensor) -> Tensor:
+        """(T,): values (n,) where they belong, 0 where not scored."""
+        if self.scored is not None:
+            return values.where(self.scored, 0)
+        found = values.new_zeros(len(self.hidden)).index_copy_(0, self.rows.index, values)
+        return found if self.rows.fault is None else found.add_(self.rows.fault)
+
+    def gradients(self, upstream: Tensor, needs: NEEDS, unscaled: bool, known_lse: bool) -> tuple[Tensor, ...]:
+        """-> d_hidden, d_weight, d_bias, empty where not needed; upstream (n,) fp32 of the rows with a gradient.
+
+        fp16 gradients that are still to be multiplied by a loss scale (`unscaled`) are fp32. Statistics are written unless `known_lse`.
+        """
+        fault = self.rows.fault
+        sums = GradientSums(self.hidden, self.head, self.rows.index, needs, unscaled, fault)
+        upstream = sums.scaled(upstream if fault is None else upstream + fault)
+        if self.head.low_memory and any(needs) and len(upstream):
+            if not known_lse:
+                self.forward(0, len(upstream))
+            self._by_vocabulary(sums, upstream)
+            return sums.finish()
+        for chunk in self.chunks(0, len(upstream)):
+            inputs = self.inputs(chunk)
+            logits = self.logits(inputs)
+            if known_lse:
+                self.fused_with_lse(logits, chunk, upstream[chunk])
+            else:
+                self.fused(logits, chunk, upstream[chunk])
+            gradient = self.gradient_of(logits, self.hidden.dtype)
+            sums.add_rows(chunk, self._without_idle(inputs, upstream[chunk]), gradient)
+        return sums.finish()
+
+    def _by_vocabulary(self, sums: GradientSums, upstream: Tensor) -> None:
+        """All rows with a block of the vocabulary at a time: nothing of the weight's size is held but its gradient."""
+        rows = slice(0, len(upstream))
+        inputs = self._without_idle(
+            self.inputs(rows), upstream
+        )  # of the logits too: the gradient is 0 whatever they are
+        free = self.head.workspace - inputs.numel() * (inputs.itemsize + 4)
+        columns = max(free // (4 * len(inputs) + 4 * self.width), LEAST_COLUMNS) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+        d_inputs = torch.zeros_like(inputs, dtype=torch.float32) if sums.needs[0] else None
+        for first in range(0, self.vocabulary, columns):
+            last = min(first + columns, self.vocabulary)
+            logits = self.logits(inputs, first, last)
+            self.fused_with_lse(logits, rows, upstream, first, last)
+            sums.add_columns(first, last, inputs, self.gradient_of(logits, self.hidden.dtype), d_inputs)
+        if d_inputs is not None:
+            sums.write_hidden(rows, d_inputs)
+
+    def _without_idle(self, inputs: Tensor, upstream: Tensor) -> Tensor:
+        """Rows whose gradient is 0 contribute nothing, whatever they hold: 0 * NaN is NaN."""
+        return inputs if not self.rows.idle else inputs.masked_fill_((upstream == 0)[:, None], 0)
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def log_likelihood(
+    kernels: RowKernels,
+    hidden: Tensor,  # (T, D) fp32 | bf16 | fp16
+    targets: Tensor,  # (T,) int64
+    cu_seqlens: Tensor,  # (N + 1,)
+    head: Head,
+    ignore_index: int,
+    scored_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> sequence (N,), length (N,) int64, token (T,), lse (T,): as `chunked.log_likelihood`, 2 n D V FLOPs."""
+    with _launching(hidden):
+        rows = ordered(targets != ignore_index, None, scored_rows)
+        batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
+        batch.forward(0, rows.scored)
+        token = batch.scattered(batch.token)
+        sequence, length = kernels.sequence_sums(token, targets, cu_seqlens, ignore_index)
+        return sequence.float(), length, token, batch.scattered(batch.lse)
+
+
+def log_likelihood_backward(
+    kernels: RowKernels,
+    grad_sequence: Tensor,  # (N,)
+    grad_token: Tensor,  # (T,)
+    hidden: Tensor,  # (T, D)
+    targets: Tensor,  # (T,) int64
+    cu_seqlens: Tensor,  # (N + 1,)
+    lse: Tensor,  # (T,)
+    head: Head,
+    ignore_index: int,
+    needs: NEEDS,
+    scored_rows: int | None = None,
+) -> tuple[Tensor, ...]:
+    """-> d_hidden, d_weight, d_bias: as `chunked.log_likelihood_backward`, 6 n D V FLOPs for the rows with a gradient."""
+    with _launching(hidden):
+        upstream = (grad_token + grad_sequence[sequence_index(cu_seqlens, len(hidden))]).float()
+        scored = targets != ignore_index
+        upstream = upstream.where(scored, 0)
+        kept = scored & (upstream != 0) if scored_rows is None else scored
+        rows = ordered(kept, upstream != 0, scored_rows)
+        batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
+        outside = (batch.targets < 0) | (batch.targets >= len(head.weight))
+        batch.lse = lse[rows.index].masked_fill(outside, torch.nan)
+        return batch.gradients(upstream[rows.index], needs, unscaled=False, known_lse=True)
+
+
+def weighted_log_likelihood(
+    kernels: RowKernels,
+    hidden: Tensor,  # (T, D)
+    targets: Tensor,  # (T,) int64
+    seq_weight: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (N + 1,)
+    head: Head,
+    ignore_index: int,
+    needs: NEEDS,
+    scored_rows: int | None = None,
+) -> tuple[Tensor, ...]:
+    """-> loss (), sequence, length, token, d_hidden, d_weight, d_bias: as `chunked.weighted_log_likelihood`, one pass."""
+    with _launching(hidden):
+        scored = targets != ignore_index
+        upstream = -seq_weight.float()[sequence_index(cu_seqlens, len(hidden))]
+        upstream = upstream.where(scored, 0)
+        rows = ordered(scored, upstream != 0 if any(needs) else None, scored_rows)
+        batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
+        gradients = batch.gradients(upstream[rows.index[: rows.gradient]], needs, unscaled=True, known_lse=False)
+        batch.forward(rows.gradient, rows.scored)
+        token = batch.scattered(batch.token)
+        sequence, length = kernels.sequence_sums(token, targets, cu_seqlens, ignore_index)
+        # A dropped sequence is dropped, also at -inf.
+        loss = -(seq_weight.double() * sequence).where(seq_weight != 0, 0.0).sum().float()
+        if rows.fault is not None:
+            loss = loss + rows.fault
+        return loss, sequence.float(), length, token, *gradients
+
+
+def head_ops(kernels: RowKernels) -> dict[str, Callable]:
+    """The head's ops of a backend, for the table of backends."""
+
+    def bound(op: Callable) -> Callable:
+        return lambda *arguments: op(kernels, *arguments)
+
+    ops = (log_likelihood, log_likelihood_backward, weighted_log_likelihood)
+    return {op.__name__: bound(op) for op in ops}

@@ -1,0 +1,29 @@
+"""How many columns a program takes at a time, and with how many warps: a table instead of an autotuner, so no first call takes minutes.
+
+One program has one row of V columns, in blocks of eight columns a thread: two 16-byte loads in flight each, and the 16-bit gradient of
+them is one 16-byte store. With that the plain kernels need 40 registers at most, so three blocks of 16 warps fit a multiprocessor and one
+loads while another computes; with 16 columns a thread some spilled (`python -m l3m_kernels.triton_ops`). One table is for all dtypes: what
+is read is fp32 for each. None has been measured against its neighbours yet.
+"""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    block: int  # columns
+    warps: int
+
+
+# Largest V it is for, and the configuration; the last one is for everything larger.
+ROWS: tuple[tuple[int | None, Config], ...] = (
+    (256, Config(256, 1)),
+    (1024, Config(1024, 4)),
+    (None, Config(4096, 16)),
+)
+SEQUENCES = Config(1024, 4)  # tokens of a sequence at a time
+RESPONSES = Config(128, 4)  # responses at a time, in `barrier_weights`
+
+
+def for_rows(vocabulary: int) -> Config:
+    """The configuration for rows of V columns."""
+    return next(config for largest, config in ROWS if largest is None or vocabulary <= largest)

@@ -1,0 +1,52 @@
+// What the tests call: the launchers of csrc/cuda on memory of the host.
+#include "cuda/barrier_weights.h"
+#include "cuda/softmax_gradient.h"
+
+using namespace l3m;
+
+extern "C" {
+
+void set_order(unsigned seed) {
+  on_host::order.seed(seed);
+  on_host::largest_grid = seed % 3 == 0 ? 2 : 1u << 31;
+}
+
+// dtypes: 0 none, 1 fp32, 2 bf16, 3 fp16
+int softmax_gradient(float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const int64_t* target,
+                     const float* upstream, const void* bias, int bias_dtype, int gradient, float softcap,
+                     float inverse_temperature, int known_lse, float* token, float* lse, int32_t* flag) {
+  return cuda::softmax_gradient({logits, stride, rows, vocabulary, target, upstream, bias, cuda::Dtype(bias_dtype),
+                                 cuda::Dtype(gradient), softcap, inverse_temperature, known_lse != 0, token, lse, flag},
+                                nullptr);
+}
+
+int barrier_weights(int64_t sequences, int64_t reward_count, int64_t constraints, const double* rewards,
+                    const double* norm, const Sums* sums, const Average* state, const int64_t* reward_index,
+                    const Bound* bounds, const double* mu, const double* s, double smoothing, int leave_one_out,
+                    Advantage* advantages, double* factors, float* seq_weight, double* multiplier, double* total,
+                    double* violation, double* estimate, double* standard_error, Average* new_state) {
+  return cuda::barrier_weights({sequences,
+                                reward_count,
+                                constraints,
+                                rewards,
+                                norm,
+                                sums,
+                                state,
+                                reward_index,
+                                bounds,
+                                mu,
+                                s,
+                                smoothing,
+                                leave_one_out != 0,
+                                advantages,
+                                factors,
+                                seq_weight,
+                                multiplier,
+                                total,
+                                violation,
+                                estimate,
+                                standard_error,
+                                new_state},
+                               nullptr);
+}
+}

@@ -1,0 +1,111 @@
+"""The Triton backend without a GPU: its kernels in Triton's interpreter and compiled for each architecture, in processes of their own."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+# A part each, so that several processes share the work.
+SUITES = {
+    "fuzz": ("test_triton_fuzz.py", ""),
+    "kernels": ("test_triton_kernels.py", ""),
+    "hazards": ("test_ops_hazards.py", "triton"),
+    "shapes": (
+        "test_ops_shapes.py",
+        "triton and not long_sums and not large_batch and not beyond and not biased",
+    ),  # few rows
+    "autograd": ("test_ops_autograd.py", "triton and not gradcheck"),
+    "compile": ("test_ops_compile.py", "triton and (fullgraph_with or scaler or autocast) and not float64"),
+    "count": ("test_scored_count.py", "triton"),
+    "barrier": ("test_barrier_weights_edges.py", "triton"),
+}
+
+
+def interpreted(file: str, expression: str, *options: str) -> str:
+    """Run tests where Triton's kernels run in its interpreter -> the last line that pytest printed."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    # xdist's workers inherit what names them, and would take this process for one of theirs
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", expression]
+    command += [*options, str(Path(__file__).parent / file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_in_the_interpreter(suite):
+    last = interpreted(*SUITES[suite])
+    passed = re.search(r"(\d+) passed", last)
+    assert passed is not None, last
+    if suite == "fuzz":
+        assert int(passed[1]) >= 300
+
+
+@pytest.mark.slow
+def test_more_random_calls_in_the_interpreter():
+    passed = re.search(r"(\d+) passed", interpreted("test_triton_fuzz.py", "", "-m", "slow"))
+    assert passed is not None
+    assert int(passed[1]) >= 1500
+
+
+def ahead(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "l3m_kernels.triton_ops", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, cwd=ROOT)
+
+
+def test_compiles_ahead_of_time_for_every_architecture():
+    """The main variant of each kernel and configuration: no spills, shared memory within the limit."""
+    done = ahead("--main")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    for architecture in (80, 90, 100, 120):
+        for kernel in ("softmax_gradient", "sequence_sums", "barrier_weights"):
+            assert re.search(rf"│ {kernel} .*│ +{architecture} │", done.stdout), (kernel, architecture)
+    assert re.search(r"(\d+) compiled, 0 with a problem", done.stdout)
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_ahead_of_time():
+    done = ahead()
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_spills_and_too_much_shared_memory_are_problems():
+    from l3m_kernels.triton_ops.ahead import ARCHITECTURES, Compiled, variants
+
+    variant = next(variants())
+    assert Compiled(variant, 90, 64, 0, ARCHITECTURES[90]).problem is None
+    assert "spills 8 bytes" in str(Compiled(variant, 90, 255, 8, 0).problem)
+    assert "shared memory" in str(Compiled(variant, 120, 64, 0, ARCHITECTURES[120] + 1).problem)
+
+
+def test_report_says_why_there_is_no_triton_here_or_that_there_is():
+    report = subprocess.run(
+        [sys.executable, "-m", "l3m_kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    ).stdout
+    assert re.search(r"triton +cuda, cpu +available: log_likelihood, .*barrier_weights", report)
+    assert not re.search(r": triton on cpu", report)  # asked for by name only
+    if not torch.cuda.is_available():
+        report = subprocess.run(
+            [sys.executable, "-m", "l3m_kernels"],
+            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=ROOT,
+        ).stdout
+        assert re.search(r"triton +cuda +not available: no CUDA device here", report)

@@ -1,0 +1,85 @@
+"""Random calls of the Triton kernels, in Triton's interpreter, against the float64 oracle: any shape, dtype, stride, mask and workspace.
+
+Runs where TRITON_INTERPRET=1 (`test_triton.py` starts such a process); `TRITON_INTERPRET=1 python tests/kernels/test_triton_fuzz.py
+--first 100000 --count 5000` runs other seeds. Blocks of columns are smaller here than on a GPU, so that rows have several.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # what conftest.py does
+    import interpreter
+
+    interpreter.prepare()
+
+from dataclasses import replace
+
+import pytest
+import torch
+from head_cases import HEAD_BACKENDS, Case
+from test_ops_oracle import check
+
+from l3m_kernels import set_workspace
+
+if "triton" not in HEAD_BACKENDS:
+    pytest.skip("the kernels run in the interpreter only where TRITON_INTERPRET=1", allow_module_level=True)
+
+from l3m_kernels.triton_ops.configs import Config
+
+softmax_module = sys.modules["l3m_kernels.triton_ops.softmax_gradient"]
+
+
+def fuzz(seed: int) -> float:
+    """One call, forward and backward -> the worst error, as a share of what is allowed."""
+    draw = random.Random(-1 - seed)
+    large = draw.random() < 0.15
+    case = Case.random(seed, large=large)
+    if large:  # for its vocabulary: a program of the interpreter takes milliseconds. A product of one row is a long sum on a CPU
+        lengths = draw.choice(((9, 0, 6), (8, 12), (17,)))
+        case = replace(case, lengths=lengths, unscored=min(case.unscored, 0.3))
+    if case.dtype == torch.float64:
+        case = replace(case, dtype=draw.choice((torch.float32, torch.bfloat16, torch.float16)))
+    sizes = (1 << 18, 1 << 20, None) if large else (case.workspace, 1, 1 << 18, None)
+    set_workspace(draw.choice(sizes), low_memory=draw.random() < 0.3)
+    block = draw.choice((512, 1024, None)) if large else draw.choice((32, 64, None))
+    with pytest.MonkeyPatch.context() as patch:
+        if block:
+            patch.setattr(softmax_module, "for_rows", lambda _: Config(block, 1))
+        return check("triton", case, draw.choice(("log_likelihood", "weighted")))
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(320), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1000, 2500))]
+)
+def test_random_calls(seed):
+    fuzz(seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=100_000, metavar="SEED")
+    parser.add_argument("--count", type=int, default=5_000)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this many")
+    arguments = parser.parse_args()
+    started, worst, failures, done = time.monotonic(), (0.0, -1), [], 0
+    for seed in range(arguments.first, arguments.first + arguments.count):
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        try:
+            worst = max(worst, (fuzz(seed), seed))
+        except AssertionError as error:
+            failures.append(seed)
+            print(f"seed {seed}: {error}", flush=True)
+        done += 1
+    print(
+        f"{done} calls from seed {arguments.first}: {len(failures)} failures, worst {worst[0]:.3f} of what is allowed (seed {worst[1]})"
+    )
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
