@@ -120,9 +120,10 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None)
     )
 
 
-# Bytes held beyond inputs, outputs and gradient accumulators. On a GPU large chunks amortise the traffic of the weight gradient.
+# Bytes held beyond inputs, outputs and gradient accumulators, and the rows of fp32 logits that they hold at least: each chunk of
+# rows reads and writes the whole sum of the weight's gradient, which costs as much as the products where chunks are small.
 DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
-LEAST_ROWS = 1024  # of fp32 logits in a GPU's default: with fewer, reading and writing the accumulator costs as much as the products
+LEAST_ROWS = {"cpu": 384, "cuda": 1024}
 _workspace: int | None = None
 _low_memory = False
 
@@ -131,9 +132,9 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
     """Bound the memory that the head's ops hold beyond inputs, outputs and gradient accumulators, in bytes.
 
     Args:
-        bytes: None restores the default: 64 MiB on a CPU; 512 MiB on a GPU, or 1024 rows of logits (4 KiB * V) where that is more. At
-            least one row of logits (4 V bytes) is always held, and the tiles of the threads. Where the weight has 16 bits, an fp32
-            accumulator of its gradient (4 V D bytes) comes on top, or exponentials of that size.
+        bytes: None restores the default: 64 MiB on a CPU, or 384 rows of logits (4 V bytes each) where that is more (from V = 43,691
+            on); 512 MiB on a GPU, or 1024 rows. At least one row of logits is always held, and the tiles of the threads. Where the
+            weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top, or exponentials of that size.
         low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
             gradient is written once. Backend `cpp` has this, for as many rows as their operands fit half of the workspace (8,000 at
             D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held. Backend `triton` has it for any number
@@ -159,9 +160,8 @@ def release_workspace() -> None:
 
 def workspace(device: str, vocabulary: int = 0) -> int:
     """The bound in force on a device type, in bytes, for a head of that many tokens."""
-    if _workspace or device == "cpu":
-        return _workspace or DEFAULT_WORKSPACE["cpu"]
-    return max(DEFAULT_WORKSPACE["cuda"], LEAST_ROWS * 4 * vocabulary)
+    kind = device if device in DEFAULT_WORKSPACE else "cuda"
+    return _workspace or max(DEFAULT_WORKSPACE[kind], LEAST_ROWS[kind] * 4 * vocabulary)
 
 
 def low_memory() -> bool:

@@ -126,9 +126,11 @@ def test_workspace_must_be_positive(size):
 
 def test_workspace_is_set_and_restored():
     set_workspace(12345)
-    assert workspace("cpu") == workspace("cuda") == 12345
+    assert workspace("cpu") == workspace("cuda") == workspace("cpu", 151936) == 12345
     set_workspace(None)
     assert (workspace("cpu"), workspace("cuda"), workspace("xpu")) == (64 << 20, 512 << 20, 512 << 20)
+    assert (workspace("cpu", 32000), workspace("cpu", 128256)) == (64 << 20, 384 * 4 * 128256)
+    assert (workspace("cuda", 32000), workspace("cuda", 151936)) == (512 << 20, 1024 * 4 * 151936)
 
 
 @pytest.mark.parametrize("size", [1, 5000, 40_000])
