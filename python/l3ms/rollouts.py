@@ -29,9 +29,7 @@ class Rollout:
     lengths: Tensor  # (N,) int64, response tokens, the closing EOS included
     ended: Tensor  # (N,) bool, closed by EOS; a truncated response is not
     columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
-    host_lengths: list[int] = field(
-        default_factory=list
-    )  # `lengths`, read without waiting for a device; made where not given
+    host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
 
     def __post_init__(self) -> None:
         if not self.host_lengths:
