@@ -62,15 +62,17 @@ def task_perplexity(
     inner, collate = fuse_head(model), Collator(pad_token_id)
     training = model.training
     model.eval()
-    losses: list[Tensor] = []
+    sequences, lengths = [torch.empty(0)], [torch.empty(0)]
     for start in range(0, len(rows), batch_size):
-        batch = {name: tensor.to(inner.device) for name, tensor in collate(rows[start : start + batch_size]).items()}
-        nothing = torch.zeros(len(batch["labels"]), device=inner.device)  # weights 0: likelihoods alone
-        sequence = model(**batch, seq_weight=nothing, use_cache=False).sequence
-        length = scored_lengths(shift(batch["labels"]))
-        losses.append((-sequence.double() / length)[length > 0])
+        batch = collate(rows[start : start + batch_size])
+        lengths.append(scored_lengths(shift(batch["labels"])))  # on the host: where they were made
+        batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
+        nothing = torch.zeros(len(lengths[-1]), device=inner.device)  # weights 0: likelihoods alone
+        options = {"seq_weight": nothing, "scored": int(lengths[-1].sum()), "use_cache": False}
+        sequences.append(model(**batch, **options).sequence)
     model.train(training)
-    values = torch.cat(losses) if losses else torch.empty(0)
+    length = torch.cat(lengths)
+    values = (-torch.cat([part.double().cpu() for part in sequences]) / length)[length > 0]
     if not len(values):
         raise ValueError("task_perplexity: no row has a scored token")
     return math.exp(float(values.mean()))

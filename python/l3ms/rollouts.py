@@ -29,10 +29,10 @@ class Rollout:
     lengths: Tensor  # (N,) int64, response tokens, the closing EOS included
     ended: Tensor  # (N,) bool, closed by EOS; a truncated response is not
     columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
-    host_lengths: list[int] | None = None  # `lengths`, where no device has to be waited for; from it where not given
+    host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
 
     def __post_init__(self) -> None:
-        if self.host_lengths is None:
+        if not self.host_lengths:
             object.__setattr__(self, "host_lengths", self.lengths.tolist())
 
     @property
@@ -42,7 +42,6 @@ class Rollout:
 
     def scored_in(self, part: slice) -> int:
         """Response tokens of a micro-batch."""
-        assert self.host_lengths is not None
         return sum(self.host_lengths[part])
 
     def __len__(self) -> int:

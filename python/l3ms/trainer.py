@@ -179,9 +179,8 @@ class L3MTrainer(Trainer):
             rewards = responses.rewards(self.constraints)
         weights = optimizer.observe(rewards, responses.lengths)
         size = args.per_device_train_batch_size
-        widths = responses.attention_mask.sum(
-            1
-        ).tolist()  # all of them before the first part: later the host would wait for that
+        # Of all parts before the first: between them the host would wait for the device.
+        widths = responses.attention_mask.sum(1).tolist()
         model.train()
         for start in range(0, len(responses), size):
             part = slice(start, start + size)

@@ -78,7 +78,7 @@ class Batch:
         self.weight = (torch.randn(vocabulary, width, **options) / width**0.5).to(dtype).requires_grad_()
         self.targets = torch.randint(vocabulary, (rows,), **options)
         self.targets[torch.rand(rows, **options) < masked] = -100
-        self.cu_seqlens = torch.arange(0, rows + 1, rows // 4, device=DEVICE)
+        self.cu_seqlens: Tensor | None = torch.arange(0, rows + 1, rows // 4, device=DEVICE)
         self.seq_weight = torch.tensor([1.0, -0.5, 2.0, 0.25], device=DEVICE)
 
     def scored(self) -> int:

@@ -54,7 +54,7 @@ def batch(sequences: int, length: int, packed: bool) -> tuple[Tensor, ...]:
     return inputs.flatten(0, 1), targets.flatten(), seq_weight, cu_seqlens
 
 
-def loss_and_gradients(function, model: Model, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+def loss_and_gradients(function, model: Model, arguments: tuple[Any, ...]) -> list[Tensor]:
     loss = function(*arguments)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 

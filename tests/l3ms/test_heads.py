@@ -86,6 +86,16 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(make_model, name,
     assert_fused_is_own(model, plain, temperature)
 
 
+def test_the_count_of_scored_tokens(make_model):
+    """Given, it reaches the op: the same loss, and a wrong one is refused."""
+    model = l3ms.fuse_head(make_model())
+    inputs, weights = batch()
+    losses = [model(**inputs, seq_weight=weights, use_cache=False, scored=scored).loss for scored in (None, 13)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"scored must be 13, .* got 14"):
+        model(**inputs, seq_weight=weights, use_cache=False, scored=14)
+
+
 def test_bf16_and_autocast(make_model):
     plain, model = make_model(), make_model()
     l3ms.fuse_head(model)

@@ -58,6 +58,9 @@ def test_padded_task_loss_and_gradients_are_the_definitions(options):
     ours = torch.autograd.grad(loss, [hidden, weight])
     theirs = torch.autograd.grad(expected, [hidden, weight])
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert torch.equal(l3ms.task_loss(hidden, weight, torch.tensor(ROWS), scored=sum(LENGTHS), **options), loss)
+    with pytest.raises(ValueError, match=f"scored must be {sum(LENGTHS)}, "):
+        l3ms.task_loss(hidden, weight, torch.tensor(ROWS), scored=sum(LENGTHS) + 2, **options)
 
 
 PACKED = [[2, 3, 4], [], [-100, 5, 6, 7, 8], [9], [], [1, 2], [-100, -100, 3], [-100, -100]]

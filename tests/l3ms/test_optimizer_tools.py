@@ -238,6 +238,9 @@ def test_constraint_loss_is_observe_and_the_weighted_head():
     token = logits.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0] * (labels[:, 1:] != -100)
     torch.testing.assert_close(out.log_likelihood.sequence, token.sum(1))
     torch.testing.assert_close(out.loss, -(weights.double() * token.sum(1)).sum())
+    scored = int((labels[:, 1:] != -100).sum())
+    given = opt.constraint_loss(hidden, head, labels, seq_weight=weights, temperature=0.7, scored=scored)
+    assert torch.equal(given.loss, out.loss)
     with pytest.raises(ValueError, match="either rewards or seq_weight"):
         opt.constraint_loss(hidden, head, labels)
     with pytest.raises(ValueError, match="either rewards or seq_weight"):

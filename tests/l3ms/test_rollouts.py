@@ -129,6 +129,15 @@ def test_labels_cover_exactly_the_response_and_padding_is_on_the_right(responses
     assert out.attention_mask[:, -1].any()  # no wider than the longest
 
 
+def test_the_count_of_scored_tokens_is_known_on_the_host(responses):
+    _, _, out = responses
+    assert out.host_lengths == out.lengths.tolist()
+    assert out.scored == int((out.labels[:, 1:] != -100).sum())
+    assert out.scored_in(slice(1, 3)) == int(out.lengths[1:3].sum())
+    made = {name: value for name, value in vars(out).items() if name != "host_lengths"}
+    assert l3ms.Rollout(**made).host_lengths == out.host_lengths  # by hand, from samples of one's own
+
+
 def test_completions_are_the_decoded_responses(responses, tokenizer):
     _, _, out = responses
     for text, tokens in zip(out.completions, out.completion_ids(), strict=True):

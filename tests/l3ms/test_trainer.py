@@ -191,6 +191,20 @@ def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_mod
     assert not torch.equal(*(recorder.weights[n]["lm_head.weight"] for n in (0, 1)))  # the other half was applied
 
 
+def test_the_constraint_half_step_gives_the_count_of_scored_tokens(make_model, train, monkeypatch):
+    seen, real = [], l3ms.heads.weighted_log_likelihood
+
+    def watched(hidden, weight, targets, *rest, scored=None, **options):
+        seen.append((scored, int((targets != -100).sum())))
+        return real(hidden, weight, targets, *rest, scored=scored, **options)
+
+    monkeypatch.setattr(l3ms.heads, "weighted_log_likelihood", watched)
+    train(make_model())
+    given = [pair for pair in seen if pair[0] is not None]
+    assert len(given) == 3 * 2  # 6 responses in parts of 4 and 2, three times
+    assert all(scored == counted for scored, counted in given)
+
+
 def half_broken(prompts, completions, **columns):
     return [math.nan if row % 2 else 1.0 * len(text.split()) for row, text in enumerate(completions)]
 
