@@ -10,6 +10,12 @@
 
 #include "barrier.h"
 
+// Arguments and results of the op, for its schema.
+#define L3M_BARRIER_WEIGHTS                                                                                        \
+  "_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor bounds, " \
+  "Tensor mu, Tensor s, float smoothing, bool leave_one_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, " \
+  "Tensor)"
+
 namespace l3m {
 
 // The row struct whose fields are a matrix's columns.

@@ -122,10 +122,7 @@ TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
       "cuda_softmax_gradient(Tensor(a!) logits, Tensor targets, Tensor? upstream, Tensor? bias, float softcap, float "
       "inverse_temperature, ScalarType grad_dtype, Tensor(b!)? token, Tensor(c!) lse, Tensor(d!) flag, bool known_lse) "
       "-> ()");
-  m.def(
-      "cuda_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor "
-      "bounds, Tensor mu, Tensor s, float smoothing, bool leave_one_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
+  m.def("cuda" L3M_BARRIER_WEIGHTS);
 }
 
 TORCH_LIBRARY_IMPL(l3m_kernels, CUDA, m) {

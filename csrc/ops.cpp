@@ -56,12 +56,7 @@ BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const 
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
-  m.def(
-      "cpp_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor "
-      "bounds, Tensor mu, "
-      "Tensor s, float smoothing, bool leave_one_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) { m.def("cpp" L3M_BARRIER_WEIGHTS); }
 
 TORCH_LIBRARY_IMPL(l3m_kernels, CPU, m) { m.impl("cpp_barrier_weights", &barrier_weights); }
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEEDS = tuple[bool, bool, bool]  # gradients wanted for hidden, weight, bias
+
 
 class Head(NamedTuple):
     """The last layer of the model, as the chunked functions see it."""
@@ -74,7 +76,7 @@ def log_likelihood_backward(
     lse: Tensor,  # (T,)
     head: Head,
     ignore_index: int,
-    needs: tuple[bool, bool, bool],
+    needs: NEEDS,
     scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> d_hidden, d_weight, d_bias (empty where not needed): recomputes the logits of the rows with a gradient, 6 n D V."""
@@ -96,7 +98,7 @@ def weighted_log_likelihood(
     cu_seqlens: Tensor,  # (N + 1,)
     head: Head,
     ignore_index: int,
-    needs: tuple[bool, bool, bool],
+    needs: NEEDS,
     scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), sequence (N,), length (N,), token (T,), d_hidden, d_weight, d_bias: one pass, 6 n D V FLOPs.
@@ -197,7 +199,7 @@ class _Gradients:
     Gradients still to be multiplied by a loss scale (`unscaled`) stay fp32 for fp16 inputs: rounded first, the small ones would be 0.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool], unscaled: bool = False):
+    def __init__(self, hidden: Tensor, head: Head, needs: NEEDS, unscaled: bool = False):
         self.head, self.needs = head, needs
         self.dtype = torch.float32 if unscaled and hidden.dtype == torch.float16 else hidden.dtype
         # contiguous, whatever hidden's strides

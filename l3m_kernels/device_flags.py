@@ -59,11 +59,11 @@ def raise_if_set(op: str, device: torch.device, wait: bool = False) -> None:
         ValueError: a count of scored rows that was given and is wrong.
     """
     found = _flags.get(device)
-    if found is None or (not wait and (torch.cuda.is_current_stream_capturing() or found.copied is None)):
+    if found is None:
         return
     if wait:
         found.host.copy_(found.device)
-    elif found.copied is None or not found.copied.query():
+    elif torch.cuda.is_current_stream_capturing() or found.copied is None or not found.copied.query():
         return
     for name, (error, what) in FAULTS.items():
         place = _PLACE[name]

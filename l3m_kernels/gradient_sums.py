@@ -6,9 +6,8 @@ Letters: T tokens of a packed batch, n rows of a chunk, D hidden size, V vocabul
 import torch
 from torch import Tensor
 
-from l3m_kernels.chunked import Head
+from l3m_kernels.chunked import NEEDS, Head
 
-NEEDS = tuple[bool, bool, bool]  # gradients wanted for hidden, weight, bias
 LARGEST_HALF = 14  # fp16 gradients of the logits stay below 2**14: nothing overflows, and least is lost below 6e-8
 
 

@@ -14,9 +14,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from l3m_kernels.backends import low_memory, select, workspace
 from l3m_kernels.checks import check_values, moved_offsets, packed_batch
-from l3m_kernels.chunked import Head
-
-NEEDS = tuple[bool, bool, bool]  # gradients wanted for hidden, weight, bias
+from l3m_kernels.chunked import NEEDS, Head
 
 
 class LogLikelihood(NamedTuple):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from l3m_kernels import device_flags
-from l3m_kernels.chunked import Head, sequence_index, sequence_lengths
+from l3m_kernels.chunked import NEEDS, Head, sequence_index, sequence_lengths
 from l3m_kernels.chunked import sequence_sums as segment_sums
-from l3m_kernels.gradient_sums import NEEDS, GradientSums, matmul_fp32
+from l3m_kernels.gradient_sums import GradientSums, matmul_fp32
 from l3m_kernels.row_order import Rows, ordered
 
 COLUMN_MULTIPLE = 32  # of a row of logits: 128 bytes, so that each row is aligned whatever V

@@ -185,9 +185,9 @@ class WeightGradient {
   static constexpr bool kPairs = Tiles::kPairs;
   static constexpr bool kInPlace = std::is_same_v<Acc, Out>;  // d weight has the sums' type: the scale is 1
   // Beyond what a shared cache may hold, 16-bit products may make exponentials sooner than memory gives them back.
-  // Measured alone in a process, two threads: V = 128256, D = 512, n = 1024 took 244 ms with this limit; with all 262
-  // MB kept, 373 ms in `l3ms bench`. At V = 151936, D = 896 runs differ too much to tell. 131 MB at V = 32000, D =
-  // 1024, n = 2048 are worth it (196 against 259 ms).
+  // Two threads: with all 262 MB kept, V = 128256, D = 512, n = 1024 took 373 ms in `l3ms bench`, and with this limit
+  // 291 (both before the memory of freed gradients was used again; 273 since). 131 MB at V = 32000, D = 1024, n = 2048
+  // are worth it: 203 against 280 ms.
   static constexpr int64_t kMostKept = int64_t(160) << 20;
   const HeadProblem<In, Out, Acc>& p_;
   const int64_t D_, V_;

@@ -91,9 +91,11 @@ class StepReports:
 
     def _report_floor(self, mu: float, noise: list[float]) -> None:
         """Log where mu meets the noise floor, and again once it has fallen by a fifth."""
+        if not self._waits:
+            return
         noisiest = _largest(noise)
         floor = float(noise_floor(torch.tensor(noise[noisiest], dtype=torch.float64)))
-        met = self._waits and floor >= mu * (1 - 1e-9) and mu > self.end
+        met = floor >= mu * (1 - 1e-9) and mu > self.end
         if met and (self._met_at is None or mu < 0.8 * self._met_at):
             logger.info("mu waits at %.3g: the noise floor of constraint %r is %.3g", mu, self.names[noisiest], floor)
             self._met_at = mu

@@ -4,10 +4,8 @@ The tests are a slice of it; `python tests/kernels/test_cpp_fuzz.py --first 1000
 worst error as a share of what is allowed, `make test-sanitize` under the sanitizers of the compiler.
 """
 
-import argparse
 import random
 import sys
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -15,6 +13,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
+from fuzzing import main
 from head_cases import HEAD_BACKENDS, Case
 from test_ops_oracle import check
 
@@ -46,27 +45,5 @@ def test_random_calls(seed):
     fuzz(seed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--first", type=int, default=100_000, metavar="SEED")
-    parser.add_argument("--count", type=int, default=5_000)
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this many")
-    arguments = parser.parse_args()
-    started, worst, failures, done = time.monotonic(), (0.0, -1), [], 0
-    for seed in range(arguments.first, arguments.first + arguments.count):
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
-        try:
-            worst = max(worst, (fuzz(seed), seed))
-        except AssertionError as error:
-            failures.append(seed)
-            print(f"seed {seed}: {error}", flush=True)
-        done += 1
-    print(
-        f"{done} calls from seed {arguments.first}: {len(failures)} failures, worst {worst[0]:.3f} of what is allowed (seed {worst[1]})"
-    )
-    sys.exit(bool(failures))
-
-
 if __name__ == "__main__":
-    main()
+    main(fuzz, __doc__)

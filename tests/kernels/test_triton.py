@@ -88,24 +88,15 @@ def test_spills_and_too_much_shared_memory_are_problems():
     assert "shared memory" in str(Compiled(variant, 120, 64, 0, ARCHITECTURES[120] + 1).problem)
 
 
+def report(environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "l3m_kernels"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT).stdout
+
+
 def test_report_says_why_there_is_no_triton_here_or_that_there_is():
-    report = subprocess.run(
-        [sys.executable, "-m", "l3m_kernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-    ).stdout
-    assert re.search(r"triton +cuda, cpu +available: log_likelihood, .*barrier_weights", report)
-    assert not re.search(r": triton on cpu", report)  # asked for by name only
+    interpreted = report({**os.environ, "TRITON_INTERPRET": "1"})
+    assert re.search(r"triton +cuda, cpu +available: log_likelihood, .*barrier_weights", interpreted)
+    assert not re.search(r": triton on cpu", interpreted)  # asked for by name only
     if not torch.cuda.is_available():
-        report = subprocess.run(
-            [sys.executable, "-m", "l3m_kernels"],
-            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=ROOT,
-        ).stdout
-        assert re.search(r"triton +cuda +not available: no CUDA device here", report)
+        compiled = report({name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"})
+        assert re.search(r"triton +cuda +not available: no CUDA device here", compiled)

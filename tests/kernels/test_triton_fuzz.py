@@ -4,10 +4,8 @@ Runs where TRITON_INTERPRET=1 (`test_triton.py` starts such a process); `TRITON_
 --first 100000 --count 5000` runs other seeds. Blocks of columns are smaller here than on a GPU, so that rows have several.
 """
 
-import argparse
 import random
 import sys
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -20,6 +18,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fuzzing import main
 from head_cases import HEAD_BACKENDS, Case
 from test_ops_oracle import check
 
@@ -59,27 +58,5 @@ def test_random_calls(seed):
     fuzz(seed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--first", type=int, default=100_000, metavar="SEED")
-    parser.add_argument("--count", type=int, default=5_000)
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this many")
-    arguments = parser.parse_args()
-    started, worst, failures, done = time.monotonic(), (0.0, -1), [], 0
-    for seed in range(arguments.first, arguments.first + arguments.count):
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
-        try:
-            worst = max(worst, (fuzz(seed), seed))
-        except AssertionError as error:
-            failures.append(seed)
-            print(f"seed {seed}: {error}", flush=True)
-        done += 1
-    print(
-        f"{done} calls from seed {arguments.first}: {len(failures)} failures, worst {worst[0]:.3f} of what is allowed (seed {worst[1]})"
-    )
-    sys.exit(bool(failures))
-
-
 if __name__ == "__main__":
-    main()
+    main(fuzz, __doc__)
