@@ -12,27 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
+from l3ms.config_constraints import ConstraintConfig, FunctionConfig, LengthConfig
 from l3ms.config_errors import explain, models_in
+from l3ms.config_sections import Count, NonNegative, Positive, Section, Share, Text
 from l3ms.yaml_reader import ConfigError, parse_yaml, read_yaml
 
 __all__ = ["ConfigError", "RunConfig", "load_config"]
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Frozen, strict (`true` is not 1, `"3"` is not 3), no unknown fields, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
 
 
 class DataConfig(Section):
@@ -50,51 +37,6 @@ class DataConfig(Section):
     chat_template: bool = True  # a text prompt becomes one user turn when the tokenizer has a chat template
     max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of prompt + completion; longer rows are cut and counted
     limit: Annotated[int, Field(ge=2)] | None = None  # read at most this many rows
-
-
-class Bounded(Section):
-    """Bounds on the mean of a reward, in its own units (tokens, points); at least one of `min`, `max`."""
-
-    min: float | None = None
-    max: float | None = None
-    scale: Positive | None = None  # native units per 1.0 of the barrier; default: mid-range, or max(|bound|, 1)
-    margin: NonNegative | None = None  # kept inside the bound; default: 2 standard errors of the estimate
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> Bounded:
-        if self.min is None and self.max is None:
-            raise ValueError("give min, max or both: a constraint without a bound constrains nothing")
-        if self.min is not None and self.max is not None and not self.min < self.max:
-            raise ValueError(f"min must be below max, got min {self.min:g} and max {self.max:g}")
-        return self
-
-
-class LengthConfig(Bounded):
-    """Mean response length in tokens, the end-of-sequence token included."""
-
-    type: Literal["length"]
-    name: Name = "length"
-
-    @model_validator(mode="after")
-    def _check_reachable(self) -> LengthConfig:
-        if self.max is not None and self.max <= 1:
-            raise ValueError(f"max must be above 1 token (a response has at least its end token), got {self.max:g}")
-        return self
-
-
-class FunctionConfig(Bounded):
-    """Mean of a reward function of your own, `f(prompts, completions, **kwargs) -> list[float]`, as in TRL."""
-
-    type: Literal["function"]
-    name: Name
-    function: Text  # "file.py:name" or "module:name"; imported only with --allow-code
-
-    @model_validator(mode="after")
-    def _check_function(self) -> FunctionConfig:
-        source, _, name = self.function.rpartition(":")
-        if not source or not name.isidentifier():
-            raise ValueError(f'function must be "file.py:name" or "module:name", got {self.function!r}')
-        return self
 
 
 class LoraConfig(Section):
@@ -156,7 +98,7 @@ class RunConfig(Section):
     model: Text  # folder, or hub id of a causal language model
     output: Text  # run folder
     data: DataConfig
-    constraints: list[Annotated[LengthConfig | FunctionConfig, Field(discriminator="type")]] = []
+    constraints: list[ConstraintConfig] = Field([])
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()

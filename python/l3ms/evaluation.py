@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l3ms.batches import Collator, prompt_part
+from l3ms.batches import Collator, further_columns, prompt_part
+from l3ms.constraints import Constraint
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift
 from l3ms.rollouts import rollout
@@ -25,6 +26,8 @@ class Evaluation(NamedTuple):
     ]  # {"length": {"mean", "ci95": [lo, hi], "p5", "p50", "p95"}, "ended", "perplexity", "samples"}
     lengths: list[int]  # response tokens, the closing EOS included
     completions: list[Any]
+    ended: list[bool]  # closed by EOS; a truncated response is not
+    rewards: dict[str, list[float | None]]  # by constraint, one value per response
 
 
 def length_statistics(lengths: Sequence[int] | Tensor, ended: Sequence[bool] | Tensor) -> dict[str, Any]:
@@ -87,18 +90,21 @@ def evaluate(
     seed: int,
     temperature: float = 1.0,
     batch_size: int = 64,
+    constraints: Sequence[Constraint] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Sample one response to the prompt of each row, and score the row's own response.
+    """Sample one response to the prompt of each row, measure it, and score the row's own response.
 
     Args:
         rows: {"input_ids", "labels", "prompt"} as the trainer takes them.
         seed: of the samples; the global random state is left as it was.
         batch_size: responses sampled at a time.
+        constraints: whose rewards the responses get, NaN and inf let through; those without a function are left out.
     """
     lengths: list[int] = []
     ended: list[bool] = []
     completions: list[Any] = []
+    rewards: dict[str, list[float | None]] = {}
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -111,12 +117,15 @@ def evaluate(
                 prompt_ids=[prompt_part(row) for row in part],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                columns=further_columns(part),
             )
             lengths += responses.lengths.tolist()
             ended += responses.ended.tolist()
             completions += responses.completions
+            for name, values in responses.rewards(constraints).items():
+                rewards.setdefault(name, []).extend(values)
             if progress is not None:
                 progress(len(lengths), len(rows))
     summary = length_statistics(lengths, ended)
     summary["perplexity"] = task_perplexity(model, rows, pad_token_id=tokenizer.pad_token_id or 0)
-    return Evaluation(summary, lengths, completions)
+    return Evaluation(summary, lengths, completions, ended, rewards)

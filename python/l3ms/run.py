@@ -131,21 +131,18 @@ def _evaluator(
     order = torch.randperm(len(held_out.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     rows = [held_out.rows[i] for i in itertools.islice(itertools.cycle(order), config.evaluate.samples)]
     prompts = [row["prompt"] for row in rows]
-    columns = {name: [row[name] for row in rows] for name in set(rows[0]) - {"input_ids", "labels", "prompt"}}
 
     def sample(model: Any, name: str) -> Samples:
         with progress_bar(console, f"sampling, {name}") as advance:
             found = evaluate(
                 model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
-                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, progress=advance,
+                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
+                progress=advance,
             )  # fmt: skip
         rewards = {}
-        for constraint in constraints:
-            if constraint.function is not None:
-                call = constraint.values if config.train.nonfinite == "drop" else constraint.rewards
-                values = call(prompts, found.completions, found.lengths, **columns)
-                given = [value for value in values if value is not None and math.isfinite(value)]
-                rewards[constraint.name] = _mean(given)
+        for name, values in found.rewards.items():
+            given = [value for value in values if value is not None and math.isfinite(value)]
+            rewards[name] = _mean(given)
         return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
 
     return sample

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from l3ms.config import FunctionConfig, RunConfig
+from l3ms.config import RunConfig
+from l3ms.config_constraints import FunctionConfig
 from l3ms.constraints import Constraint, Length
 from l3ms.data import IGNORE_INDEX, Encoded, Example, encode
 from l3ms.heads import fuse_head

@@ -17,13 +17,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from l3ms.batches import Collator, further_columns, prompt_part
+from l3ms.batches import Collator
+from l3ms.constraint_step import constraint_backward
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift, task_weights
 from l3ms.optimizer import L3MOptimizer
 from l3ms.resuming import PromptOrder, load_progress, save_progress
-from l3ms.rollouts import Rollout, rollout
+from l3ms.rollouts import Rollout
 from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
 
 
@@ -72,6 +73,7 @@ class L3MTrainer(Trainer):
     Attributes:
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
         last_rollout: the responses of the last constraint half-step.
+        prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
         ValueError: a constraint without a function, or a model whose head cannot be fused.
@@ -103,7 +105,7 @@ class L3MTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
-        self._prompts = PromptOrder(
+        self.prompts = PromptOrder(
             self.train_dataset if prompts is None else prompts,
             seed=self.args.seed,
             rank=self.args.process_index,
@@ -160,44 +162,9 @@ class L3MTrainer(Trainer):
 
     def constraint_half_step(self) -> None:
         """Sample responses, weigh them by their rewards, backpropagate in micro-batches, step."""
-        optimizer, args = self.l3m_optimizer, self.args
-        model: Any = self.model_wrapped
-        assert optimizer is not None
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        rows = self._prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
-        self.last_rollout = responses = rollout(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            [row["prompt"] for row in rows],
-            prompt_ids=[prompt_part(row) for row in rows],
-            max_new_tokens=args.max_new_tokens,  # type: ignore[attr-defined]
-            temperature=args.temperature,  # type: ignore[attr-defined]
-            columns=further_columns(rows),
-        )
-        with optimizer.estimates.errors_on_all_ranks():
-            rewards = responses.rewards(self.constraints)
-        weights = optimizer.observe(rewards, responses.lengths)
-        size = args.per_device_train_batch_size
-        # Of all parts before the first: between them the host would wait for the device.
-        widths = responses.attention_mask.sum(1).tolist()
-        model.train()
-        for start in range(0, len(responses), size):
-            part = slice(start, start + size)
-            width = max(widths[part])
-            with self.compute_loss_context_manager():
-                loss = model(
-                    input_ids=responses.input_ids[part, :width],
-                    attention_mask=responses.attention_mask[part, :width],
-                    labels=responses.labels[part, :width],
-                    seq_weight=weights[part],
-                    temperature=args.temperature,  # type: ignore[attr-defined]
-                    # nn.DataParallel gives each replica some of the rows, and the whole count
-                    scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
-                    use_cache=False,
-                ).loss
-            # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
-            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+        self.last_rollout = constraint_backward(self)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -225,12 +192,12 @@ class L3MTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_progress(Path(output_dir), self._prompts, self._average)
+            save_progress(Path(output_dir), self.prompts, self._average)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._average = load_progress(Path(checkpoint), self._prompts, self.accelerator.unwrap_model(self.model))
+            self._average = load_progress(Path(checkpoint), self.prompts, self.accelerator.unwrap_model(self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:

@@ -1,0 +1,54 @@
+"""The gradient of the constraints, from fresh responses: what `L3MTrainer` puts into `.grad` before a constraint half-step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from l3ms.batches import further_columns, prompt_part
+from l3ms.rollouts import Rollout, rollout
+
+if TYPE_CHECKING:
+    from l3ms.trainer import L3MTrainer
+
+
+def constraint_backward(trainer: L3MTrainer) -> Rollout:
+    """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches. Gradients add up."""
+    optimizer, args = trainer.l3m_optimizer, trainer.args
+    model: Any = trainer.model_wrapped
+    assert optimizer is not None
+    rows = trainer.prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
+    responses = rollout(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        [row["prompt"] for row in rows],
+        prompt_ids=[prompt_part(row) for row in rows],
+        max_new_tokens=args.max_new_tokens,  # type: ignore[attr-defined]
+        temperature=args.temperature,  # type: ignore[attr-defined]
+        columns=further_columns(rows),
+    )
+    with optimizer.estimates.errors_on_all_ranks():
+        rewards = responses.rewards(trainer.constraints)
+    weights = optimizer.observe(rewards, responses.lengths)
+    size = args.per_device_train_batch_size
+    # Of all parts before the first: between them the host would wait for the device.
+    widths = responses.attention_mask.sum(1).tolist()
+    model.train()
+    for start in range(0, len(responses), size):
+        part = slice(start, start + size)
+        width = max(widths[part])
+        with trainer.compute_loss_context_manager():
+            loss = model(
+                input_ids=responses.input_ids[part, :width],
+                attention_mask=responses.attention_mask[part, :width],
+                labels=responses.labels[part, :width],
+                seq_weight=weights[part],
+                temperature=args.temperature,  # type: ignore[attr-defined]
+                # nn.DataParallel gives each replica some of the rows, and the whole count
+                scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
+                use_cache=False,
+            ).loss
+        # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
+        trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+    return responses
