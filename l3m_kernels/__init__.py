@@ -4,7 +4,14 @@
 """
 
 from l3m_kernels.backends import backends, release_workspace, set_workspace
-from l3m_kernels.barrier import Bounds, barrier_multiplier, barrier_weights, initial_state, relaxed_log_barrier
+from l3m_kernels.barrier import (
+    Bounds,
+    barrier_multiplier,
+    barrier_weights,
+    initial_state,
+    multiplier_weights,
+    relaxed_log_barrier,
+)
 from l3m_kernels.device_flags import check_targets
 from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
 from l3m_kernels.reference import BarrierWeights, reward_sums
@@ -21,6 +28,7 @@ __all__ = [
     "check_targets",
     "initial_state",
     "log_likelihood",
+    "multiplier_weights",
     "relaxed_log_barrier",
     "release_workspace",
     "reward_sums",

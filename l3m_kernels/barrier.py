@@ -4,7 +4,7 @@ Letters: N sequences, R rewards, K one-sided constraints. All scalars are float6
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,40 @@ def barrier_weights(
     """
     op = "barrier_weights"
     mu, s = _constants(op, rewards.device, mu, s)
+    norm = _check_weights(op, rewards, state, norm, sums, smoothing)
+    arguments = (rewards, norm, sums, state, bounds.reward_index, bounds.table, mu, s, float(smoothing), leave_one_out)
+    return BarrierWeights(*_barrier_weights(*arguments, backend or "auto"))
+
+
+def multiplier_weights(
+    rewards: Tensor,
+    state: Tensor,
+    bounds: Bounds,
+    rule: Callable[[Tensor], Tensor],
+    *,
+    smoothing: float = 0.1,
+    norm: Tensor | None = None,
+    sums: Tensor | None = None,
+    leave_one_out: bool = True,
+) -> BarrierWeights:
+    """`barrier_weights` with the multipliers of another method, in plain torch: for solvers to compare the barrier with.
+
+    Args:
+        rule: violations C (K,) float64, positive where violated, NaN where nothing has been observed -> multipliers (K,) float64 >= 0.
+        rewards, state, bounds, smoothing, norm, sums, leave_one_out: as `barrier_weights`.
+
+    Raises:
+        ValueError: a shape or dtype is wrong (named), or smoothing is out of range.
+    """
+    norm = _check_weights("multiplier_weights", rewards, state, norm, sums, smoothing)
+    arguments = (rewards, norm, sums, state, bounds.reward_index, bounds.table, rule, float(smoothing), leave_one_out)
+    return BarrierWeights(*reference.multiplier_weights(*arguments))
+
+
+def _check_weights(
+    op: str, rewards: Tensor, state: Tensor, norm: Tensor | None, sums: Tensor | None, smoothing: float
+) -> Tensor:
+    """-> the norm, 1 where there is none."""
     if rewards.ndim != 2 or rewards.dtype != torch.float64:
         raise ValueError(f"{op}: rewards must be (N, R) float64, got {tuple(rewards.shape)} {rewards.dtype}")
     count, columns = rewards.shape
@@ -121,8 +155,7 @@ def barrier_weights(
             raise ValueError(f"{op}: {name} must be {wanted} float64 on {rewards.device}, got {got}")
     if not 0 < smoothing <= 1:
         raise ValueError(f"{op}: smoothing must be in (0, 1], got {smoothing}")
-    arguments = (rewards, norm, sums, state, bounds.reward_index, bounds.table, mu, s, float(smoothing), leave_one_out)
-    return BarrierWeights(*_barrier_weights(*arguments, backend or "auto"))
+    return norm
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------

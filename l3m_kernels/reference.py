@@ -9,6 +9,7 @@ Letters: T tokens, N sequences, D hidden size, V vocabulary, R rewards, K one-si
 * `barrier_weights`: rewards -> estimates -> multipliers -> one signed weight per sequence (REINFORCE), all in float64.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -135,7 +136,26 @@ def barrier_weights(
     smoothing: float,
     leave_one_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the fields of `BarrierWeights`. The only place where rewards become weights.
+    """-> the fields of `BarrierWeights`, the multipliers being those of the relaxed barrier."""
+
+    def rule(violation: Tensor) -> Tensor:
+        return barrier_multiplier(violation, mu, s)
+
+    return multiplier_weights(rewards, norm, sums, state, reward_index, bounds, rule, smoothing, leave_one_out)
+
+
+def multiplier_weights(
+    rewards: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    state: Tensor,
+    reward_index: Tensor,
+    bounds: Tensor,
+    rule: Callable[[Tensor], Tensor],  # violations (K,) float64, positive where violated -> multipliers (K,) >= 0
+    smoothing: float,
+    leave_one_out: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `barrier_weights`, for multipliers of any solver. The only place where rewards become weights.
 
     grad C_k = E[(c_k(y) - b_k) grad log pi(y)] and c_k is affine in the reward, so with n responses
     seq_weight_n = sum_k (lambda_k / S) * -sign_k / scale_k * (r_n - baseline) / (n * norm_n).
@@ -156,8 +176,8 @@ def barrier_weights(
     violation = (sign * (estimate[reward_index] - bound) + margin) / scale
     seen = observed[reward_index]
     violation = torch.where(seen, violation, torch.nan)
-    multiplier = torch.where(seen, barrier_multiplier(violation, mu, s), 0.0)
-    total = torch.zeros_like(mu)
+    multiplier = torch.where(seen, rule(violation), 0.0)
+    total = multiplier.new_zeros(())
     for k in range(len(bounds)):
         total = total + multiplier[k]
     total = total.clamp(min=1.0)

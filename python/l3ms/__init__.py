@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from l3ms.optimizer import ConstraintLoss, L3MOptimizer
     from l3ms.rollouts import Rollout, rollout
     from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
+    from l3ms.solvers import AugmentedLagrangian, DualAscent, Penalty
     from l3ms.trainer import L3MConfig, L3MTrainer
 
 _MODULES = {
@@ -26,19 +27,25 @@ _MODULES = {
     "Rollout": "rollouts",
     "ExponentialDecay": "schedules",
     "NoiseFloorDecay": "schedules",
+    "AugmentedLagrangian": "solvers",
+    "DualAscent": "solvers",
+    "Penalty": "solvers",
     "L3MConfig": "trainer",
     "L3MTrainer": "trainer",
 }
 
 __all__ = [
+    "AugmentedLagrangian",
     "Constraint",
     "ConstraintLoss",
+    "DualAscent",
     "ExponentialDecay",
     "L3MConfig",
     "L3MOptimizer",
     "L3MTrainer",
     "Length",
     "NoiseFloorDecay",
+    "Penalty",
     "Rollout",
     "fuse_head",
     "rollout",

@@ -51,7 +51,10 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """How the constrained problem is solved; one iteration is a task half-step and a constraint half-step."""
 
-    solver: Literal["barrier", "none"] = "barrier"  # none: plain supervised fine-tuning
+    # none: plain supervised fine-tuning; the others are what the barrier is compared with
+    solver: Literal["barrier", "dual_ascent", "augmented_lagrangian", "penalty", "none"] = "barrier"
+    dual_rate: Positive = 0.5  # of dual_ascent and augmented_lagrangian: multiplier per step and unit of violation
+    penalty: Positive = 5.0  # weight of penalty; multiplier per unit of violation of augmented_lagrangian
     iterations: Count = 200
     batch_size: Count = 8  # task sequences per backward pass
     gradient_accumulation: Count = 1  # backward passes per task half-step
@@ -153,8 +156,10 @@ def list_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
 
 def _check_across(config: RunConfig) -> None:
     """Rules that involve two sections."""
-    if config.train.solver == "barrier" and not config.constraints:
-        raise ConfigError("constraints", "solver 'barrier' needs at least one constraint; or set train.solver: none")
+    if config.train.solver != "none" and not config.constraints:
+        raise ConfigError(
+            "constraints", f"solver {config.train.solver!r} needs at least one constraint; or set train.solver: none"
+        )
     seen: set[str] = set()
     for index, item in enumerate(config.constraints):
         if item.name in seen:

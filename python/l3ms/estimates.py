@@ -7,14 +7,16 @@ and every split of a batch finds the same multipliers. Nothing here is committed
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, reward_sums
+from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
 from l3ms.constraints import Constraint
+from l3ms.solvers import Solver
 
 Values = Mapping[str, Sequence[float | None] | Tensor]
 
@@ -35,7 +37,9 @@ class Estimates:
         drop_nonfinite: bool,
         process_group: Any = None,
         backend: str | None = None,
+        solver: Solver | None = None,
     ):
+        self.solver = solver  # None: the barrier
         self.constraints = tuple(constraints)
         self.device, self.smoothing, self.leave_one_out = device, smoothing, leave_one_out
         self.drop_nonfinite, self.process_group, self.backend = drop_nonfinite, process_group, backend
@@ -44,6 +48,7 @@ class Estimates:
         self.owner = [row[0] for row in rows]  # constraint of each one-sided bound
         self.bounds = Bounds.of(rows, device)
         self.state = initial_state(len(self.constraints), device)
+        self.memory = torch.zeros(len(rows), dtype=torch.float64, device=device)  # the solver's, of each bound
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
         self.steps = torch.zeros((), dtype=torch.int64, device=device)  # applied constraint steps
@@ -82,6 +87,9 @@ class Estimates:
             *(torch.where(applied, after, before) for after, before in zip(new, old, strict=True))
         )
         self.state = torch.where(applied, new.state, self.state)
+        if self.solver is not None:
+            advanced = self.solver.advance(self._batch_violation(), self.memory)
+            self.memory = torch.where(applied, advanced, self.memory)
         self.steps = self.steps + applied
         self.missing += (self._sums[:-1, 0] == 0) & applied
         self.discard()
@@ -163,7 +171,7 @@ class Estimates:
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
-        self.state = kept["estimates"].to(self.state)
+        self.state, self.memory = kept["estimates"].to(self.state), kept["memory"].to(self.memory)
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
         self.steps = torch.full_like(self.steps, kept["constraint_steps"])
         self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
@@ -172,13 +180,23 @@ class Estimates:
     # ---- parts ----
 
     def _weights(self, rewards: Tensor, norm: Tensor, sums: Tensor, mu: Tensor) -> BarrierWeights:
-        options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "backend": self.backend}
-        weights = barrier_weights(
-            rewards, self.state, self.bounds, mu, norm=norm, sums=sums[:-1].contiguous(), **options
-        )
+        options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
+        options["sums"] = sums[:-1].contiguous()
+        if self.solver is None:
+            weights = barrier_weights(rewards, self.state, self.bounds, mu, backend=self.backend, **options)
+        else:
+            rule = partial(self.solver.multipliers, memory=self.memory)
+            weights = multiplier_weights(rewards, self.state, self.bounds, rule, **options)
         self.pending = weights
         self.total = weights.total if self.total is None else self.total
         return weights
+
+    def _batch_violation(self) -> Tensor:
+        """(K,) C by this half-step's samples alone, with the margin of the moving averages; NaN where there are none."""
+        assert self.pending is not None
+        index, (sign, _, scale) = self.bounds.reward_index, self.bounds.table[:, :3].unbind(1)
+        mean = self._sums[:-1, 1] / self._sums[:-1, 0]
+        return self.pending.violation + sign * (mean - self.pending.estimate)[index] / scale
 
     def _ratio(self, weights: BarrierWeights) -> Tensor:
         """Turns lambda / S of this part into lambda / S of the half-step."""

@@ -21,6 +21,7 @@ from l3ms.constraints import Constraint, check_constraints
 from l3ms.estimates import Estimates, Values
 from l3ms.losses import scored_lengths, shift
 from l3ms.schedules import MuSchedule, as_schedule, check_resolution
+from l3ms.solvers import Solver, as_solver
 from l3ms.step_reports import Progress, StepNumbers, StepReports
 
 # Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
@@ -48,6 +49,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         mu: "auto" (a decay to the noise floor of the estimates), "paper", or a schedule.
         smoothing: weight of a new batch mean in the moving average of the estimates.
         max_grad_norm: of each half-step; None does not clip. A task gradient above it pulls less than its multiplier says.
+        solver: "barrier", or what it is compared with, see `l3ms.solvers`: "dual_ascent", "augmented_lagrangian", "penalty", or an object
+            such as `DualAscent(rate=0.1)`. mu is the barrier's alone.
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
             as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
@@ -72,6 +75,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         smoothing: float = 0.1,
         max_grad_norm: float | None = 1.0,
         *,
+        solver: str | Solver = "barrier",
         length_norm: Literal["mean", "sequence", "none"] = "mean",
         baseline: Literal["leave_one_out", "estimate"] = "leave_one_out",
         nonfinite: Literal["raise", "drop"] = "raise",
@@ -110,6 +114,7 @@ class L3MOptimizer(torch.optim.Optimizer):
             drop_nonfinite=nonfinite == "drop",
             process_group=process_group,
             backend=backend,
+            solver=as_solver(solver),
         )
         self._units = torch.tensor(
             [constraint.unit for constraint in self.constraints], dtype=torch.float64, device=device
@@ -272,11 +277,13 @@ class L3MOptimizer(torch.optim.Optimizer):
 
         * `estimate`, `stderr`: native units;
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
-        * `lambda`: the multiplier, of both bounds together; `missing`: steps without a sample, `dropped`: values not finite, where any;
+        * `lambda`: the multiplier, of both bounds together; `missing`: steps without a sample, `dropped`: values not finite;
 
-        and `l3m/mu`, `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping (the latter divided by S).
+        and `l3m/mu` (of the barrier), `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping, the latter divided by S.
         """
-        values = {"l3m/mu": float(self.mu), "l3m/skipped_steps": float(self.skipped_steps)}
+        values = {"l3m/skipped_steps": float(self.skipped_steps)}
+        if self.estimates.solver is None:
+            values["l3m/mu"] = float(self.mu)
         values.update({f"l3m/grad_norm/{name}": float(norm) for name, norm in self._norms.items()})
         return {**values, **self.estimates.metrics()}
 
@@ -291,6 +298,7 @@ class L3MOptimizer(torch.optim.Optimizer):
                 "constraints": [constraint.name for constraint in self.constraints],
                 "mu": self.mu.clone(),
                 "estimates": self.estimates.state.clone(),
+                "memory": self.estimates.memory.clone(),
                 "missing": self.estimates.missing.clone(),
                 "dropped": self.estimates.dropped.clone(),
                 "last": [tensor.clone() for tensor in self.estimates.last or ()],

@@ -172,7 +172,7 @@ def _mean(values: list[float]) -> dict[str, Any]:
 
 def _report(config: RunConfig, trainer: L3MTrainer, bounds: list[dict[str, Any]], start: float) -> dict[str, Any]:
     """What the run was and how it went, without the models' summaries."""
-    logs = [row for row in trainer.state.log_history if "l3m/mu" in row]
+    logs = [row for row in trainer.state.log_history if "l3m/skipped_steps" in row]
     length = next((item for item in bounds if item["name"] == "length"), {})
     iterations = trainer.state.global_step
     return {
@@ -182,7 +182,7 @@ def _report(config: RunConfig, trainer: L3MTrainer, bounds: list[dict[str, Any]]
         "solver": config.train.solver,
         "bounds": {"min": length.get("min"), "max": length.get("max")},
         "constraints": bounds,
-        "skipped_steps": int(logs[-1].get("l3m/skipped_steps", 0)) if logs else 0,
-        "mu_end": logs[-1]["l3m/mu"] if logs else None,
+        "skipped_steps": int(logs[-1]["l3m/skipped_steps"]) if logs else 0,
+        "mu_end": logs[-1].get("l3m/mu") if logs else None,
         "average_from": trainer.average_from,
     }

@@ -150,6 +150,8 @@ def training_arguments(config: RunConfig) -> L3MConfig:
     return L3MConfig(
         output_dir=config.output,
         solver=train.solver,
+        dual_rate=train.dual_rate,
+        penalty=train.penalty,
         mu=train.mu,
         mu_end=train.mu_end,
         smoothing=train.smoothing,

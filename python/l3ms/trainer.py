@@ -7,7 +7,7 @@ scheduler ticks once. Callbacks, trackers, PEFT, accelerate come with the Traine
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ from l3ms.optimizer import L3MOptimizer
 from l3ms.resuming import PromptOrder, load_progress, save_progress
 from l3ms.rollouts import Rollout
 from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
+from l3ms.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
 
 
 @dataclass
 class L3MConfig(TrainingArguments):
     """TrainingArguments, and what the constraints add. `max_steps` counts iterations; `max_grad_norm` clips each half-step."""
 
-    solver: str = field(default="barrier", metadata={"help": "barrier, or none: fine-tune without the constraints"})
+    solver: str = field(default="barrier", metadata={"help": f"{', '.join(SOLVERS)}, or none: without the constraints"})
+    dual_rate: float = field(default=0.5, metadata={"help": "of dual_ascent and augmented_lagrangian, see solvers"})
+    penalty: float = field(default=5.0, metadata={"help": "of augmented_lagrangian and penalty, see solvers"})
     mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
     mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
     smoothing: float = field(default=0.1, metadata={"help": "weight of a new batch in the estimates"})
@@ -49,8 +52,9 @@ class L3MConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.solver not in ("barrier", "none"):
-            raise ValueError(f"solver must be barrier or none, got {self.solver!r}")
+        if self.solver not in (*SOLVERS, "none"):
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
+        self.solver_object()
         if self.mu not in ("auto", "paper"):
             raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
         if self.nonfinite not in ("raise", "drop"):
@@ -61,6 +65,15 @@ class L3MConfig(TrainingArguments):
             )
         if not 0 <= self.average_fraction <= 1:
             raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
+
+    def solver_object(self) -> str | Solver:
+        """As `L3MOptimizer` takes it, with its settings."""
+        made: dict[str, Callable[[], Solver]] = {
+            "dual_ascent": lambda: DualAscent(self.dual_rate),
+            "augmented_lagrangian": lambda: AugmentedLagrangian(self.dual_rate, self.penalty),
+            "penalty": lambda: Penalty(self.penalty),
+        }
+        return made[self.solver]() if self.solver in made else self.solver
 
 
 class L3MTrainer(Trainer):
@@ -136,6 +149,7 @@ class L3MTrainer(Trainer):
                 mu=schedule,
                 smoothing=args.smoothing,
                 max_grad_norm=args.max_grad_norm or None,
+                solver=args.solver_object(),
                 length_norm=args.length_norm,
                 nonfinite=args.nonfinite,
             )

@@ -134,7 +134,7 @@ BAD = [
     ("train.learning_rate", 0, "train.learning_rate", "greater than 0"),
     ("train.learning_rate", float("nan"), "train.learning_rate", "finite"),
     ("train.temperature", 0, "train.temperature", "greater than 0"),
-    ("train.solver", "penalty", "train.solver", "barrier"),
+    ("train.solver", "lagrange", "train.solver", "barrier"),
     ("train.mu", "fast", "train.mu", "auto"),
     ("train.constraint_batch_size", 1, "train.constraint_batch_size", "2"),
     ("train.betas", [0.9], "train.betas.1", "required"),

@@ -226,7 +226,10 @@ def test_rewards_that_are_not_finite_are_an_error_or_dropped_and_counted(make_mo
         ({"constraints": (l3ms.Constraint("nll", max=2.0),)}, "'nll' has no function"),
         ({"constraints": ("length",)}, "l3ms.Constraint objects, got str"),
         ({"constraints": (l3ms.Length(max=2), l3ms.Length(min=1))}, "'length' is used twice"),
-        ({"solver": "lagrange"}, "solver must be barrier or none, got 'lagrange'"),
+        (
+            {"solver": "lagrange"},
+            "solver must be one of barrier, dual_ascent, augmented_lagrangian, penalty, none, got 'lagrange'",
+        ),
         ({"mu": "fast"}, "mu must be auto or paper, got 'fast'"),
         ({"constraint_batch_size": 1}, "constraint_batch_size must be at least 2"),
         ({"nonfinite": "ignore"}, "nonfinite must be raise or drop, got 'ignore'"),
