@@ -209,6 +209,15 @@ class L3MOptimizer(torch.optim.Optimizer):
         """
         return self.estimates.barrier_loss(values, self.mu)
 
+    @property
+    def task_weight(self) -> Tensor:
+        """() float64, 1 / S of what has been observed since the last step: the weight of the task's loss in a joint step.
+
+        `(opt.task_weight * task_loss + constraint_loss).backward(); opt.step()` is one step on the gradient of the whole barrier problem,
+        clipped as a whole: the task keeps exactly the share of the step that the multipliers leave it.
+        """
+        return 1.0 / (self._one if self.estimates.total is None else self.estimates.total)
+
     # ---- the step ----
 
     @torch.no_grad()

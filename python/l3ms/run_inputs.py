@@ -158,6 +158,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         constraint_batch_size=train.constraint_batch_size,
         max_new_tokens=train.max_new_tokens,
         temperature=train.temperature,
+        half_steps=train.half_steps,
         length_norm=train.length_norm,
         nonfinite=train.nonfinite,
         average_fraction=train.average_fraction,

@@ -42,6 +42,12 @@ class L3MConfig(TrainingArguments):
     constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
+    half_steps: str = field(
+        default="alternating",
+        metadata={
+            "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
+        },
+    )
     length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
     nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
     average_fraction: float = field(
@@ -55,6 +61,8 @@ class L3MConfig(TrainingArguments):
         if self.solver not in (*SOLVERS, "none"):
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
         self.solver_object()
+        if self.half_steps not in ("alternating", "joint"):
+            raise ValueError(f"half_steps must be alternating or joint, got {self.half_steps!r}")
         if self.mu not in ("auto", "paper"):
             raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
         if self.nonfinite not in ("raise", "drop"):
@@ -182,6 +190,20 @@ class L3MTrainer(Trainer):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def add_constraint_gradient(self) -> None:
+        """For a joint step: the task's gradient in `.grad` becomes that of (task + barrier) / S. Holds a second gradient meanwhile."""
+        optimizer = self.l3m_optimizer
+        assert optimizer is not None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        task = [(p, p.grad) for p in parameters if p.grad is not None]
+        for p, _ in task:
+            p.grad = None
+        self.last_rollout = constraint_backward(self)
+        weight = optimizer.task_weight
+        for p, grad in task:
+            grad = grad * weight.to(grad)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
     # ---- weights, checkpoints and logs ----
 
     @property
@@ -216,19 +238,24 @@ class L3MTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
             metrics = self.l3m_optimizer.metrics()
-            logs.update({"grad_norm": metrics["l3m/grad_norm/task"], **metrics})
+            own = "task" if self.args.half_steps == "alternating" else "constraint"  # type: ignore[attr-defined]
+            logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
             if self.last_rollout is not None:
                 logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
         super().log(logs, start_time)
 
 
 class _HalfStep(TrainerCallback):
-    """Runs between the optimizer's step on the task and the scheduler's."""
+    """The constraints: after the optimizer's step on the task and before the scheduler's, or in the same step."""
 
     def __init__(self, trainer: L3MTrainer):
         self.trainer = trainer
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
+            self.trainer.add_constraint_gradient()
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.l3m_optimizer is not None:
+        if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
             self.trainer.constraint_half_step()
         self.trainer.average_weights()
