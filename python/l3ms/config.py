@@ -72,6 +72,7 @@ class TrainConfig(Section):
     mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
     smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
     half_steps: Literal["alternating", "joint"] = "alternating"  # joint: one step on the sum, clipped as a whole
+    clipping: Literal["adaptive", "separate"] = "adaptive"  # adaptive: the task steps less while a bound is violated
     length_norm: Literal["mean", "sequence", "none"] = "mean"
     nonfinite: Literal["raise", "drop"] = (
         "raise"  # a reward that is NaN or inf: stop, or leave the response out and count it

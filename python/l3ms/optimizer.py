@@ -7,6 +7,7 @@ max_norm / norm would multiply the step by 0 exactly when it matters. So losses 
 (estimates, mu, counters) stays there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,9 +25,11 @@ from l3ms.schedules import MuSchedule, as_schedule, check_resolution
 from l3ms.solvers import Solver, as_solver
 from l3ms.step_reports import Progress, StepNumbers, StepReports
 
+LEAST_TASK_SHARE = 0.1
+
 # Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
 _KEPT = (
-    *("base", "constraints", "schedule", "smoothing", "max_grad_norm", "length_norm"),
+    *("base", "constraints", "schedule", "smoothing", "max_grad_norm", "clipping", "length_norm"),
     *("estimates", "_units", "_progress", "_one", "_norms", "_reports"),
 )
 
@@ -48,9 +51,13 @@ class L3MOptimizer(torch.optim.Optimizer):
         constraints: what must hold, see `Constraint`.
         mu: "auto" (a decay to the noise floor of the estimates), "paper", or a schedule.
         smoothing: weight of a new batch mean in the moving average of the estimates.
-        max_grad_norm: of each half-step; None does not clip. A task gradient above it pulls less than its multiplier says.
+        max_grad_norm: of each half-step, see `clipping`; None does not clip.
         solver: "barrier", or what it is compared with, see `l3ms.solvers`: "dual_ascent", "augmented_lagrangian", "penalty", or an object
             such as `DualAscent(rate=0.1)`. mu is the barrier's alone.
+        clipping: of the two half-steps. "separate": each on its own, as in the paper; a multiplier beyond max_grad_norm / ||grad C|| then
+            has no further effect, and a bound that needs a larger one is missed. "adaptive": the task's step moreover shrinks, slowly and
+            to a tenth at most, while a bound is violated by more than noise, and grows back inside: `task_share`. It is the default of
+            the trainer and of the command line.
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
             as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
@@ -76,6 +83,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = 1.0,
         *,
         solver: str | Solver = "barrier",
+        clipping: Literal["adaptive", "separate"] = "separate",
         length_norm: Literal["mean", "sequence", "none"] = "mean",
         baseline: Literal["leave_one_out", "estimate"] = "leave_one_out",
         nonfinite: Literal["raise", "drop"] = "raise",
@@ -90,6 +98,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         for name, value, allowed in (
+            ("clipping", clipping, ("adaptive", "separate")),
             ("length_norm", length_norm, ("mean", "sequence", "none")),
             ("baseline", baseline, ("leave_one_out", "estimate")),
             ("nonfinite", nonfinite, ("raise", "drop")),
@@ -103,6 +112,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         self.schedule = as_schedule(mu)
         check_resolution(self.schedule, self.constraints)
         self.smoothing, self.max_grad_norm, self.length_norm = smoothing, max_grad_norm, length_norm
+        self.clipping = clipping
         device = base.param_groups[0]["params"][0].device
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
@@ -129,6 +139,11 @@ class L3MOptimizer(torch.optim.Optimizer):
     def mu(self) -> Tensor:
         """() float64, on the device."""
         return self._progress.mu
+
+    @property
+    def task_share(self) -> Tensor:
+        """() float64 in [0.1, 1], what multiplies the gradient of the task half-steps: see `clipping`."""
+        return torch.exp(-self._progress.restraint)
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
@@ -239,7 +254,7 @@ class L3MOptimizer(torch.optim.Optimizer):
             raise ValueError("L3MOptimizer.step takes no closure: call it once per half-step")
         constrained = self.estimates.pending is not None
         grads = gradients(self)
-        total = self._one if self.estimates.total is None else self.estimates.total
+        total = self.task_share if self.estimates.total is None else self.estimates.total
         clipped = clip(grads, total, self.max_grad_norm, getattr(self, "grad_scale", None))
         self._norms["constraint" if constrained else "task"] = clipped.norm
         skipped: Tensor = ~clipped.finite
@@ -263,6 +278,10 @@ class L3MOptimizer(torch.optim.Optimizer):
         noise = (pending.stderr / self._units).where(pending.state[:, 0] > 0, 0.0)
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
+        if self.clipping == "adaptive":
+            restraint = self._progress.restraint + 0.5 * self.smoothing * self.estimates.pressure(pending)
+            restraint = restraint.clamp(0.0, -math.log(LEAST_TASK_SHARE))
+            self._progress.restraint = torch.where(applied, restraint, self._progress.restraint)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
 
     # ---- reading and keeping: all of this waits for the device ----
@@ -288,11 +307,14 @@ class L3MOptimizer(torch.optim.Optimizer):
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
         * `lambda`: the multiplier, of both bounds together; `missing`: steps without a sample, `dropped`: values not finite;
 
-        and `l3m/mu` (of the barrier), `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping, the latter divided by S.
+        and `l3m/mu` (of the barrier), `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping, the latter
+        divided by S; `l3m/task_share` under adaptive clipping.
         """
         values = {"l3m/skipped_steps": float(self.skipped_steps)}
         if self.estimates.solver is None:
             values["l3m/mu"] = float(self.mu)
+        if self.clipping == "adaptive":
+            values["l3m/task_share"] = float(self.task_share)
         values.update({f"l3m/grad_norm/{name}": float(norm) for name, norm in self._norms.items()})
         return {**values, **self.estimates.metrics()}
 
@@ -314,6 +336,7 @@ class L3MOptimizer(torch.optim.Optimizer):
                 "constraint_steps": self.constraint_steps,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": int(self._progress.in_a_row),
+                "restraint": self._progress.restraint.clone(),
                 **self._reports.state_dict(),
             },
         }
@@ -330,6 +353,7 @@ class L3MOptimizer(torch.optim.Optimizer):
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "l3m"})
         self._share()
-        self._progress = Progress.at(ours["mu"].to(self.mu).clone(), ours["skipped_steps"], ours["skipped_in_a_row"])
+        mu, restraint = (ours[name].to(self.mu).clone() for name in ("mu", "restraint"))
+        self._progress = Progress.at(mu, ours["skipped_steps"], ours["skipped_in_a_row"], restraint)
         self.estimates.load(ours)
         self._reports.load_state_dict(ours)

@@ -159,6 +159,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         max_new_tokens=train.max_new_tokens,
         temperature=train.temperature,
         half_steps=train.half_steps,
+        clipping=train.clipping,
         length_norm=train.length_norm,
         nonfinite=train.nonfinite,
         average_fraction=train.average_fraction,

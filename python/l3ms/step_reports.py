@@ -27,10 +27,12 @@ class Progress:
     mu: Tensor  # float64
     skipped: Tensor  # int64, steps
     in_a_row: Tensor  # int64, those up to now whose gradient was not finite
+    restraint: Tensor  # float64 >= 0, -log of what the task's gradient is multiplied by
 
     @classmethod
-    def at(cls, mu: Tensor, skipped: int = 0, in_a_row: int = 0) -> "Progress":
-        return cls(mu, *(torch.full_like(mu, count, dtype=torch.int64) for count in (skipped, in_a_row)))
+    def at(cls, mu: Tensor, skipped: int = 0, in_a_row: int = 0, restraint: Tensor | None = None) -> "Progress":
+        counts = (torch.full_like(mu, count, dtype=torch.int64) for count in (skipped, in_a_row))
+        return cls(mu, *counts, torch.zeros_like(mu) if restraint is None else restraint)
 
 
 class StepNumbers(NamedTuple):

@@ -48,6 +48,7 @@ class L3MConfig(TrainingArguments):
             "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
         },
     )
+    clipping: str = field(default="adaptive", metadata={"help": "adaptive or separate, see L3MOptimizer"})
     length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
     nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
     average_fraction: float = field(
@@ -158,6 +159,7 @@ class L3MTrainer(Trainer):
                 smoothing=args.smoothing,
                 max_grad_norm=args.max_grad_norm or None,
                 solver=args.solver_object(),
+                clipping=args.clipping,
                 length_norm=args.length_norm,
                 nonfinite=args.nonfinite,
             )
