@@ -8,10 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from l3ms import rewards
     from l3ms.constraints import Constraint, Length
+    from l3ms.data_constraints import KL, DataNLL, sequence_nll
     from l3ms.heads import fuse_head
     from l3ms.losses import task_loss
     from l3ms.optimizer import ConstraintLoss, L3MOptimizer
+    from l3ms.reward_model import RewardModel
     from l3ms.rollouts import Rollout, rollout
     from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
     from l3ms.solvers import AugmentedLagrangian, DualAscent, Penalty
@@ -20,10 +23,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "Constraint": "constraints",
     "Length": "constraints",
+    "DataNLL": "data_constraints",
+    "KL": "data_constraints",
+    "sequence_nll": "data_constraints",
     "fuse_head": "heads",
     "task_loss": "losses",
     "ConstraintLoss": "optimizer",
     "L3MOptimizer": "optimizer",
+    "RewardModel": "reward_model",
     "Rollout": "rollouts",
     "ExponentialDecay": "schedules",
     "NoiseFloorDecay": "schedules",
@@ -35,9 +42,11 @@ _MODULES = {
 }
 
 __all__ = [
+    "KL",
     "AugmentedLagrangian",
     "Constraint",
     "ConstraintLoss",
+    "DataNLL",
     "DualAscent",
     "ExponentialDecay",
     "L3MConfig",
@@ -46,9 +55,12 @@ __all__ = [
     "Length",
     "NoiseFloorDecay",
     "Penalty",
+    "RewardModel",
     "Rollout",
     "fuse_head",
+    "rewards",
     "rollout",
+    "sequence_nll",
     "task_loss",
 ]
 
@@ -56,6 +68,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "rollout":
         return importlib.import_module("l3ms.rollouts").rollout
+    if name == "rewards":
+        return importlib.import_module("l3ms.rewards")
     if name == "__version__":
         return importlib.import_module("l3m_kernels").__version__
     if name in _MODULES:

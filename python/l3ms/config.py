@@ -15,28 +15,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from l3ms.config_constraints import ConstraintConfig, FunctionConfig, LengthConfig
-from l3ms.config_errors import explain, models_in
+from l3ms.config_data import DataConfig
+from l3ms.config_errors import explain, models_in, type_of
 from l3ms.config_sections import Count, NonNegative, Positive, Section, Share, Text
 from l3ms.yaml_reader import ConfigError, parse_yaml, read_yaml
 
-__all__ = ["ConfigError", "RunConfig", "load_config"]
-
-
-class DataConfig(Section):
-    """Task data: rows of `{"prompt", "completion"}` or `{"messages": [...]}`; its prompts are those of the rollouts."""
-
-    train: Text  # a JSONL file, or a name that `datasets.load_dataset` knows
-    evaluation: Text | None = None  # JSONL file with the held-out rows
-    name: Text | None = None  # `datasets` configuration name
-    split: Text = "train"  # `datasets` split
-    evaluation_split: Text | None = None  # `datasets` split with the held-out rows
-    evaluation_share: Share = 0.1  # held out from the training rows when nothing else is named
-    prompt: Text = "prompt"  # column names
-    completion: Text = "completion"
-    messages: Text = "messages"
-    chat_template: bool = True  # a text prompt becomes one user turn when the tokenizer has a chat template
-    max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of prompt + completion; longer rows are cut and counted
-    limit: Annotated[int, Field(ge=2)] | None = None  # read at most this many rows
+__all__ = ["ConfigError", "DataConfig", "RunConfig", "load_config"]
 
 
 class LoraConfig(Section):
@@ -146,14 +130,29 @@ def parse_override(flag: str, text: str) -> tuple[str, Any]:
 
 
 def list_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted field, default) of every field, as flags and file know them; a constraint's section is `constraints.N`."""
+    """(dotted field, default) of every field, as flags and file know them; a constraint's section is `constraints.N`, with the types
+    that have the field where not all do."""
     for name, info in model.model_fields.items():
         sections = list(models_in(info.annotation))
-        for section in sections[:1] if name != "constraints" else sections[1:]:
-            yield from list_fields(section, f"{prefix}{name}." + ("N." if name == "constraints" else ""))
+        if name == "constraints":
+            yield from _constraint_fields(sections)
+        else:
+            for section in sections[:1]:
+                yield from list_fields(section, f"{prefix}{name}.")
         if not sections:
             default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True)
             yield f"{prefix}{name}", default.removesuffix("...\n").strip()
+
+
+def _constraint_fields(sections: list[type[BaseModel]]) -> Iterator[tuple[str, str]]:
+    found: dict[str, dict[str, list[str]]] = {}  # field -> default -> types
+    for section in sections:
+        for field, default in list_fields(section):
+            found.setdefault(field, {}).setdefault(default, []).append(type_of(section))
+    for field, defaults in found.items():
+        everywhere = [len(types) == len(sections) for types in defaults.values()] == [True]
+        texts = [f"{default} ({', '.join(types)})" for default, types in defaults.items()]
+        yield f"constraints.N.{field}", next(iter(defaults)) if everywhere else "; ".join(texts)
 
 
 def _check_across(config: RunConfig) -> None:
@@ -167,12 +166,15 @@ def _check_across(config: RunConfig) -> None:
         if item.name in seen:
             raise ConfigError(f"constraints.{index}.name", f"{item.name!r} is used twice; names must differ")
         seen.add(item.name)
-        if isinstance(item, LengthConfig) and item.min is not None and item.min >= config.train.max_new_tokens:
-            raise ConfigError(
-                f"constraints.{index}.min",
-                f"must be below train.max_new_tokens ({config.train.max_new_tokens}), got {item.min:g}: "
-                "no response can be that long",
-            )
+        if isinstance(item, LengthConfig):
+            option = "min" if item.threshold is None else "threshold"
+            value = getattr(item, option)
+            if value is not None and value >= config.train.max_new_tokens:
+                raise ConfigError(
+                    f"constraints.{index}.{option}",
+                    f"must be below train.max_new_tokens ({config.train.max_new_tokens}), got {value:g}: "
+                    "no response can be that long",
+                )
 
 
 def _assign(values: dict[str, Any], field: str, value: Any) -> None:
@@ -222,7 +224,14 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
         values["data"] = data | {key: resolve(data[key]) for key in ("train", "evaluation") if key in data}
     constraints = values.get("constraints")
     for item in constraints if isinstance(constraints, list) else []:
-        if isinstance(item, dict) and isinstance(item.get("function"), str) and ":" in item["function"]:
+        if not isinstance(item, dict):
+            continue
+        item.update({key: resolve(item[key]) for key in ("model", "reference") if key in item})
+        if isinstance(item.get("data"), dict):
+            item["data"].update(
+                {key: resolve(item["data"][key]) for key in ("train", "evaluation") if key in item["data"]}
+            )
+        if isinstance(item.get("function"), str) and ":" in item["function"]:
             source, _, name = item["function"].rpartition(":")
             item["function"] = f"{resolve(source)}:{name}" if source.endswith(".py") else item["function"]
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +16,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     details = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     location = list(details["loc"])
     tagged = len(location) > 2 and location[0] == "constraints"
-    section = ".".join(str(part) for part in ([location[0], *location[2:-1]] if tagged else location[:-1]))
+    names = [location[0], *location[2:]] if tagged else location
+    own, section = (".".join(map(str, part)) for part in (names, names[:-1]))
     if tagged:
         del location[2]  # pydantic puts the constraint's type here
     while len(location) > 1 and isinstance(location[-1], str) and ("[" in location[-1] or location[-1] in {"str"}):
@@ -27,14 +29,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     if kind == "missing":
         return ConfigError(field, "is required")
     if kind == "union_tag_not_found":
-        return ConfigError(f"{field}.type", "is required: length or function")
+        return ConfigError(f"{field}.type", f"is required: {_constraint_types(root)}")
     if kind == "union_tag_invalid":
-        return ConfigError(f"{field}.type", f"must be length or function, got {_short(_get(value, 'type'))}")
+        return ConfigError(f"{field}.type", f"must be {_constraint_types(root)}, got {_short(_get(value, 'type'))}")
     if kind == "value_error":
-        named = message.removeprefix("Value error, ")
-        first = named.split(" ", 1)[0]
-        inner = first in {"min", "max", "function"}
-        return ConfigError(f"{field}.{first}", named.split(" ", 1)[1]) if inner else ConfigError(field, named)
+        return blame(field, _known_fields(root).get(own, []), message.removeprefix("Value error, "))
     if kind == "finite_number":
         return ConfigError(field, f"must be a finite number, got {value}")
     if kind == "model_type":
@@ -42,13 +41,28 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     return ConfigError(field, f"{message.replace('Input should', 'must')}, got {_short(value)}")
 
 
+def blame(section: str, fields: Iterable[str], message: str) -> ConfigError:
+    """The error of the field of `section` that `message` begins with; of the section where it begins with none."""
+    first, _, rest = message.partition(" ")
+    return ConfigError(f"{section}.{first}", rest) if first in fields else ConfigError(section, message)
+
+
+def type_of(model: type[BaseModel]) -> str:
+    """The `type` of a constraint's section, empty for other sections."""
+    return get_args(model.model_fields["type"].annotation)[0] if "type" in model.model_fields else ""
+
+
+def _constraint_types(root: type[BaseModel]) -> str:
+    *types, last = map(type_of, models_in(root.model_fields["constraints"].annotation))
+    return f"{', '.join(types)} or {last}"
+
+
 def _known_fields(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
     """Section -> its field names; a constraint's section is `constraints.<type>`."""
     sections = {prefix: list(model.model_fields)}
     for name, info in model.model_fields.items():
         for inner in models_in(info.annotation):
-            tag = inner.model_fields["type"].annotation if "type" in inner.model_fields else None
-            suffix = f".{get_args(tag)[0]}" if tag is not None else ""
+            suffix = f".{type_of(inner)}".removesuffix(".")
             sections |= _known_fields(inner, f"{prefix}.{name}".lstrip(".") + suffix)
     return sections
 

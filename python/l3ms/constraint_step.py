@@ -1,4 +1,5 @@
-"""The gradient of the constraints, from fresh responses: what `L3MTrainer` puts into `.grad` before a constraint half-step."""
+"""The gradient of the constraints, from fresh responses and from their data: what `L3MTrainer` puts into `.grad` before a constraint
+half-step. All of them are observed before the one step and share its S."""
 
 from __future__ import annotations
 
@@ -7,20 +8,42 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from l3ms.batches import further_columns, prompt_part
+from l3ms.data_constraints import sequence_nll
 from l3ms.rollouts import Rollout, rollout
 
 if TYPE_CHECKING:
     from l3ms.trainer import L3MTrainer
 
 
-def constraint_backward(trainer: L3MTrainer) -> Rollout:
-    """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches. Gradients add up."""
+def constraint_backward(trainer: L3MTrainer) -> Rollout | None:
+    """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
+    responses = _sampled(trainer) if any(constraint.samples for constraint in trainer.constraints) else None
+    _data(trainer)
+    return responses
+
+
+def _data(trainer: L3MTrainer) -> None:
+    """The next batch of each data constraint: its loss, weighted by its multiplier."""
+    optimizer = trainer.l3m_optimizer
+    model: Any = trainer.model_wrapped
+    assert optimizer is not None
+    for name, batches in trainer.constraint_data.items():
+        model.train()
+        with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager():
+            nll = sequence_nll(model, batches.take())
+        loss = optimizer.barrier_loss({name: nll})
+        trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+
+
+def _sampled(trainer: L3MTrainer) -> Rollout:
+    """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches."""
     optimizer, args = trainer.l3m_optimizer, trainer.args
     model: Any = trainer.model_wrapped
     assert optimizer is not None
+    policy = trainer.accelerator.unwrap_model(trainer.model)
     rows = trainer.prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
     responses = rollout(
-        trainer.accelerator.unwrap_model(trainer.model),
+        policy,
         trainer.processing_class,
         [row["prompt"] for row in rows],
         prompt_ids=[prompt_part(row) for row in rows],
@@ -29,7 +52,7 @@ def constraint_backward(trainer: L3MTrainer) -> Rollout:
         columns=further_columns(rows),
     )
     with optimizer.estimates.errors_on_all_ranks():
-        rewards = responses.rewards(trainer.constraints)
+        rewards = responses.rewards(trainer.constraints, policy)
     weights = optimizer.observe(rewards, responses.lengths)
     size = args.per_device_train_batch_size
     # Of all parts before the first: between them the host would wait for the device.

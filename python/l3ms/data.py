@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from l3ms.config import DataConfig
 
 IGNORE_INDEX = -100
-RESERVED = {"input_ids", "labels", "attention_mask", "prompt", "prompts", "completion", "completions", "completion_ids"}
+RESERVED = {"input_ids", "labels", "attention_mask", "prompt", "prompts", "completion", "completions"}
+RESERVED |= {"completion_ids", "ended"}  # columns that every rollout has of its own
 
 
 class Example(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from l3ms.batches import Collator, further_columns, prompt_part
 from l3ms.constraints import Constraint
+from l3ms.data_constraints import DataNLL
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift
 from l3ms.rollouts import rollout
@@ -27,7 +28,9 @@ class Evaluation(NamedTuple):
     lengths: list[int]  # response tokens, the closing EOS included
     completions: list[Any]
     ended: list[bool]  # closed by EOS; a truncated response is not
-    rewards: dict[str, list[float | None]]  # by constraint, one value per response
+    rewards: dict[
+        str, list[float | None]
+    ]  # by constraint, one value per response; of a DataNLL per held-out row of its own
 
 
 def length_statistics(lengths: Sequence[int] | Tensor, ended: Sequence[bool] | Tensor) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def evaluate(
         rows: {"input_ids", "labels", "prompt"} as the trainer takes them.
         seed: of the samples; the global random state is left as it was.
         batch_size: responses sampled at a time.
-        constraints: whose rewards the responses get, NaN and inf let through; those without a function are left out.
+        constraints: whose rewards the responses get, NaN and inf let through; those without a function are left out. A `DataNLL` is
+            measured on its held-out data, nats per token.
     """
     lengths: list[int] = []
     ended: list[bool] = []
@@ -122,10 +126,14 @@ def evaluate(
             lengths += responses.lengths.tolist()
             ended += responses.ended.tolist()
             completions += responses.completions
-            for name, values in responses.rewards(constraints).items():
+            for name, values in responses.rewards(constraints, model).items():
                 rewards.setdefault(name, []).extend(values)
             if progress is not None:
                 progress(len(lengths), len(rows))
+        for constraint in constraints:
+            if isinstance(constraint, DataNLL):
+                fuse_head(model)
+                rewards[constraint.name] = list(constraint.evaluate(model))
     summary = length_statistics(lengths, ended)
     summary["perplexity"] = task_perplexity(model, rows, pad_token_id=tokenizer.pad_token_id or 0)
     return Evaluation(summary, lengths, completions, ended, rewards)

@@ -1,4 +1,5 @@
-"""What transformers' checkpoints do not hold of a run: where the rollouts are among the prompts, and the average of the weights.
+"""What transformers' checkpoints do not hold of a run: where it is among the prompts and the data of its constraints, and the average of
+the weights.
 
 They are put next to the rest, in `l3m.json` and `l3m_average.safetensors`: a run that is resumed in the middle is the run that was not
 interrupted, bit for bit on a CPU.
@@ -6,9 +7,9 @@ interrupted, bit for bit on a CPU.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,16 +58,62 @@ class PromptOrder:
         self.go_to(state["taken"] if same else 0)
 
 
-def save_progress(folder: Path, prompts: PromptOrder, average: AveragedModel | None) -> None:
+class BatchOrder:
+    """The batches of an iterable in its own order, again and again."""
+
+    def __init__(self, loader: Iterable[Any]):
+        self.loader = loader
+        self._left: Iterator[Any] = iter(())
+        self.taken = 0
+
+    def take(self) -> Any:
+        batch = next(self._left, None)
+        if batch is None:
+            self._left = iter(self.loader)
+            batch = next(self._left, None)
+        if batch is None:
+            raise ValueError(f"the data of a constraint has no batch: {type(self.loader).__name__} is empty")
+        self.taken += 1
+        return batch
+
+    def state(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """By going through it to where it was: the same batches, where its order is the same each time that a run starts."""
+        self._left, self.taken = iter(()), 0
+        for _ in range(state["taken"]):
+            self.take()
+
+
+class Order(Protocol):
+    """A place in data: `PromptOrder`, `BatchOrder`."""
+
+    def state(self) -> dict[str, int]: ...
+
+    def restore(self, state: dict[str, int]) -> None: ...
+
+
+def save_progress(
+    folder: Path, prompts: PromptOrder, average: AveragedModel | None, data: Mapping[str, Order] | None = None
+) -> None:
+    """`data`: by constraint, where the run is in its data."""
     averaged = 0 if average is None else int(average.n_averaged)
     if average is not None:
         save_file(
             {name: p.detach().contiguous() for name, p in _trained(average.module)}, folder / "l3m_average.safetensors"
         )
-    (folder / "l3m.json").write_text(json.dumps({"prompts": prompts.state(), "averaged": averaged}), encoding="utf-8")
+    state = {
+        "prompts": prompts.state(),
+        "averaged": averaged,
+        "data": {name: order.state() for name, order in (data or {}).items()},
+    }
+    (folder / "l3m.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def load_progress(folder: Path, prompts: PromptOrder, model: nn.Module) -> AveragedModel | None:
+def load_progress(
+    folder: Path, prompts: PromptOrder, model: nn.Module, data: Mapping[str, Order] | None = None
+) -> AveragedModel | None:
     """-> the average as it was, of `model` as it is now; None where there was none yet."""
     if not (folder / "l3m.json").is_file():
         logger.warning("%s has no l3m.json: the prompts and the average of the weights begin anew", folder)
@@ -74,6 +121,11 @@ def load_progress(folder: Path, prompts: PromptOrder, model: nn.Module) -> Avera
         return None
     state = json.loads((folder / "l3m.json").read_text(encoding="utf-8"))
     prompts.restore(state["prompts"])
+    for name, order in (data or {}).items():
+        if name in state.get("data", {}):
+            order.restore(state["data"][name])
+        else:
+            logger.warning("the checkpoint does not know the data of constraint %r: beginning it anew", name)
     if not state["averaged"]:
         return None
     average = AveragedModel(model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from l3ms.async_rewards import begin, cancel, wait
 from l3ms.constraints import Constraint
 
 Prompt = str | list[dict[str, str]]
@@ -30,6 +31,7 @@ class Rollout:
     ended: Tensor  # (N,) bool, closed by EOS; a truncated response is not
     columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
     host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
+    temperature: float = 1.0  # of the sampling
 
     def __post_init__(self) -> None:
         if not self.host_lengths:
@@ -50,17 +52,33 @@ class Rollout:
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
-    def rewards(self, constraints: Sequence[Constraint]) -> dict[str, list[float | None]]:
+    def rewards(self, constraints: Sequence[Constraint], model: Any = None) -> dict[str, list[float | None]]:
         """One value per response and constraint, by name; constraints without a function are left out (give those to `observe`).
 
-        NaN and inf are let through, to `observe`: there it is decided about them, and an error is one of all ranks.
+        Asynchronous reward functions run at the same time as each other and as the others. NaN and inf are let through, to `observe`:
+        there it is decided about them, and an error is one of all ranks.
+
+        Args:
+            model: the policy that was sampled, for constraints that need it (`KL`).
 
         Raises:
             ValueError: a reward of the wrong length, or no number: names the function and row.
         """
         own = [constraint for constraint in constraints if constraint.samples]
-        columns = {**self.columns, "completion_ids": self.completion_ids()}
-        return {c.name: c.values(self.prompts, self.completions, self.host_lengths, **columns) for c in own}
+        answers: list[Any] = []
+        try:
+            for constraint in own:
+                answers.append(begin(constraint.ask(self, model)))
+            return {
+                constraint.name: constraint.indicator(constraint.checked(wait(answer), len(self)))
+                for constraint, answer in zip(own, answers, strict=True)
+            }
+        finally:
+            cancel(answers)
+
+    def reward_columns(self) -> dict[str, list[Any]]:
+        """What reward functions get beside prompts and completions: the data's columns, `completion_ids` and `ended` (bool)."""
+        return {**self.columns, "completion_ids": self.completion_ids(), "ended": self.ended.tolist()}
 
     def completion_ids(self) -> list[list[int]]:
         """The response tokens of each sequence."""
@@ -161,6 +179,7 @@ def rollout(
         ended=torch.tensor([response[-1] in set(end) for response in responses], device=device),
         columns=columns or {},
         host_lengths=lengths,
+        temperature=temperature,
     )
 
 

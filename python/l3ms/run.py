@@ -18,6 +18,7 @@ import transformers
 from rich.console import Console
 
 from l3ms.config import RunConfig
+from l3ms.config_constraints import DataNLLConfig
 from l3ms.constraints import Constraint
 from l3ms.data import Encoded, load_examples
 from l3ms.evaluation import evaluate
@@ -41,12 +42,13 @@ def execute(
     check_output(folder, overwrite=overwrite, inputs=_local_inputs(config))
     _check_code(config, allow_code)
     train_examples, held_out = load_examples(config.data, seed=config.seed)
-    constraints = build_constraints(config, console)
     transformers.set_seed(config.seed)
     tokenizer, model = load_model(config, console)
+    constraints = build_constraints(config, console, tokenizer, model)
     train, evaluation = encode_sides(config, tokenizer, model, train_examples, held_out, console)
     try_rewards(config, constraints, tokenizer, train.rows[:4])
     arguments = training_arguments(config)
+    transformers.set_seed(config.seed)  # whatever the constraints have drawn while they were loaded
 
     prepare_output(folder)
     write_config(folder, config.model_dump())
@@ -97,6 +99,12 @@ def _title(config: RunConfig) -> str:
 
 def _local_inputs(config: RunConfig) -> dict[str, str]:
     paths = {"model": config.model, "data.train": config.data.train, "data.evaluation": config.data.evaluation}
+    for index, item in enumerate(config.constraints):
+        for name in ("model", "reference"):
+            paths[f"constraints.{index}.{name}"] = getattr(item, name, None)
+        if isinstance(item, DataNLLConfig):
+            paths[f"constraints.{index}.data.train"] = item.data.train
+            paths[f"constraints.{index}.data.evaluation"] = item.data.evaluation
     return {field: path for field, path in paths.items() if path is not None and Path(path).is_absolute()}
 
 

@@ -9,11 +9,15 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from l3ms import rewards
 from l3ms.config import RunConfig
-from l3ms.config_constraints import FunctionConfig
+from l3ms.config_constraints import DataNLLConfig, FunctionConfig, KLConfig, ReadyRewardConfig, RewardModelConfig
+from l3ms.config_errors import blame
 from l3ms.constraints import Constraint, Length
-from l3ms.data import IGNORE_INDEX, Encoded, Example, encode
+from l3ms.data import IGNORE_INDEX, Encoded, Example, encode, load_examples
+from l3ms.data_constraints import KL, DataNLL
 from l3ms.heads import fuse_head
+from l3ms.reward_model import RewardModel
 from l3ms.trainer import L3MConfig
 from l3ms.user_rewards import load_reward, try_reward
 from l3ms.yaml_reader import ConfigError
@@ -26,24 +30,74 @@ PLAIN: dict[str, Any] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_constraints(config: RunConfig, console: Console) -> list[Constraint]:
-    """The constraints; each reward function is imported, and said to be."""
+def build_constraints(config: RunConfig, console: Console, tokenizer: Any, model: Any) -> list[Constraint]:
+    """The constraints, with all that they load: code (said to be run), reward models, data, the reference of a divergence.
+
+    `tokenizer` and `model` are the policy's. Raises `ConfigError` naming the field.
+    """
     built: list[Constraint] = []
     for index, item in enumerate(config.constraints):
-        options = {"min": item.min, "max": item.max, "scale": item.scale, "margin": item.margin}
         field = f"constraints.{index}"
         try:
-            if isinstance(item, FunctionConfig):
-                function, source = load_reward(f"{field}.function", item.function)
-                console.print(f"Running code for constraint {item.name}: {source}", **PLAIN)
-                built.append(Constraint(item.name, function, **options))
-            else:
-                built.append(Length(name=item.name, **options))
+            built.append(_build(config, field, item, console, tokenizer, model))
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(field, str(error)) from error
+            message = str(error).removeprefix(f"constraint {item.name!r}: ")
+            raise blame(field, type(item).model_fields, message) from error
     return built
+
+
+def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer: Any, model: Any) -> Constraint:
+    options: dict[str, Any] = {
+        name: getattr(item, name, None) for name in ("min", "max", "scale", "margin", "threshold")
+    }
+    if isinstance(item, FunctionConfig):
+        function, source = load_reward(f"{field}.function", item.function)
+        console.print(f"Running code for constraint {item.name}: {source}", **PLAIN)
+        return Constraint(item.name, function, **options)
+    if isinstance(item, ReadyRewardConfig):
+        return Constraint(item.name, rewards.make(item.reward, item.options), **options)
+    if isinstance(item, RewardModelConfig):
+        constraint = RewardModel(
+            item.name, item.model, head=item.head, squash=item.squash, batch_size=item.batch_size,
+            max_length=item.max_length, chat_template=item.chat_template,
+            device="cpu" if config.train.device == "cpu" else None, **options,
+        )  # fmt: skip
+        constraint.load()
+        return constraint
+    if isinstance(item, DataNLLConfig):
+        del options["threshold"]
+        train, held_out = _constraint_rows(config, field, item, tokenizer, model, console)
+        pad = tokenizer.pad_token_id or 0
+        return DataNLL(item.name, train, held_out=held_out, batch_size=item.batch_size, pad_token_id=pad, **options)
+    if isinstance(item, KLConfig):
+        reference = item.reference or config.model
+        constraint = KL(
+            name=item.name, reference=reference, per_token=item.per_token, batch_size=item.batch_size, **options
+        )
+        constraint.prepare(model)
+        return constraint
+    return Length(name=item.name, **options)
+
+
+def _constraint_rows(
+    config: RunConfig, field: str, item: DataNLLConfig, tokenizer: Any, model: Any, console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Token rows of both sides of a data constraint: those of the half-steps, and those that are held out."""
+    try:
+        sides = load_examples(item.data, seed=config.seed)
+        limit = min(item.data.max_length, _context(model))
+        options = {"max_length": limit, "chat_template": item.data.chat_template}
+        encoded = [encode(examples, tokenizer, **options) for examples in sides]
+    except ConfigError as error:  # names data.train, data.evaluation
+        raise ConfigError(f"{field}.{error.field}", error.message) from error
+    for name, side in zip(("data.train", "data.evaluation"), encoded, strict=True):
+        for note in side.notes(f"{field}.{name}"):
+            console.print(note, **PLAIN)
+        if not side.rows:
+            raise ConfigError(f"{field}.{name}", f"no prompt fits in {limit - 1} tokens")
+    return encoded[0].rows, encoded[1].rows
 
 
 def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any, rows: list[dict[str, Any]]) -> None:
@@ -57,9 +111,11 @@ def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any
     ]
     columns = {name: [row[name] for row in rows] for name in set(rows[0]) - {"input_ids", "labels", "prompt"}}
     columns["completion_ids"] = answers
+    columns["ended"] = [tokens[-1] == tokenizer.eos_token_id for tokens in answers]
+    blamed = {FunctionConfig: "function", RewardModelConfig: "model", ReadyRewardConfig: "reward"}
     for index, (item, constraint) in enumerate(zip(config.constraints, constraints, strict=True)):
-        if isinstance(item, FunctionConfig):
-            field, nonfinite = f"constraints.{index}.function", config.train.nonfinite
+        if type(item) in blamed:
+            field, nonfinite = f"constraints.{index}.{blamed[type(item)]}", config.train.nonfinite
             try_reward(field, constraint, prompts, completions, columns, nonfinite=nonfinite)
 
 
@@ -102,11 +158,16 @@ def load_model(config: RunConfig, console: Console) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+def _context(model: Any) -> int:
+    """The tokens that a model takes."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def encode_sides(
     config: RunConfig, tokenizer: Any, model: Any, train: list[Example], held_out: list[Example], console: Console
 ) -> tuple[Encoded, Encoded]:
     """Token rows of both sides; what was cut or dropped is said. Prompts leave room for `max_new_tokens` responses."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = _context(model)
     room = context - config.train.max_new_tokens
     if room < 1:
         wanted = f"must be below the model's context of {context} tokens, got {config.train.max_new_tokens}"

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from l3ms.batches import Collator
 from l3ms.constraint_step import constraint_backward
 from l3ms.constraints import Constraint, check_constraints
+from l3ms.data_constraints import DataNLL
 from l3ms.heads import fuse_head
 from l3ms.losses import scored_lengths, shift, task_weights
 from l3ms.optimizer import L3MOptimizer
@@ -89,12 +90,14 @@ class L3MTrainer(Trainer):
     """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
 
     Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
-        constraints: what the model's responses to the rows' prompts must satisfy; every one needs a function, or is a `Length`.
+        constraints: what the model's responses to the rows' prompts must satisfy, or its loss on other data (`DataNLL`). Of a
+            `Constraint` the function is needed.
         prompts: rows whose prompts are answered in the constraint half-steps; by default the training rows.
 
     Attributes:
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
-        last_rollout: the responses of the last constraint half-step.
+        last_rollout: the responses of the last constraint half-step; None where no constraint needs any.
+        constraint_data: of each data constraint the batches, in the order in which they are taken.
         prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
@@ -115,7 +118,7 @@ class L3MTrainer(Trainer):
             if not self.constraints:
                 raise ValueError('constraints: none given; use solver="none" to fine-tune without')
             for constraint in self.constraints:
-                if not constraint.samples:
+                if not constraint.samples and not constraint.data:
                     raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")
         fuse_head(model)
         tokenizer = kwargs.get("processing_class")
@@ -127,12 +130,11 @@ class L3MTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
-        self.prompts = PromptOrder(
-            self.train_dataset if prompts is None else prompts,
-            seed=self.args.seed,
-            rank=self.args.process_index,
-            world=self.args.world_size,
-        )
+        order = {"seed": self.args.seed, "rank": self.args.process_index, "world": self.args.world_size}
+        self.prompts = PromptOrder(self.train_dataset if prompts is None else prompts, **order)
+        for constraint in self.constraints:
+            constraint.prepare(self.accelerator.unwrap_model(self.model))
+        self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
         self._average: AveragedModel | None = None
         self.add_callback(_HalfStep(self))
 
@@ -185,7 +187,7 @@ class L3MTrainer(Trainer):
     # ---- the constraint half-step ----
 
     def constraint_half_step(self) -> None:
-        """Sample responses, weigh them by their rewards, backpropagate in micro-batches, step."""
+        """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
         assert self.optimizer is not None
         self.optimizer.zero_grad()
         self.last_rollout = constraint_backward(self)
@@ -230,12 +232,13 @@ class L3MTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_progress(Path(output_dir), self.prompts, self._average)
+            save_progress(Path(output_dir), self.prompts, self._average, self.constraint_data)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._average = load_progress(Path(checkpoint), self.prompts, self.accelerator.unwrap_model(self.model))
+            model = self.accelerator.unwrap_model(self.model)
+            self._average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
