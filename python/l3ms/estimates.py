@@ -198,11 +198,9 @@ class Estimates:
         mean = self._sums[:-1, 1] / self._sums[:-1, 0]
         return self.pending.violation + sign * (mean - self.pending.estimate)[index] / scale
 
-    def pressure(self, weights: BarrierWeights) -> Tensor:
-        """() in [-1, 1]: how far the worst bound is violated, margin included, in units of 2 standard errors of its estimate."""
-        noise = (weights.stderr[self.bounds.reward_index] / self.bounds.table[:, 2]).nan_to_num(0.0, posinf=0.0)
-        worst = weights.violation.nan_to_num(-math.inf) / (2 * noise).clamp(min=torch.finfo(torch.float64).tiny)
-        return worst.clamp(-1.0, 1.0).max()
+    def noise(self, weights: BarrierWeights) -> Tensor:
+        """(K,) standard errors of the dimensionless constraints."""
+        return weights.stderr[self.bounds.reward_index] / self.bounds.table[:, 2]
 
     def _ratio(self, weights: BarrierWeights) -> Tensor:
         """Turns lambda / S of this part into lambda / S of the half-step."""

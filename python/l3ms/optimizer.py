@@ -7,7 +7,6 @@ max_norm / norm would multiply the step by 0 exactly when it matters. So losses 
 (estimates, mu, counters) stays there.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,11 +20,10 @@ from l3ms.conflicts import ConflictWatch
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.estimates import Estimates, Values
 from l3ms.losses import scored_lengths, shift
+from l3ms.restraint import Restraint
 from l3ms.schedules import MuSchedule, as_schedule, check_resolution
 from l3ms.solvers import Solver, as_solver
 from l3ms.step_reports import Progress, StepNumbers, StepReports
-
-LEAST_TASK_SHARE = 0.1
 
 # Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
 _KEPT = (
@@ -55,9 +53,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         solver: "barrier", or what it is compared with, see `l3ms.solvers`: "dual_ascent", "augmented_lagrangian", "penalty", or an object
             such as `DualAscent(rate=0.1)`. mu is the barrier's alone.
         clipping: of the two half-steps. "separate": each on its own, as in the paper; a multiplier beyond max_grad_norm / ||grad C|| then
-            has no further effect, and a bound that needs a larger one is missed. "adaptive": the task's step moreover shrinks, slowly and
-            to a tenth at most, while a bound is violated by more than noise, and grows back inside: `task_share`. It is the default of
-            the trainer and of the command line.
+            has no further effect, and a bound that needs a larger one is missed. "adaptive": the task's step moreover shrinks while a
+            bound stays violated, see `l3ms.restraint`; the default of the trainer and of the command line.
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
             as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
@@ -129,7 +126,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         self._units = torch.tensor(
             [constraint.unit for constraint in self.constraints], dtype=torch.float64, device=device
         )
-        self._progress = Progress.at(torch.tensor(self.schedule.start, dtype=torch.float64, device=device))
+        mu = torch.tensor(self.schedule.start, dtype=torch.float64, device=device)
+        self._progress = Progress(mu, Restraint.none(len(self.estimates.owner), device))
         self._one = torch.ones_like(self.mu)  # S where nothing is constrained
         self._norms: dict[str, Tensor] = {}
         names = [constraint.name for constraint in self.constraints]
@@ -143,7 +141,7 @@ class L3MOptimizer(torch.optim.Optimizer):
     @property
     def task_share(self) -> Tensor:
         """() float64 in [0.1, 1], what multiplies the gradient of the task half-steps: see `clipping`."""
-        return torch.exp(-self._progress.restraint)
+        return self._progress.restraint.share
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
@@ -279,9 +277,9 @@ class L3MOptimizer(torch.optim.Optimizer):
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
         if self.clipping == "adaptive":
-            restraint = self._progress.restraint + 0.5 * self.smoothing * self.estimates.pressure(pending)
-            restraint = restraint.clamp(0.0, -math.log(LEAST_TASK_SHARE))
-            self._progress.restraint = torch.where(applied, restraint, self._progress.restraint)
+            old = self._progress.restraint
+            advanced = old.advance(pending.violation, self.estimates.noise(pending))
+            self._progress.restraint = old.where(applied, advanced)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
 
     # ---- reading and keeping: all of this waits for the device ----
@@ -336,7 +334,7 @@ class L3MOptimizer(torch.optim.Optimizer):
                 "constraint_steps": self.constraint_steps,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": int(self._progress.in_a_row),
-                "restraint": self._progress.restraint.clone(),
+                "restraint": [tensor.clone() for tensor in self._progress.restraint],
                 **self._reports.state_dict(),
             },
         }
@@ -353,7 +351,8 @@ class L3MOptimizer(torch.optim.Optimizer):
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "l3m"})
         self._share()
-        mu, restraint = (ours[name].to(self.mu).clone() for name in ("mu", "restraint"))
-        self._progress = Progress.at(mu, ours["skipped_steps"], ours["skipped_in_a_row"], restraint)
+        mu = ours["mu"].to(self.mu).clone()
+        restraint = Restraint(*(tensor.to(mu).clone() for tensor in ours["restraint"]))
+        self._progress = Progress(mu, restraint, ours["skipped_steps"], ours["skipped_in_a_row"])
         self.estimates.load(ours)
         self._reports.load_state_dict(ours)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import l3ms
+from l3ms.restraint import Restraint
 
 
 def optimizer(parameters, *, clipping, constraint=None, **options):
@@ -35,34 +36,64 @@ def parameter(size=3):
     return torch.nn.Parameter(torch.zeros(size, dtype=torch.float64))
 
 
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def follow(violations, noise=0.1):
+    """The share after each of a bound's violations."""
+    state, shares = Restraint.none(1, torch.device("cpu")), []
+    for violation in violations:
+        state = state.advance(f64(violation), f64(noise))
+        shares.append(state.share.item())
+    return shares
+
+
+def test_a_violation_that_stays_restrains_the_task_to_a_tenth():
+    shares = follow([1.0] * 60)
+    assert shares[:3] == pytest.approx([math.exp(-0.05 * n) for n in (1, 2, 3)])
+    assert shares[-1] == pytest.approx(0.1)
+
+
+def test_within_noise_it_restrains_by_as_much_less():
+    assert follow([0.1])[0] == pytest.approx(math.exp(-0.05 * 0.5))  # half of 2 standard errors
+
+
+def test_inside_the_bound_the_task_gets_its_share_back():
+    shares = follow([1.0] * 20 + [-1.0] * 20)
+    assert shares[19] < 0.4
+    assert shares[-1] == pytest.approx(1.0)
+
+
+def test_a_violation_that_shrinks_by_itself_is_left_alone():
+    assert min(follow([5.0 - 0.1 * n for n in range(50)])) > 0.9
+
+
+def test_an_estimate_that_swings_about_its_bound_is_left_alone():
+    assert min(follow([math.sin(n / 3) for n in range(300)])) > 0.6
+
+
+def test_the_most_restrained_bound_counts_and_an_unseen_one_does_not():
+    state = Restraint.none(3, torch.device("cpu"))
+    for _ in range(10):
+        state = state.advance(f64(1.0, -1.0, math.nan), f64(0.1, 0.1, math.inf))
+    assert state.share.item() == pytest.approx(math.exp(-0.5))
+    assert state.level.tolist() == pytest.approx([0.5, 0.0, 0.0])
+    assert Restraint.none(0, torch.device("cpu")).share == 1.0
+
+
 @pytest.mark.parametrize("clipping", ["separate", "adaptive"])
-def test_the_task_steps_less_while_a_bound_is_violated_and_more_again_inside(clipping):
+def test_the_share_multiplies_the_tasks_gradient_before_its_clipping(clipping):
     x = parameter()
-    opt = optimizer([x], clipping=clipping, smoothing=0.2)
-    task = torch.tensor([0.3, 0.4, 0.0], dtype=torch.float64)
-    assert torch.equal(task_step(opt, x, task), 0.02 * task)  # nothing has been observed yet
-    restraint = 0.0
-    for rewards in [[2.0, 4.0]] * 3 + [[-3.0, -5.0]] * 20 + [[2.0, 4.0]] * 60:
-        constraint_step(opt, x, rewards)
-        values = opt.metrics()
-        distance = (values["constraints/x/estimate"] - 1.0) / (2 * values["constraints/x/stderr"])
-        restraint = min(max(restraint + 0.1 * min(max(distance, -1.0), 1.0), 0.0), math.log(10.0))
-        share = math.exp(-restraint) if clipping == "adaptive" else 1.0
-        assert values.get("l3m/task_share", 1.0) == pytest.approx(share, rel=1e-12)
-        torch.testing.assert_close(task_step(opt, x, task), 0.02 * share * task)
-    assert share == pytest.approx(0.1 if clipping == "adaptive" else 1.0)
-    large = 100 * task  # its own clipping comes on top, where it is the tighter one
-    torch.testing.assert_close(task_step(opt, x, large), 0.02 * min(share, 1 / 50.0) * large)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "estimate", "sign"),
-    [({"min": 0.0, "max": 4.0}, 2.0, -1), ({"min": 0.0, "max": 4.0}, 5.0, 1), ({"min": 0.0, "max": 4.0}, -1.0, 1), ({"min": 3.0}, 2.0, 1)],
-)  # fmt: skip
-def test_the_pressure_is_that_of_the_worst_bound(bounds, estimate, sign):
-    opt = optimizer([parameter()], clipping="adaptive", constraint=l3ms.Constraint("x", **bounds))
-    opt.observe({"x": [estimate - 0.01, estimate + 0.01]})
-    assert float(opt.estimates.pressure(opt.estimates.pending)) == sign
+    opt = optimizer([x], clipping=clipping)
+    task = f64(0.3, 0.4, 0.0)
+    assert torch.equal(task_step(opt, x, task), 0.02 * task)
+    for _ in range(20):
+        constraint_step(opt, x, [2.9, 3.1])
+    share = math.exp(-0.05 * 20) if clipping == "adaptive" else 1.0
+    assert opt.metrics().get("l3m/task_share", 1.0) == pytest.approx(share)
+    torch.testing.assert_close(task_step(opt, x, task), 0.02 * share * task)
+    torch.testing.assert_close(task_step(opt, x, 100 * task), 0.02 * min(share, 1 / 50.0) * 100 * task)
 
 
 def rest(clipping):
