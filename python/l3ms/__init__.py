@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from l3ms import rewards
+    from l3ms.certificates import Verdict, declare, judge
+    from l3ms.certifying import CertifyOptions, certify
     from l3ms.constraints import Constraint, Length
     from l3ms.data_constraints import KL, DataNLL, sequence_nll
     from l3ms.heads import fuse_head
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from l3ms.trainer import L3MConfig, L3MTrainer
 
 _MODULES = {
+    "Verdict": "certificates",
+    "declare": "certificates",
+    "judge": "certificates",
+    "CertifyOptions": "certifying",
+    "certify": "certifying",
     "Constraint": "constraints",
     "Length": "constraints",
     "DataNLL": "data_constraints",
@@ -44,6 +51,7 @@ _MODULES = {
 __all__ = [
     "KL",
     "AugmentedLagrangian",
+    "CertifyOptions",
     "Constraint",
     "ConstraintLoss",
     "DataNLL",
@@ -57,7 +65,11 @@ __all__ = [
     "Penalty",
     "RewardModel",
     "Rollout",
+    "Verdict",
+    "certify",
+    "declare",
     "fuse_head",
+    "judge",
     "rewards",
     "rollout",
     "sequence_nll",

@@ -17,6 +17,7 @@ import typer
 
 from l3ms.benchmark.command import HELP as BENCH_HELP
 from l3ms.benchmark.command import bench
+from l3ms.verdict_commands import CERTIFY_HELP, CHECK_HELP, certify, check
 
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 5, 130
 
@@ -146,6 +147,8 @@ def plot(
     typer.echo(plot_run(run))
 
 
+app.command(help=CHECK_HELP)(check)
+app.command(help=CERTIFY_HELP)(certify)
 app.command(help=BENCH_HELP)(bench)
 
 

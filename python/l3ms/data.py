@@ -64,6 +64,18 @@ def load_examples(config: DataConfig, *, seed: int) -> tuple[list[Example], list
     return hold_out(train, config.evaluation_share, seed=seed)
 
 
+def load_prompts(config: DataConfig, name: str, path: Path) -> list[Example]:
+    """Rows of a JSONL file of which only the prompt is wanted: without a completion it is empty. `name` is blamed in a `ConfigError`."""
+    examples = []
+    for where, row in _jsonl_rows(name, path):
+        if isinstance(row, dict) and config.messages not in row:
+            row = {config.completion: "", **row}
+        examples.append(_example(config, name, where, row))
+    if not examples:
+        raise ConfigError(name, f"{path} holds no rows")
+    return examples
+
+
 def hold_out(examples: list[Example], share: float, *, seed: int) -> tuple[list[Example], list[Example]]:
     """Split by prompt: (training, held-out) with about `share` of the different prompts, at least one, held out."""
     keys = [json.dumps(example.prompt, sort_keys=True) for example in examples]

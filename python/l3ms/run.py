@@ -40,7 +40,7 @@ def execute(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_output(folder, overwrite=overwrite, inputs=_local_inputs(config))
-    _check_code(config, allow_code)
+    check_code(config, allow_code)
     train_examples, held_out = load_examples(config.data, seed=config.seed)
     transformers.set_seed(config.seed)
     tokenizer, model = load_model(config, console)
@@ -108,7 +108,8 @@ def _local_inputs(config: RunConfig) -> dict[str, str]:
     return {field: path for field, path in paths.items() if path is not None and Path(path).is_absolute()}
 
 
-def _check_code(config: RunConfig, allow_code: bool) -> None:
+def check_code(config: RunConfig, allow_code: bool) -> None:
+    """Refuse a configuration that runs somebody's code, unless that was allowed."""
     if not allow_code:
         for field, what in config.runs_code.items():
             raise ConfigError(field, f"would import and run {what}; add --allow-code if you trust it")

@@ -1,6 +1,6 @@
 """The folder of a run: refused when it holds something, written piece by piece, each piece whole or not there.
 
-config.yaml  metrics.jsonl  tensorboard/  model/  average/  report.json  report.png
+config.yaml  metrics.jsonl  tensorboard/  model/  average/  report.json  report.png  certificate.json
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from l3ms.yaml_reader import ConfigError
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "sft", "model", "average", "report.json", "report.png",
+    "certificate.json",
 )  # fmt: skip
 
 

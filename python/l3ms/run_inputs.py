@@ -167,11 +167,7 @@ def encode_sides(
     config: RunConfig, tokenizer: Any, model: Any, train: list[Example], held_out: list[Example], console: Console
 ) -> tuple[Encoded, Encoded]:
     """Token rows of both sides; what was cut or dropped is said. Prompts leave room for `max_new_tokens` responses."""
-    context = _context(model)
-    room = context - config.train.max_new_tokens
-    if room < 1:
-        wanted = f"must be below the model's context of {context} tokens, got {config.train.max_new_tokens}"
-        raise ConfigError("train.max_new_tokens", wanted)
+    context, room = context_room(config, model)
     sides = []
     for name, examples in (("data.train", train), ("held-out data", held_out)):
         encoded = encode(
@@ -192,6 +188,16 @@ def encode_sides(
         )
     console.print(f"{len(sides[0].rows)} rows to train on, {len(sides[1].rows)} held out", highlight=False)
     return sides[0], sides[1]
+
+
+def context_room(config: RunConfig, model: Any) -> tuple[int, int]:
+    """(the model's context, what a response of `max_new_tokens` leaves of it for the prompt), in tokens."""
+    context = _context(model)
+    room = context - config.train.max_new_tokens
+    if room < 1:
+        wanted = f"must be below the model's context of {context} tokens, got {config.train.max_new_tokens}"
+        raise ConfigError("train.max_new_tokens", wanted)
+    return context, room
 
 
 def training_arguments(config: RunConfig) -> L3MConfig:
