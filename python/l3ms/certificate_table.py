@@ -87,8 +87,10 @@ def remarks(verdict: Verdict) -> list[str]:
         if bound.more is not None:
             unit = "samples" if verdict.groups == verdict.samples else "different prompts"
             lines.append(f"{bound.side} {bound.limit:g} is open: need about {bound.more} more {unit}")
-        elif verdict.groups:
-            lines.append(f"{bound.side} {bound.limit:g} is open, and more samples would not settle it: the mean is at the bound")
+        elif math.isfinite(verdict.lower + verdict.upper):
+            lines.append(
+                f"{bound.side} {bound.limit:g} is open, and more samples would not settle it: the mean is at the bound"
+            )
     return lines + verdict.notes
 
 
@@ -98,7 +100,9 @@ def price_table(prices: Prices) -> Table:
     for heading in ("bound", "nats per unit", "standard error", "multiplier"):
         table.add_column(heading, justify="left" if heading == "bound" else "right")
     for price in prices.bounds:
-        cells = ("-", "-", "-") if price.inactive else (number(price.rate), number(price.stderr), number(price.multiplier))
+        cells = (
+            ("-", "-", "-") if price.inactive else (number(price.rate), number(price.stderr), number(price.multiplier))
+        )
         table.add_row(escape(f"{price.name} {'>=' if price.side == 'min' else '<='} {price.limit:g}"), *cells)
     return table
 

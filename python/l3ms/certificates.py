@@ -8,8 +8,9 @@ How the confidence bound is made is declared before there are samples (`declare`
 
 * `exact`: values that can only be 0 or 1. Clopper and Pearson, Biometrika 26 (1934): quantiles of the beta distribution. Holds for every n.
 * `bernstein`: values of a known range. Empirical Bernstein, Maurer and Pontil, COLT 2009, theorem 4 (arXiv 0907.3740):
-  `mean +- (sqrt(2 V ln(2 / delta) / n) + 7 (high - low) ln(2 / delta) / (3 (n - 1)))`, V the sample variance. Holds for every n.
-* `t`: Student's, `mean +- t_{n - 1, 1 - delta} sqrt(V / n)`. Holds as n grows; for a few dozen values that are far from normal it does not.
+  `mean +- (sqrt(2 V ln(2 / delta) / n) + 7 (high - low) ln(2 / delta) / (3 (n - 1)))`, V the sample variance. For every n.
+* `t`: Student's, `mean +- t_{n - 1, 1 - delta} sqrt(V / n)`. Holds as n grows. Of lengths drawn from a geometric distribution (mean 19, cut at 60)
+  the upper bound at 5% misses 6.3% of the time with n = 100, 5.5% with 400, 5.2% with 1600 (20,000 repetitions).
 
 Samples that share a prompt are not independent: give `groups`, and the groups are what is counted.
 """
@@ -49,7 +50,9 @@ class BoundVerdict:
     side: Literal["min", "max"]
     limit: float  # native units
     verdict: Word
-    more: int | None  # about so many more independent samples would settle it, at this mean and variance; None: settled, or no number would
+    more: (
+        int | None
+    )  # about so many more independent samples would settle it, at this mean and variance; None: settled, or no number would
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,18 @@ class Verdict:
     notes: list[str]
 
 
-def known_range(constraint: Constraint, max_new_tokens: int, declared: Range | None = None) -> tuple[Range | None, bool]:
+def known_range(
+    constraint: Constraint, max_new_tokens: int, declared: Range | None = None
+) -> tuple[Range | None, bool]:
     """(range of a single value, whether it can only be 0 or 1), known without a sample.
 
     A chance constraint is an indicator; a length is in [1, max_new_tokens]; a reward says so by attributes of the constraint or of its
-    function, `reward_range = (low, high)` and `indicator = True`; or the user does (`declared`).
+    function, `reward_range = (low, high)` and `binary = True`; or the user does (`declared`).
     """
     if getattr(constraint, "threshold", None) is not None:
         return (0.0, 1.0), True
     for owner in (constraint, constraint.function):
-        if getattr(owner, "indicator", False):
+        if getattr(owner, "binary", False):
             return (0.0, 1.0), True
     if declared is not None:
         return declared, False
@@ -111,9 +116,9 @@ def declare(
     Args:
         known, indicator: as from `known_range`.
         grouped: samples will share prompts: the exact bound of an indicator then does not hold.
-        method: "auto": exact for indicators; Bernstein where the range is known and 7 (high - low) ln(2 / delta) / (3 (n - 1)) is at most a
-            tenth of the constraint's room (half of max - min; the scale where there is one bound); Student's t otherwise. "bernstein" and "t"
-            insist.
+        method: "auto": exact for indicators; Bernstein where the range is known and 7 (high - low) ln(2 / delta) / (3 (n - 1)) is at most
+            a tenth of the constraint's room (half of max - min; the scale where there is one bound); Student's t otherwise. "bernstein"
+            and "t" insist.
 
     Raises:
         ValueError: an unknown method, or Bernstein without a range.
@@ -122,7 +127,8 @@ def declare(
         raise ValueError(f"method must be auto, bernstein or t, got {method!r}")
     if method == "bernstein" and known is None:
         raise ValueError(
-            f"method: bernstein needs the range of {constraint.name!r}, which is not known; declare it with --range {constraint.name}=LOW,HIGH"
+            f"method: bernstein needs the range of {constraint.name!r}, which is not known; "
+            f"declare it with --range {constraint.name}=LOW,HIGH"
         )
     if method == "t":
         return Declared("t", known, "asked for")
@@ -140,7 +146,7 @@ def declare(
     return Declared(
         "t",
         known,
-        f"{text} are too wide a range for {n} samples, of which Bernstein's bound would be {fixed:.2g} wide whatever they are",
+        f"{text} are too wide a range for {n} samples: it alone would make Bernstein's bound {fixed:.2g} wide",
     )
 
 
@@ -242,8 +248,8 @@ class _Units:
             if n < len(x):
                 raise ValueError("the exact method wants independent samples")
         if n < len(x):
-            # (n / N) sum_{i in group} (x_i - centre): independent, and their mean is that of x_i - centre. Around a constant for Bernstein, whose
-            # theorem wants values that do not know of each other; around the mean for t, the usual cluster-robust variance.
+            # (n / N) sum_{i in group} (x_i - centre): independent, and their mean is that of x_i - centre. Around a constant for
+            # Bernstein, whose theorem wants independent values; around the mean for t, the usual cluster-robust variance.
             centre = (low + high) / 2 if declared.method == "bernstein" else mean
             share = n / len(x)
             span *= share * float(np.bincount(index).max())
@@ -317,7 +323,9 @@ def _notes(units: _Units, declared: Declared, missing: int, nonfinite: int) -> l
         notes.append("no value to judge by")
     elif declared.method == "t" and units.equal:
         unknown = "; declare its range with --range NAME=LOW,HIGH" if declared.range is None else ""
-        notes.append(f"all {units.n} values are {units.mean:g}: bounded by the probability of one that was not seen{unknown}")
+        notes.append(
+            f"all {units.n} values are {units.mean:g}: bounded by the probability of one that was not seen{unknown}"
+        )
     elif declared.method == "t" and units.n < FEW:
         notes.append(f"Student's t is an approximation, and doubtful with {units.n} independent samples")
     return notes

@@ -69,6 +69,8 @@ class CertifyOptions:
             raise ConfigError("--method", f"must be auto, bernstein or t, got {self.method!r}")
         if self.prompts is not None and not self.prompts.is_file():
             raise ConfigError("--prompts", f"no such file: {self.prompts}")
+        if self.prices and self.prompts is not None:
+            raise ConfigError("--prices", "are those of the run's own task, on its held-out rows; leave out --prompts")
         if self.json is not None and not self.json.parent.is_dir():
             raise ConfigError("--json", f"no such folder: {self.json.parent}")
 
@@ -86,7 +88,9 @@ class Subject:
     notes: list[str]
 
 
-def certify(run: str | Path, options: CertifyOptions | None = None, *, console: Console | None = None) -> dict[str, Any]:
+def certify(
+    run: str | Path, options: CertifyOptions | None = None, *, console: Console | None = None
+) -> dict[str, Any]:
     """Sample, judge, print the table, write the certificate and return it; its "verdict" is that of all constraints together.
 
     Raises:
@@ -168,12 +172,13 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
             raise ConfigError("--range", f"no constraint is called {name!r}; there are {', '.join(sorted(names))}")
     check_code(config, options.allow_code)
     notes, train, held_out = _rows(config, options)
-    constraints = build_constraints(config, console, tokenizer, model)  # a divergence is that from the model before training
-    # The saved weights have their adapters in them
+    # The adapters are in the folder
     loaded = config.model_copy(
         update={"model": str(folder), "train": config.train.model_copy(update={"lora": None})}, deep=True
     )
     tokenizer, model = load_model(loaded, console)
+    # From the run's own configuration: a divergence is that from the model it started with
+    constraints = build_constraints(config, console, tokenizer, model)
     if config.train.device == "auto" and torch.cuda.is_available():
         model = model.cuda()
     context, room = context_room(config, model)
@@ -256,31 +261,31 @@ def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]
 def _declare(
     constraint: Constraint, config: RunConfig, options: CertifyOptions, keys: Sequence[str], delta: float
 ) -> Declared:
-    known, indicator = known_range(
-        constraint, config.train.max_new_tokens, (options.ranges or {}).get(constraint.name)
-    )
+    known, indicator = known_range(constraint, config.train.max_new_tokens, (options.ranges or {}).get(constraint.name))
     groups = len(set(keys))
     try:
         return declare(
-            constraint, groups, delta, known=known, indicator=indicator, grouped=groups < len(keys), method=options.method
+            constraint,
+            groups,
+            delta,
+            known=known,
+            indicator=indicator,
+            grouped=groups < len(keys),
+            method=options.method,
         )
     except ValueError as error:
         raise ConfigError("--method", str(error)) from None
 
 
-def _judge(
-    constraint: Constraint, found: Evaluation, declared: Declared, delta: float, keys: Sequence[str]
-) -> Verdict:
+def _judge(constraint: Constraint, found: Evaluation, declared: Declared, delta: float, keys: Sequence[str]) -> Verdict:
     values = found.rewards.get(constraint.name, [])
     # Values of further data have rows of their own, each measured once
     groups = list(keys) if len(values) == len(keys) and not getattr(constraint, "data", False) else None
     return judge(constraint, values, delta, declared, groups)
 
 
-def _prices(
-    subject: Subject, verdicts: Sequence[Verdict], options: CertifyOptions, console: Console
-) -> Prices:
-    from l3ms.prices import measure_prices
+def _prices(subject: Subject, verdicts: Sequence[Verdict], options: CertifyOptions, console: Console) -> Prices:
+    from l3ms.probes import measure_prices
 
     means = {item.name: item.mean for item in verdicts if math.isfinite(item.mean)}
     errors = {item.name: item.deviation / math.sqrt(item.groups) for item in verdicts if item.groups > 1}

@@ -28,6 +28,9 @@ def ends_with_eos(
     return [float(done) for done in ended]
 
 
+ends_with_eos.binary = True  # type: ignore[attr-defined]  # for certificates
+
+
 def readability(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """Flesch reading ease, 206.835 - 1.015 words/sentences - 84.6 syllables/words, clipped to [0, 121.22]: 60-70 is plain English, below
     30 is hard.
@@ -69,6 +72,8 @@ class matches:
     full: bool = False
     _compiled: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
+    binary = True  # for certificates
+
     def __post_init__(self) -> None:
         _check_texts("pattern", [self.pattern])
         try:
@@ -94,6 +99,8 @@ class contains:
     words: Sequence[str]
     _compiled: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
 
+    reward_range = (0.0, 1.0)  # for certificates
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "words", _check_texts("words", self.words))
         object.__setattr__(self, "_compiled", tuple(map(_whole_word, self.words)))
@@ -114,6 +121,8 @@ class avoids:
     words: Sequence[str]
     _contains: contains = field(init=False, repr=False, compare=False)
 
+    binary = True  # for certificates
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "_contains", contains(self.words))
         object.__setattr__(self, "words", self._contains.words)
@@ -131,6 +140,8 @@ class ends_with:
     """
 
     text: str
+
+    binary = True  # for certificates
 
     def __post_init__(self) -> None:
         _check_texts("text", [self.text])
@@ -152,6 +163,8 @@ class distinct_n:
 
     n: int = 2
     unit: Literal["words", "tokens"] = "words"
+
+    reward_range = (0.0, 1.0)  # for certificates
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:

@@ -13,7 +13,7 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Allow importing the reward functions that the configuration names.")
 ]
 
-CERTIFY_HELP = """Say whether a finished run meets its constraints: with fresh responses to held-out prompts, and a stated probability of error.
+CERTIFY_HELP = """Say whether a run meets its constraints: from fresh responses to held-out prompts, with a stated probability of error.
 
 Each bound gets a one-sided confidence bound of the mean, and with all of them together no verdict is wrong with probability 1 - delta.
 
@@ -51,7 +51,8 @@ def certify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
     weights: Annotated[str, typer.Option(help="average or last.")] = "average",
     samples: Annotated[
-        int | None, typer.Option(help="Responses; default: one to each held-out prompt, at most 1024.", show_default=False)
+        int | None,
+        typer.Option(help="Responses; default: one to each held-out prompt, at most 1024.", show_default=False),
     ] = None,
     delta: Annotated[float, typer.Option(help="Probability that any verdict is wrong, at most.")] = 0.05,
     prompts: Annotated[
@@ -63,11 +64,14 @@ def certify(
         list[str] | None,
         typer.Option("--range", metavar="NAME=LOW,HIGH", help="Range of a constraint's values; may be repeated."),
     ] = None,
-    prices: Annotated[bool, typer.Option("--prices", help="What each bound costs the task, from probe gradients.")] = False,
-    probes: Annotated[int, typer.Option(min=16, help="Responses, and task rows, for the prices.")] = 512,
+    prices: Annotated[
+        bool, typer.Option("--prices", help="What each bound costs the task, from probe gradients.")
+    ] = False,
+    probes: Annotated[int, typer.Option(min=32, help="Responses, and task rows, for the prices.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The certificate; default: RUN/certificate.json.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="The certificate; default: RUN/certificate.json.", show_default=False),
     ] = None,
     allow_code: AllowCode = False,
     debug: Debug = False,

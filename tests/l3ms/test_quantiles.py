@@ -42,7 +42,12 @@ def test_beta_closed_forms():
     assert beta_quantile(0.3, 1, 1) == pytest.approx(0.3, rel=1e-14)
     assert beta_quantile(0.05, 1, 59) == pytest.approx(1 - 0.95 ** (1 / 59), rel=1e-12)
     assert beta_cdf(0.25, 0.5, 0.5) == pytest.approx(2 / math.pi * math.asin(0.5), rel=1e-13)  # arcsine law
-    assert (beta_cdf(0.0, 2, 3), beta_cdf(1.0, 2, 3), beta_quantile(0.0, 2, 3), beta_quantile(1.0, 2, 3)) == (0, 1, 0, 1)
+    assert (beta_cdf(0.0, 2, 3), beta_cdf(1.0, 2, 3), beta_quantile(0.0, 2, 3), beta_quantile(1.0, 2, 3)) == (
+        0,
+        1,
+        0,
+        1,
+    )
 
 
 def test_normal():
