@@ -9,8 +9,8 @@ How the confidence bound is made is declared before there are samples (`declare`
 * `exact`: values that can only be 0 or 1. Clopper and Pearson, Biometrika 26 (1934): quantiles of the beta distribution. Holds for every n.
 * `bernstein`: values of a known range. Empirical Bernstein, Maurer and Pontil, COLT 2009, theorem 4 (arXiv 0907.3740):
   `mean +- (sqrt(2 V ln(2 / delta) / n) + 7 (high - low) ln(2 / delta) / (3 (n - 1)))`, V the sample variance. For every n.
-* `t`: Student's, `mean +- t_{n - 1, 1 - delta} sqrt(V / n)`. Holds as n grows. Of lengths drawn from a geometric distribution (mean 19, cut at 60)
-  the upper bound at 5% misses 6.3% of the time with n = 100, 5.5% with 400, 5.2% with 1600 (20,000 repetitions).
+* `t`: Student's, `mean +- t_{n - 1, 1 - delta} sqrt(V / n)`. Holds as n grows. Of lengths drawn from a geometric distribution (mean 19,
+  cut at 60) the upper bound at 5% misses 6.3% of the time with n = 100, 5.5% with 400, 5.2% with 1600 (20,000 repetitions).
 
 Samples that share a prompt are not independent: give `groups`, and the groups are what is counted.
 """
