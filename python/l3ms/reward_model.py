@@ -192,6 +192,11 @@ class Score:
 
     # ---- scoring ----
 
+    @property
+    def reward_range(self) -> tuple[float, float] | None:
+        """Of a score, for certificates; None where it has no bounds."""
+        return {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), None: None}[self.squash]
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         self.load()
         texts = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]

@@ -39,7 +39,7 @@ def execute(
     folder = Path(config.output)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    check_output(folder, overwrite=overwrite, inputs=_local_inputs(config))
+    check_output(folder, overwrite=overwrite, inputs=local_inputs(config))
     check_code(config, allow_code)
     train_examples, held_out = load_examples(config.data, seed=config.seed)
     transformers.set_seed(config.seed)
@@ -97,7 +97,7 @@ def _title(config: RunConfig) -> str:
     return "L3M" if config.train.solver == "barrier" else "SFT"
 
 
-def _local_inputs(config: RunConfig) -> dict[str, str]:
+def local_inputs(config: RunConfig) -> dict[str, str]:
     paths = {"model": config.model, "data.train": config.data.train, "data.evaluation": config.data.evaluation}
     for index, item in enumerate(config.constraints):
         for name in ("model", "reference"):

@@ -18,6 +18,9 @@ def gaps(prompts, completions, **columns):
 def holes(prompts, completions, **columns):
     return [math.nan if "b" in text else 1.0 + i % 2 for i, text in enumerate(completions)]
 
+def late(prompts, completions, **columns):
+    return [math.nan if i % 2 and len(completions) > 8 else 1.0 for i, _ in enumerate(completions)]
+
 def same(prompts, completions, **columns):
     return [0.5] * len(completions)
 

@@ -1,0 +1,116 @@
+"""`l3ms check`: what it finds, that it writes nothing, and that it refuses what a run would."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from run_folders import strict_json, write_project
+
+import l3ms
+from l3ms.checking import Start, duration, size
+from l3ms.cli import main
+from l3ms.quantiles import normal_cdf
+
+
+@pytest.fixture
+def project(tmp_path, tokenizer, make_model):
+    return lambda **changes: write_project(tmp_path, tokenizer, make_model(seed=2), rows=60, **changes)
+
+
+def files(folder: Path):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def reward(project_folder, name, **bounds):
+    return {"type": "function", "name": name, "function": f"{project_folder}/rewards.py:{name}", **bounds}
+
+
+def test_what_is_found_before_training(project, tmp_path, capsys):
+    constraints = [{"type": "length", "min": 1.5, "max": 15.5}, reward(tmp_path, "same", min=0.1)]
+    constraints += [reward(tmp_path, "gaps", min=1.9)]
+    config = project(constraints=constraints)
+    before = files(tmp_path)
+    assert main(["check", str(config), "--samples", "40", "--allow-code"]) == 0, capsys.readouterr().err
+    assert files(tmp_path) == before
+    said = capsys.readouterr().out
+    assert "same: all values are 0.5; a constant reward has no gradient to follow" in said
+    assert "gaps: 10 of 40 responses have no value (None)" in said
+    for words in ("Before training", "s per iteration", "MiB", "are cut at 16 tokens"):
+        assert words in said
+
+    assert main(["check", str(config), "--samples", "40", "--allow-code", "--json", str(tmp_path / "found.json")]) == 0
+    found = strict_json(tmp_path / "found.json")
+    length, same, gaps = found["constraints"]
+    assert length["mean"] == pytest.approx(found["length"]["mean"])
+    assert 1 <= length["lowest"] < length["mean"] < length["highest"] <= 16
+    assert length["feasible"] > 0.99
+    assert 0 < length["within"] < 1
+    assert (same["stderr"], same["feasible"], same["within"]) == (0, 1, 1)
+    assert (gaps["values"], gaps["missing"], gaps["lowest"], gaps["highest"]) == (30, 10, 1, 2)
+    assert found["truncated"] == pytest.approx(1 - found["ended"])
+    cost = found["cost"]
+    assert cost["training"] == pytest.approx(3 * cost["iteration"])
+    assert cost["evaluation"] == pytest.approx(2 * 16 * cost["response"])
+    parameters = 4 * sum(p.numel() for p in _parameters(tmp_path))
+    assert 2 * parameters <= cost["optimizer"] < 2.2 * parameters  # Adam's two moments
+    assert cost["memory"] > 2**20
+
+
+def _parameters(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "base").parameters()
+
+
+def test_what_would_stop_a_run_stops_the_check(project, tmp_path, capsys):
+    config = project(constraints=[reward(tmp_path, "holes", min=0.1)])
+
+    def refused(*arguments):
+        assert main(["check", str(config), *arguments]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in said if line.startswith("l3ms: ")]) == 1
+        return said[-1]
+
+    assert "constraints.0.function: would import" in refused()
+    assert "constraints.0.function: constraint 'holes'" in refused("--allow-code")
+    values = yaml.safe_load(config.read_text())
+    for changes, field in (
+        ({"constraints": [reward(tmp_path, "broken", min=0.1)]}, "constraints.0.function: raised RuntimeError"),
+        ({"constraints": [reward(tmp_path, "late", min=0.1)]}, "constraints.0: 32 of 64 values of 'late' are NaN"),
+        ({"train": values["train"] | {"max_new_tokens": 64}}, "train.max_new_tokens"),
+        ({"train": values["train"] | {"batch_size": 100}}, "train.batch_size"),
+        ({"data": {"train": "nowhere.jsonl"}}, "data.train: no such file"),
+        ({"output": "base"}, "output: "),
+    ):
+        config.write_text(yaml.safe_dump(values | changes))
+        assert field in refused("--allow-code")
+    assert "--json: no such folder" in refused("--json", "no/where.json")
+
+
+def test_values_that_are_not_finite_may_be_dropped(project, tmp_path, capsys):
+    config = project(constraints=[reward(tmp_path, "holes", min=0.1)])
+    values = yaml.safe_load(config.read_text())
+    values["train"]["nonfinite"] = "drop"
+    config.write_text(yaml.safe_dump(values))
+    assert main(["check", str(config), "--allow-code", "--samples", "40"]) == 0, capsys.readouterr().err
+    assert "train.nonfinite: drop leaves them out" in capsys.readouterr().out
+
+
+def test_feasibility_of_an_estimate():
+    constraint = l3ms.Constraint("r", min=1.0, max=2.0)
+    found = Start.of(constraint, [0.0, 2.0, 1.0, 3.0, None])
+    assert (found.values, found.missing, found.mean, found.within) == (4, 1, 1.5, 0.5)
+    error = math.sqrt(5 / 3 / 4)
+    assert found.stderr == pytest.approx(error)
+    assert found.feasible == pytest.approx(1 - 2 * normal_cdf(-0.5 / error))
+    assert Start.of(l3ms.Constraint("r", min=1.0), [0.0, 0.0]).feasible == 0
+    nothing = Start.of(constraint, [None, math.nan])
+    assert math.isnan(nothing.mean)
+    assert math.isnan(nothing.feasible)
+    assert "no response has a value" in nothing.warnings()[0]
+
+
+def test_words_for_time_and_memory():
+    assert [duration(s) for s in (12, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
+    assert [size(b) for b in (3 * 2**20, 5 * 2**29)] == ["3 MiB", "2.5 GiB"]
