@@ -16,6 +16,7 @@ from torch import Tensor
 
 from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
 from l3ms.constraints import Constraint
+from l3ms.shifts import shifted
 from l3ms.solvers import Solver
 
 Values = Mapping[str, Sequence[float | None] | Tensor]
@@ -48,6 +49,7 @@ class Estimates:
         self.owner = [row[0] for row in rows]  # constraint of each one-sided bound
         self.bounds = Bounds.of(rows, device)
         self.state = initial_state(len(self.constraints), device)
+        self.shift = torch.zeros(len(rows), dtype=torch.float64, device=device)  # of each bound, inwards, dimensionless
         self.memory = torch.zeros(len(rows), dtype=torch.float64, device=device)  # the solver's, of each bound
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
@@ -171,7 +173,8 @@ class Estimates:
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
-        self.state, self.memory = kept["estimates"].to(self.state), kept["memory"].to(self.memory)
+        self.state = kept["estimates"].to(self.state)
+        self.memory, self.shift = kept["memory"].to(self.memory), kept["shift"].to(self.shift)
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
         self.steps = torch.full_like(self.steps, kept["constraint_steps"])
         self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
@@ -183,7 +186,9 @@ class Estimates:
         options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
         options["sums"] = sums[:-1].contiguous()
         if self.solver is None:
-            weights = barrier_weights(rewards, self.state, self.bounds, mu, backend=self.backend, **options)
+            moved = self.bounds._replace(table=shifted(self.bounds.table, self.shift))
+            weights = barrier_weights(rewards, self.state, moved, mu, backend=self.backend, **options)
+            weights = weights._replace(violation=weights.violation - self.shift)
         else:
             rule = partial(self.solver.multipliers, memory=self.memory)
             weights = multiplier_weights(rewards, self.state, self.bounds, rule, **options)
@@ -197,10 +202,6 @@ class Estimates:
         index, (sign, _, scale) = self.bounds.reward_index, self.bounds.table[:, :3].unbind(1)
         mean = self._sums[:-1, 1] / self._sums[:-1, 0]
         return self.pending.violation + sign * (mean - self.pending.estimate)[index] / scale
-
-    def noise(self, weights: BarrierWeights) -> Tensor:
-        """(K,) standard errors of the dimensionless constraints."""
-        return weights.stderr[self.bounds.reward_index] / self.bounds.table[:, 2]
 
     def _ratio(self, weights: BarrierWeights) -> Tensor:
         """Turns lambda / S of this part into lambda / S of the half-step."""

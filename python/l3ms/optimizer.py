@@ -15,20 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
+from l3ms import shifts
 from l3ms.clipping import apply, clip, gradients
 from l3ms.conflicts import ConflictWatch
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.estimates import Estimates, Values
 from l3ms.losses import scored_lengths, shift
-from l3ms.restraint import Restraint
-from l3ms.schedules import MuSchedule, as_schedule, check_resolution
+from l3ms.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution
 from l3ms.solvers import Solver, as_solver
 from l3ms.step_reports import Progress, StepNumbers, StepReports
 
 # Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
 _KEPT = (
     *("base", "constraints", "schedule", "smoothing", "max_grad_norm", "clipping", "length_norm"),
-    *("estimates", "_units", "_progress", "_one", "_norms", "_reports"),
+    *("estimates", "_per_unit", "_progress", "_one", "_norms", "_reports"),
 )
 
 
@@ -53,8 +53,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         solver: "barrier", or what it is compared with, see `l3ms.solvers`: "dual_ascent", "augmented_lagrangian", "penalty", or an object
             such as `DualAscent(rate=0.1)`. mu is the barrier's alone.
         clipping: of the two half-steps. "separate": each on its own, as in the paper; a multiplier beyond max_grad_norm / ||grad C|| then
-            has no further effect, and a bound that needs a larger one is missed. "adaptive": the task's step moreover shrinks while a
-            bound stays violated, see `l3ms.restraint`; the default of the trainer and of the command line.
+            has no further effect, and a bound that needs a larger one is missed. "adaptive": with mu="auto" the task's step moreover
+            shrinks where that is seen to happen, see `l3ms.shifts`; the default of the trainer and of the command line.
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
             as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
@@ -123,11 +123,13 @@ class L3MOptimizer(torch.optim.Optimizer):
             backend=backend,
             solver=as_solver(solver),
         )
-        self._units = torch.tensor(
-            [constraint.unit for constraint in self.constraints], dtype=torch.float64, device=device
+        # A range is narrow as a rule: then its two slopes add up, and so does what noise does to the multipliers.
+        self._per_unit = torch.tensor(
+            [len(constraint.rows(0)) / constraint.unit for constraint in self.constraints],
+            dtype=torch.float64,
+            device=device,
         )
-        mu = torch.tensor(self.schedule.start, dtype=torch.float64, device=device)
-        self._progress = Progress(mu, Restraint.none(len(self.estimates.owner), device))
+        self._progress = Progress.at(torch.tensor(self.schedule.start, dtype=torch.float64, device=device))
         self._one = torch.ones_like(self.mu)  # S where nothing is constrained
         self._norms: dict[str, Tensor] = {}
         names = [constraint.name for constraint in self.constraints]
@@ -141,7 +143,7 @@ class L3MOptimizer(torch.optim.Optimizer):
     @property
     def task_share(self) -> Tensor:
         """() float64 in [0.1, 1], what multiplies the gradient of the task half-steps: see `clipping`."""
-        return self._progress.restraint.share
+        return shifts.task_share(self.estimates.shift) if self.clipping == "adaptive" else self._one
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
@@ -273,13 +275,12 @@ class L3MOptimizer(torch.optim.Optimizer):
         pending = self.estimates.pending
         assert pending is not None
         self.estimates.commit(applied)
-        noise = (pending.stderr / self._units).where(pending.state[:, 0] > 0, 0.0)
+        noise = (pending.stderr * self._per_unit).where(pending.state[:, 0] > 0, 0.0)
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
-        if self.clipping == "adaptive":
-            old = self._progress.restraint
-            advanced = old.advance(pending.violation, self.estimates.noise(pending))
-            self._progress.restraint = old.where(applied, advanced)
+        if isinstance(self.schedule, NoiseFloorDecay) and self.estimates.solver is None:
+            moved = shifts.advance(self.estimates.shift, pending.violation)
+            self.estimates.shift = torch.where(applied, moved, self.estimates.shift)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
 
     # ---- reading and keeping: all of this waits for the device ----
@@ -328,13 +329,13 @@ class L3MOptimizer(torch.optim.Optimizer):
                 "mu": self.mu.clone(),
                 "estimates": self.estimates.state.clone(),
                 "memory": self.estimates.memory.clone(),
+                "shift": self.estimates.shift.clone(),
                 "missing": self.estimates.missing.clone(),
                 "dropped": self.estimates.dropped.clone(),
                 "last": [tensor.clone() for tensor in self.estimates.last or ()],
                 "constraint_steps": self.constraint_steps,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": int(self._progress.in_a_row),
-                "restraint": [tensor.clone() for tensor in self._progress.restraint],
                 **self._reports.state_dict(),
             },
         }
@@ -351,8 +352,6 @@ class L3MOptimizer(torch.optim.Optimizer):
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "l3m"})
         self._share()
-        mu = ours["mu"].to(self.mu).clone()
-        restraint = Restraint(*(tensor.to(mu).clone() for tensor in ours["restraint"]))
-        self._progress = Progress(mu, restraint, ours["skipped_steps"], ours["skipped_in_a_row"])
+        self._progress = Progress.at(ours["mu"].to(self.mu).clone(), ours["skipped_steps"], ours["skipped_in_a_row"])
         self.estimates.load(ours)
         self._reports.load_state_dict(ours)

@@ -24,7 +24,7 @@ class MuSchedule(Protocol):
 
     def __call__(self, step: Tensor, mu: Tensor, noise: Tensor) -> Tensor:
         """mu after `step` () int64 constraint steps; `mu` () float64 is the current one, `noise` () the largest standard error of a
-        dimensionless constraint."""
+        dimensionless constraint, twice that of one with two bounds."""
         ...
 
 

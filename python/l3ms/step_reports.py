@@ -8,28 +8,29 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from l3ms.conflicts import ConflictWatch
-from l3ms.restraint import Restraint
 from l3ms.schedules import MuSchedule, NoiseFloorDecay, noise_floor
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class Progress:
-    """() each but for the restraint, on the device. Not the optimizer's attributes: dynamo loses what is assigned to those (torch 2.13)."""
+    """() each, on the device. Not attributes of the optimizer: dynamo loses what is assigned to those (torch 2.13)."""
 
-    def __init__(self, mu: Tensor, restraint: Restraint, skipped: int = 0, in_a_row: int = 0):
-        self.mu = mu  # float64
-        self.restraint = restraint  # of the task, for adaptive clipping
-        self.skipped = torch.full_like(mu, skipped, dtype=torch.int64)  # steps
-        self.in_a_row = torch.full_like(
-            mu, in_a_row, dtype=torch.int64
-        )  # those up to now whose gradient was not finite
+    mu: Tensor  # float64
+    skipped: Tensor  # int64, steps
+    in_a_row: Tensor  # int64, those up to now whose gradient was not finite
+
+    @classmethod
+    def at(cls, mu: Tensor, skipped: int = 0, in_a_row: int = 0) -> "Progress":
+        return cls(mu, *(torch.full_like(mu, count, dtype=torch.int64) for count in (skipped, in_a_row)))
 
 
 class StepNumbers(NamedTuple):
