@@ -46,7 +46,8 @@ def quantiles(p: Tensor, count: int) -> Tensor:
     return torch.searchsorted(p.detach().double().cumsum(0), points).clamp(max=len(p) - 1)
 
 
-def responses(picks: Tensor) -> l3ms.Rollout:
+def responses(picks: Tensor, *, tokens: bool = False) -> l3ms.Rollout:
+    """Of the outcomes `picks`, with the lengths of their texts; with `tokens` each is one token to the model too."""
     chosen = picks.tolist()
     ids = torch.stack([torch.zeros_like(picks), picks], dim=1)
     return l3ms.Rollout(
@@ -55,12 +56,13 @@ def responses(picks: Tensor) -> l3ms.Rollout:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         labels=torch.stack([torch.full_like(picks, -100), picks], dim=1),
-        lengths=torch.tensor([LENGTHS[n % len(TEXTS)] for n in chosen]),
+        lengths=torch.tensor([1 if tokens else LENGTHS[n % len(TEXTS)] for n in chosen]),
         ended=picks % 2 == 1,
     )
 
 
-def optimizer(parameter: Tensor, constraint: l3ms.Constraint, steps: int) -> tuple[Any, Any]:
+def optimizer(parameter: Tensor, constraint: l3ms.Constraint, steps: int, most=1.0, least=0.05) -> tuple[Any, Any]:
+    """And the schedule of its learning rate, from `most` to `least`."""
     opt = l3ms.L3MOptimizer(
         torch.optim.SGD([parameter], lr=1.0),
         [constraint],
@@ -68,7 +70,7 @@ def optimizer(parameter: Tensor, constraint: l3ms.Constraint, steps: int) -> tup
         smoothing=1.0,
         max_grad_norm=5.0,
     )
-    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda n: max(0.05, 0.97**n))
+    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda n: max(least, most * 0.97**n))
 
 
 def numbers(prompts, completions, **columns):
@@ -93,7 +95,7 @@ KINDS = {
     "avoids": l3ms.Constraint("x", READY.avoids(["a"]), min=0.9, margin=0.0),
     "ends_with": l3ms.Constraint("x", READY.ends_with("b"), min=0.4, margin=0.0),
     "distinct_n": l3ms.Constraint("x", READY.distinct_n(1), min=0.97, margin=0.0, scale=0.2),
-    "readability": l3ms.Constraint("x", READY.readability, min=100.0, margin=0.0),
+    "readability": l3ms.Constraint("x", READY.readability, min=120.0, margin=0.0, scale=2.0),
 }
 
 
@@ -159,12 +161,12 @@ def test_a_divergence_is_held_at_its_bound(make_model):
     constraint = l3ms.KL(max=0.3, margin=0.0)
     constraint.prepare(model)
     assert float((task * (task / start).log()).sum()) > 0.6  # where the task alone would end
-    opt, rate = optimizer(bias, constraint, 120)
+    opt, rate = optimizer(bias, constraint, 120, most=5.0, least=0.2)
     for _ in range(120):
         (-(task * bias.double().log_softmax(0)).sum()).backward()
         opt.step()
         opt.zero_grad()
-        out = responses(quantiles(bias.double().softmax(0), 400))
+        out = responses(quantiles(bias.double().softmax(0), 400), tokens=True)
         weights = opt.observe(out.rewards([constraint], model))
         inputs = {name: out[name] for name in ("input_ids", "attention_mask", "labels")}
         model(**inputs, seq_weight=weights, use_cache=False).loss.backward()
@@ -187,7 +189,7 @@ def test_a_loss_on_other_data_is_held_at_its_bound(make_model):
     rows = [{"input_ids": [0, n], "labels": [-100, n]} for n, k in enumerate(counts.tolist()) for _ in range(k)]
     least, without = -float((other * other.log()).sum()), -float((other * task.log()).sum())
     constraint = l3ms.DataNLL("other", rows, max=0.5 * (least + without), margin=0.0, batch_size=len(rows))
-    opt, rate = optimizer(bias, constraint, 160)
+    opt, rate = optimizer(bias, constraint, 160, most=10.0, least=0.1)
     batch = Collator(0)(rows)
     for _ in range(160):
         (-(task * bias.double().log_softmax(0)).sum()).backward()

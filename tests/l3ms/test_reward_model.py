@@ -154,3 +154,11 @@ def test_what_does_not_fit_is_one_line_naming_the_argument(tokenizer, make_model
             l3ms.RewardModel("r", min=0.0, **options).load()
         assert str(error.value).startswith(named), str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_language_model_is_no_classifier(tokenizer, make_model):
+    reward = l3ms.RewardModel("r", make_model(), tokenizer=tokenizer, min=0.0)
+    with pytest.raises(
+        RewardModelError, match=r"model must be a sequence classifier, LlamaForCausalLM returns \(1, 2, 17\)"
+    ):
+        reward.values(["a"], [" b"], [1])
