@@ -155,6 +155,7 @@ def distribution(seed: int) -> Tensor:
     return (1.2 * torch.randn(17, generator=generator, dtype=torch.float64)).softmax(0)
 
 
+@pytest.mark.slow  # about 10 s of one core: the log-ratios take three passes of 400 responses per step
 def test_a_divergence_is_held_at_its_bound(make_model):
     task, start = distribution(0), distribution(1)
     model, bias = categorical(make_model, start.log())
