@@ -55,6 +55,16 @@ TRAIN_HELP = """Run the constrained fine-tune that CONFIG describes.
 \b
       - {type: function, name: polite, function: "my.py:polite", min: 0.8}
 
+[bold]Other kinds[/bold]: the share of responses beyond a threshold, a classifier's score, the loss on other data, \
+the divergence from the first weights, ready-made rewards.
+
+\b
+      - {type: length, name: long, threshold: 100, max: 0.05}
+      - {type: reward_model, name: harmless, model: ./classifier, squash: tanh, min: 0.2}
+      - {type: data_nll, name: general, data: {train: general.jsonl}, max: 2.1}
+      - {type: kl, max: 5}
+      - {type: reward, name: thanks, reward: contains, words: [thank you, thanks], min: 0.3}
+
 [bold]Flags override the file[/bold]: every field has one, with dots between the levels.
 
 \b

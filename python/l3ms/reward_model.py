@@ -250,6 +250,11 @@ class Score:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             config.pad_token_id = own
+        if logits.ndim != 2:
+            kind, shape = type(self.model).__name__, tuple(logits.shape)
+            raise RewardModelError(
+                "model", f"must be a sequence classifier, {kind} returns {shape} for {len(texts)} texts"
+            )
         score = logits[:, self.head].double()
         if self.squash is not None:
             score = score.tanh() if self.squash == "tanh" else score.sigmoid()

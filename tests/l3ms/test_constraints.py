@@ -132,3 +132,42 @@ def test_length_needs_no_function_and_others_do():
         l3ms.Constraint("nll", max=2).rewards(["p"], ["x"], [1])
     with pytest.raises(ValueError, match="min 5 > max 4"):
         l3ms.Length(min=5, max=4)
+
+
+# ---- chance constraints ----
+
+
+def scored(prompts, completions, **columns):
+    return [0.0, 1.0, 2.5, None, math.nan, math.inf][: len(completions)]
+
+
+def test_a_threshold_makes_the_reward_an_indicator():
+    chance = l3ms.Constraint("safe", scored, min=0.9, threshold=1.0)
+    assert chance.rewards(["p"] * 4, ["x"] * 4, [1] * 4) == [0.0, 1.0, 1.0, None]
+    assert chance.values(["p"] * 3, ["x"] * 3, [1] * 3) == [0.0, 1.0, 2.5]
+    kept = chance.indicator(chance.values(["p"] * 6, ["x"] * 6, [1] * 6))
+    assert kept[:4] == [0.0, 1.0, 1.0, None]
+    assert str(kept[4]) == "nan"  # for `observe` to decide about
+    assert kept[5] == math.inf
+    assert l3ms.Length(max=0.1, threshold=5).rewards(["p"] * 3, ["x"] * 3, [4, 5, 6]) == [0.0, 1.0, 1.0]
+
+
+def test_the_scale_of_a_probability_is_one():
+    assert l3ms.Constraint("safe", scored, min=0.2, max=0.4, threshold=1.0).unit == 1.0
+    assert l3ms.Length(max=0.1, threshold=5).unit == 1.0
+    assert l3ms.Constraint("safe", scored, min=0.2, threshold=1.0, scale=0.5).unit == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"min": 1.1, "threshold": 0.0}, "min is a probability with a threshold, in [0, 1], got 1.1"),
+        ({"max": -0.1, "threshold": 0.0}, "max is a probability with a threshold, in [0, 1], got -0.1"),
+        ({"min": 0.5, "threshold": math.nan}, "threshold must be a finite number"),
+        ({"min": 0.5, "threshold": 1.0, "function": None}, "threshold needs a function"),
+    ],
+)
+def test_a_bad_chance_constraint_is_named(options, named):
+    with pytest.raises(ValueError, match="constraint 'safe'") as error:
+        l3ms.Constraint("safe", **{"function": scored, **options})
+    assert named in str(error.value)
