@@ -59,14 +59,14 @@ def run_cells(
     jobs: int = 2,
     allow_code: bool = False,
     console: Console | None = None,
-    command: Command = execute,
+    command: Command | None = None,
 ) -> list[Outcome]:
     """Run what is not finished yet, `jobs` at a time, each on its share of the cores; a cell that fails is told, and the others go on.
 
     `cells` have no placeholders left. A cell is finished when its run folder has a report of the same configuration, and a certificate
     if it wants one. Returns one outcome per cell, in order.
     """
-    console = console or Console()
+    console, command = console or Console(), command or execute
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "160"}
     outcomes: dict[str, Outcome] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Result:
     solver: str
     bounds: list[dict[str, Any]]  # {"name", "min", "max"}
     summary: dict[str, Any]
+    last: dict[str, Any]  # the same of the last iterate, without averaging
+    initial: dict[str, Any]  # the same before training; empty where `evaluate.initial` is false
     iterations: int
     seconds: float
     multipliers: dict[str, float]  # "length_max" -> lambda at the end
@@ -38,6 +40,11 @@ class Result:
     def bound(self, name: str = "length") -> tuple[float | None, float | None]:
         found = next((item for item in self.bounds if item["name"] == name), {})
         return found.get("min"), found.get("max")
+
+    @property
+    def before(self) -> Result:
+        """The same run before its training."""
+        return replace(self, summary=self.initial)
 
     def measured(self, name: str) -> tuple[float, float, float]:
         """(mean, low, high) of a constraint (or of "length") on fresh held-out samples, 95%; NaN where not measured."""
@@ -56,8 +63,11 @@ def read_results(cells: Sequence[Cell], folder: Path, reference: str | None = No
 
 
 def write_results(results: Sequence[Result], path: Path, facts: dict[str, Any]) -> None:
-    """`results.json`: `facts` about the whole, and of each cell everything but its iterations and its histogram."""
+    """`results.json`: `facts` about the whole, and of each cell everything but its iterations."""
     rows = [{key: value for key, value in asdict(result).items() if key != "metrics"} for result in results]
+    for row in rows:
+        if row["certificate"]:
+            row["certificate"].pop("run", None)  # a path of this machine
     text = json.dumps({**facts, "cells": rows}, indent=1, ensure_ascii=False)
     path.write_text(f"{text}\n", encoding="utf-8")
 
@@ -76,6 +86,8 @@ def _read(cell: Cell, folder: Path) -> Result:
         solver=report["solver"],
         bounds=report["constraints"],
         summary=report[WEIGHTS],
+        last=report["last"],
+        initial=report.get("initial") or {},
         iterations=report["iterations"],
         seconds=report["seconds"],
         multipliers=_multipliers(metrics),
@@ -88,8 +100,7 @@ def _read(cell: Cell, folder: Path) -> Result:
 
 def _with_ratio(result: Result, base: float | None) -> Result:
     perplexity = result.summary.get("perplexity")
-    ratio = None if base is None or perplexity is None else perplexity / base
-    return Result(**{**vars(result), "ratio": ratio})
+    return result if base is None or perplexity is None else replace(result, ratio=perplexity / base)
 
 
 def _multipliers(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:

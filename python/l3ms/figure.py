@@ -184,13 +184,13 @@ def _loss(axes: Axes, metrics: Rows, baseline: Rows) -> None:
         if rows:
             loss = series(rows, "loss")
             axes.plot(iterations(rows), loss, color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(iterations(rows), _smooth(loss), color=colour, linewidth=1.6, label=label)
+            axes.plot(iterations(rows), smooth(loss), color=colour, linewidth=1.6, label=label)
     style(axes, "Task loss", "nats per token")
     if baseline:
         axes.legend(fontsize=8, **LEGEND)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Bias-corrected exponential average over about a tenth of the run; missing values leave it as it was."""
     weight = min(0.5, max(0.05, 10 / len(values)))
     total = mass = 0.0
