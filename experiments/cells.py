@@ -68,7 +68,7 @@ def run_cells(
     """
     console, command = console or Console(), command or execute
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "160"}
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     outcomes: dict[str, Outcome] = {}
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.fields[note]}"),
