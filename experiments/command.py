@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,7 @@ def main(
         )
     arguments = inputs.Arguments(model, data, experiment.rows)
     console.print(f"{experiment.title}: {len(cells)} cells", markup=False, highlight=False)
-    values = {"here": str(place), **_module(place / "prepare.py", inputs).prepare(folder / "inputs", arguments)}
+    values = {"here": str(place), **_prepare(place)(folder / "inputs", arguments)}
     ready = [_ready(cell, experiment, values, set_ or [], samples) for cell in cells]
     outcomes: list[Outcome] = []
     if not draw:
@@ -98,7 +99,7 @@ def main(
 
 def present(place: Path, results: list[Result], folder: Path, facts: dict[str, Any], notes: list[str]) -> None:
     """`table.md` and `figure.png` by the experiment's `draw.py`: `table(results) -> str`, `figure(results) -> Figure`."""
-    module = _module(place / "draw.py")
+    module = importlib.import_module(f"experiments.{place.name}.draw")
     lines = [f"# {facts['title']}", "", module.table(results).rstrip(), ""]
     if notes:
         lines += ["## What did not finish", "", *notes, ""]
@@ -128,16 +129,11 @@ def _ready(
     return Cell(cell.name, cell.labels, cell.seed, settled, wanted)
 
 
-def _module(path: Path, default: Any = None) -> Any:
-    """The experiment's own code, or `default` where it has none."""
-    if default is not None and not path.exists():
-        return default
-    spec = importlib.util.spec_from_file_location(f"experiments.{path.parent.name}.{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _prepare(place: Path) -> Callable[[Path, inputs.Arguments], dict[str, Any]]:
+    """The experiment's own, or the usual inputs where it has none."""
+    if not (place / "prepare.py").exists():
+        return inputs.prepare
+    return importlib.import_module(f"experiments.{place.name}.prepare").prepare
 
 
 def _seeds(text: str | None) -> list[int] | None:

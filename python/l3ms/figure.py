@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from l3ms.report import model_label
+from l3ms.report import model_label, solver_label
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
 CURVES = (BLUE, "#b5651d", "#6b4fa3", RED)
@@ -34,13 +34,14 @@ def draw(metrics: Rows, report: Mapping[str, Any], baseline: Rows = ()) -> Figur
         _estimate(axes, metrics, item, report)
     _lengths(figure.add_subplot(grid[0, 4:] if constraints else grid[0, :]), report)
     _multipliers(figure.add_subplot(grid[panels, :2]), metrics, constraints)
-    _mu(figure.add_subplot(grid[panels, 2:4]), metrics)
-    _loss(figure.add_subplot(grid[panels, 4:]), metrics, baseline)
+    strength = _mu if any(row.get("l3m/mu") is not None for row in metrics) else _gradient_norms
+    strength(figure.add_subplot(grid[panels, 2:4]), metrics)
+    _loss(figure.add_subplot(grid[panels, 4:]), metrics, baseline, report)
     return figure
 
 
 def _constraints(metrics: Rows, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`{name, min, max}` of every constraint that was measured, the report's order first."""
+    """`{name, min, max, ...}` of every constraint that was measured, the report's order first."""
     known = {item["name"]: dict(item) for item in report.get("constraints") or []}
     if not known and report.get("bounds"):
         known = {"length": {"name": "length", **report["bounds"]}}
@@ -82,10 +83,13 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
     band = Z95 * np.nan_to_num(series(metrics, f"constraints/{name}/stderr"))
     found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models(report)]
     points = [(label, colour, *measured) for label, colour, measured in found if measured is not None]
-    shown = [value for value in (low, high) if value is not None]
-    shown += [value for point in points for value in point[3:]]
-    bottom = min([*shown, np.nanmin(y - np.minimum(band, np.nanmax(np.abs(y))))])
-    top = max([*shown, np.nanmax(y + np.minimum(band, np.nanmax(np.abs(y))))])
+    half = np.minimum(band, np.nanmax(np.abs(y)))
+    shown = [value for point in points for value in point[3:]]
+    bottom, top = min([*shown, np.nanmin(y - half)]), max([*shown, np.nanmax(y + half)])
+    # A bound far from everything measured (a constraint that only watches) would flatten the curve
+    near = 4 * (top - bottom) or math.inf
+    shown += [value for value in (low, high) if value is not None and bottom - near <= value <= top + near]
+    bottom, top = min([*shown, bottom]), max([*shown, top])
     pad = 0.06 * (top - bottom) or 1.0
     axes.set_ylim(bottom - pad, top + pad)
     shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim())
@@ -104,9 +108,22 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
             x[-1] + span * 0.03 * (index + 1), mean, yerr=[[mean - below], [above - mean]],
             fmt="o", markersize=4.5, capsize=3, color=colour, label=f"{label}: fresh samples",
         )  # fmt: skip
-    unit = "tokens" if name == "length" else "reward"
-    style(axes, "Mean response length" if name == "length" else f"Mean {name}", unit)
+    style(axes, *_words(item))
     axes.legend(fontsize=8, **LEGEND, loc="best")
+
+
+def _words(item: Mapping[str, Any]) -> tuple[str, str]:
+    """(title, unit) of a constraint's panel."""
+    name, kind = item["name"], item.get("type", "length" if item["name"] == "length" else None)
+    if item.get("threshold") is not None:
+        return f"{name} ≥ {item['threshold']:g}", "share of responses"
+    if kind == "length":
+        return "Mean response length" if name == "length" else f"Mean response length ({name})", "tokens"
+    if kind == "data_nll":
+        return f"Loss on {name}", "nats per token"
+    if kind == "kl":
+        return "Divergence from the reference" if name == "kl" else f"Divergence ({name})", "nats"
+    return f"Mean {name}", "reward"
 
 
 def _models(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -160,9 +177,33 @@ def _multipliers(axes: Axes, metrics: Rows, constraints: Sequence[Mapping[str, A
 
 
 def _mu(axes: Axes, metrics: Rows) -> None:
-    axes.plot(iterations(metrics), series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6)
+    x = iterations(metrics)
+    axes.plot(x, series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6, label="μ")
+    for key, label in (("l3m/noise_floor", "noise floor"), ("l3m/task_share", "share of the task's step")):
+        values = series(metrics, key)
+        values[values <= 0] = math.nan
+        if not np.isnan(values).all():
+            axes.plot(
+                x, values, color=GREY, linewidth=1.1, linestyle="--" if key == "l3m/noise_floor" else ":", label=label
+            )
     _log_scale(axes)
     style(axes, "Barrier strength μ", "μ (log scale)")
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=8, **LEGEND)
+
+
+def _gradient_norms(axes: Axes, metrics: Rows) -> None:
+    """Instead of mu, which the other solvers do not have."""
+    x = iterations(metrics)
+    for key, label, colour in (("task", "task", GREY), ("constraint", "constraints", BLUE)):
+        values = series(metrics, f"l3m/grad_norm/{key}" if key == "constraint" else "grad_norm")
+        values[values <= 0] = math.nan
+        if not np.isnan(values).all():
+            axes.plot(x, values, color=colour, linewidth=1.2, label=label)
+    _log_scale(axes)
+    style(axes, "Gradient norms before clipping", "norm (log scale)")
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=8, **LEGEND)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -179,8 +220,8 @@ class _PlainLog(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _loss(axes: Axes, metrics: Rows, baseline: Rows) -> None:
-    for rows, colour, label in ((baseline, GREY, "SFT"), (metrics, BLUE, "L3M")):
+def _loss(axes: Axes, metrics: Rows, baseline: Rows, report: Mapping[str, Any]) -> None:
+    for rows, colour, label in ((baseline, GREY, "SFT"), (metrics, BLUE, solver_label(report))):
         if rows:
             loss = series(rows, "loss")
             axes.plot(iterations(rows), loss, color=colour, linewidth=0.7, alpha=0.35)

@@ -1,6 +1,6 @@
 """Tables and pictures come from run folders alone; the command says what is wrong in one line."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -12,20 +12,13 @@ from experiments.presenting import interval, pooled, verdict
 from experiments.results import read_results
 from l3ms.yaml_reader import ConfigError
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
 
 def cell(name, labels=None, seed=0, certify=16):
     return Cell(name, labels or (name,), seed, {"seed": seed}, certify)
 
 
 def module(name):
-    spec = importlib.util.spec_from_file_location(f"draw_{name}", EXPERIMENTS / name / "draw.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return importlib.import_module(f"experiments.{name}.draw")
 
 
 def is_picture(figure, path):
