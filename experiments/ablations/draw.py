@@ -13,7 +13,7 @@ from l3ms.figure import series
 
 COLUMNS = {
     "mu-paper": "mu to 1e-6", "smoothing-0.3": "smoothing 0.3", "smoothing-1": "no smoothing", "norm-sequence": "length_norm sequence",
-    "norm-none": "length_norm none", "joint": "joint half-steps", "default": "default", "sft": "SFT",
+    "norm-none": "length_norm none", "joint": "joint half-steps", "separate": "clipping separate", "default": "default", "sft": "SFT",
 }  # fmt: skip
 
 
