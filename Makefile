@@ -18,13 +18,18 @@ GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: dev ## fine-tune a tiny model under a length constraint, on a CPU, in minutes
 	$(BIN)/l3ms demo $(ARGS)
+
+experiments: experiment-length experiment-forgetting experiment-ablations experiment-harmlessness ## all experiments, one after the other
+
+experiment-%: dev ## (length, forgetting, ablations, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
+	$(BIN)/python experiments/run.py $* --jobs $(JOBS) $(ARGS)
 
 test: dev ## the tests, without the slow ones
 	$(PYTEST) --durations 10 $(ARGS)

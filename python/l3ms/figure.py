@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from l3ms.report import model_label
+from l3ms.report import model_label, solver_label
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
 CURVES = (BLUE, "#b5651d", "#6b4fa3", RED)
@@ -34,13 +34,14 @@ def draw(metrics: Rows, report: Mapping[str, Any], baseline: Rows = ()) -> Figur
         _estimate(axes, metrics, item, report)
     _lengths(figure.add_subplot(grid[0, 4:] if constraints else grid[0, :]), report)
     _multipliers(figure.add_subplot(grid[panels, :2]), metrics, constraints)
-    _mu(figure.add_subplot(grid[panels, 2:4]), metrics)
-    _loss(figure.add_subplot(grid[panels, 4:]), metrics, baseline)
+    strength = _mu if any(row.get("l3m/mu") is not None for row in metrics) else _gradient_norms
+    strength(figure.add_subplot(grid[panels, 2:4]), metrics)
+    _loss(figure.add_subplot(grid[panels, 4:]), metrics, baseline, report)
     return figure
 
 
 def _constraints(metrics: Rows, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`{name, min, max}` of every constraint that was measured, the report's order first."""
+    """`{name, min, max, ...}` of every constraint that was measured, the report's order first."""
     known = {item["name"]: dict(item) for item in report.get("constraints") or []}
     if not known and report.get("bounds"):
         known = {"length": {"name": "length", **report["bounds"]}}
@@ -49,21 +50,21 @@ def _constraints(metrics: Rows, report: Mapping[str, Any]) -> list[dict[str, Any
             if key.startswith("constraints/") and key.endswith("/estimate"):
                 name = key.removeprefix("constraints/").removesuffix("/estimate")
                 known.setdefault(name, {"name": name})
-    measured = {name: _series(metrics, f"constraints/{name}/estimate") for name in known}
+    measured = {name: series(metrics, f"constraints/{name}/estimate") for name in known}
     return [item for name, item in known.items() if not np.isnan(measured[name]).all()]
 
 
-def _series(metrics: Rows, key: str) -> np.ndarray:
+def series(metrics: Rows, key: str) -> np.ndarray:
     """The values of one key over the iterations, NaN where it is missing."""
     values = [row.get(key) for row in metrics]
     return np.array([math.nan if value is None else float(value) for value in values], dtype=float)
 
 
-def _iterations(metrics: Rows) -> np.ndarray:
+def iterations(metrics: Rows) -> np.ndarray:
     return np.array([row.get("iteration", index) for index, row in enumerate(metrics, 1)], dtype=float)
 
 
-def _style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> None:
+def style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -78,17 +79,20 @@ def _style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> No
 def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     """Running estimate with its 95% band, the bounds, and what fresh samples said afterwards."""
     name, low, high = item["name"], item.get("min"), item.get("max")
-    x, y = _iterations(metrics), _series(metrics, f"constraints/{name}/estimate")
-    band = Z95 * np.nan_to_num(_series(metrics, f"constraints/{name}/stderr"))
+    x, y = iterations(metrics), series(metrics, f"constraints/{name}/estimate")
+    band = Z95 * np.nan_to_num(series(metrics, f"constraints/{name}/stderr"))
     found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models(report)]
     points = [(label, colour, *measured) for label, colour, measured in found if measured is not None]
-    shown = [value for value in (low, high) if value is not None]
-    shown += [value for point in points for value in point[3:]]
-    bottom = min([*shown, np.nanmin(y - np.minimum(band, np.nanmax(np.abs(y))))])
-    top = max([*shown, np.nanmax(y + np.minimum(band, np.nanmax(np.abs(y))))])
+    half = np.minimum(band, np.nanmax(np.abs(y)))
+    shown = [value for point in points for value in point[3:]]
+    bottom, top = min([*shown, np.nanmin(y - half)]), max([*shown, np.nanmax(y + half)])
+    # A bound far from everything measured (a constraint that only watches) would flatten the curve
+    near = 4 * (top - bottom) or math.inf
+    shown += [value for value in (low, high) if value is not None and bottom - near <= value <= top + near]
+    bottom, top = min([*shown, bottom]), max([*shown, top])
     pad = 0.06 * (top - bottom) or 1.0
     axes.set_ylim(bottom - pad, top + pad)
-    _shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim())
+    shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim())
     axes.fill_between(x, y - band, y + band, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(x, y, color=BLUE, linewidth=1.8, label="running estimate, 95% band")
     start = report.get("average_from")
@@ -104,9 +108,22 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
             x[-1] + span * 0.03 * (index + 1), mean, yerr=[[mean - below], [above - mean]],
             fmt="o", markersize=4.5, capsize=3, color=colour, label=f"{label}: fresh samples",
         )  # fmt: skip
-    unit = "tokens" if name == "length" else "reward"
-    _style(axes, "Mean response length" if name == "length" else f"Mean {name}", unit)
+    style(axes, *_words(item))
     axes.legend(fontsize=8, **LEGEND, loc="best")
+
+
+def _words(item: Mapping[str, Any]) -> tuple[str, str]:
+    """(title, unit) of a constraint's panel."""
+    name, kind = item["name"], item.get("type", "length" if item["name"] == "length" else None)
+    if item.get("threshold") is not None:
+        return f"{name} ≥ {item['threshold']:g}", "share of responses"
+    if kind == "length":
+        return "Mean response length" if name == "length" else f"Mean response length ({name})", "tokens"
+    if kind == "data_nll":
+        return f"Loss on {name}", "nats per token"
+    if kind == "kl":
+        return "Divergence from the reference" if name == "kl" else f"Divergence ({name})", "nats"
+    return f"Mean {name}", "reward"
 
 
 def _models(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -125,8 +142,13 @@ def _measured(report: Mapping[str, Any], key: str, name: str) -> tuple[float, fl
     return found["mean"], min(low, found["mean"]), max(high, found["mean"])
 
 
-def _shade(
-    span: Any, line: Any, low: float | None, high: float | None, limits: tuple[float, float], label: str = "bounds"
+def shade(
+    span: Any,
+    line: Any,
+    low: float | None,
+    high: float | None,
+    limits: tuple[float, float],
+    label: str | None = "bounds",
 ) -> None:
     """The allowed range in green, a line at each bound."""
     if low is None and high is None:
@@ -137,27 +159,51 @@ def _shade(
 
 
 def _multipliers(axes: Axes, metrics: Rows, constraints: Sequence[Mapping[str, Any]]) -> None:
-    x = _iterations(metrics)
+    x = iterations(metrics)
     for index, item in enumerate(constraints):
         prefix = f"constraints/{item['name']}/lambda"
         keys = sorted({key for row in metrics for key in row if key == prefix or key.startswith(f"{prefix}_")})
         for side, key in enumerate(keys):
-            values = _series(metrics, key)
+            values = series(metrics, key)
             values[values <= 0] = math.nan
             suffix = key.removeprefix(prefix).strip("_")
             label = " ".join(part for part in (item["name"], suffix) if part)
-            style = "--" if side else "-"
-            axes.plot(x, values, style, color=CURVES[index % len(CURVES)], linewidth=1.4, label=label)
+            dashes = "--" if side else "-"
+            axes.plot(x, values, dashes, color=CURVES[index % len(CURVES)], linewidth=1.4, label=label)
     _log_scale(axes)
-    _style(axes, "Multiplier λ", "λ (log scale)")
+    style(axes, "Multiplier λ", "λ (log scale)")
     if len(axes.lines) > 1:
         axes.legend(fontsize=8, **LEGEND)
 
 
 def _mu(axes: Axes, metrics: Rows) -> None:
-    axes.plot(_iterations(metrics), _series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6)
+    x = iterations(metrics)
+    axes.plot(x, series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6, label="μ")
+    for key, label in (("l3m/noise_floor", "noise floor"), ("l3m/task_share", "share of the task's step")):
+        values = series(metrics, key)
+        values[values <= 0] = math.nan
+        if not np.isnan(values).all():
+            axes.plot(
+                x, values, color=GREY, linewidth=1.1, linestyle="--" if key == "l3m/noise_floor" else ":", label=label
+            )
     _log_scale(axes)
-    _style(axes, "Barrier strength μ", "μ (log scale)")
+    style(axes, "Barrier strength μ", "μ (log scale)")
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=8, **LEGEND)
+
+
+def _gradient_norms(axes: Axes, metrics: Rows) -> None:
+    """Instead of mu, which the other solvers do not have."""
+    x = iterations(metrics)
+    for key, label, colour in (("task", "task", GREY), ("constraint", "constraints", BLUE)):
+        values = series(metrics, f"l3m/grad_norm/{key}" if key == "constraint" else "grad_norm")
+        values[values <= 0] = math.nan
+        if not np.isnan(values).all():
+            axes.plot(x, values, color=colour, linewidth=1.2, label=label)
+    _log_scale(axes)
+    style(axes, "Gradient norms before clipping", "norm (log scale)")
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=8, **LEGEND)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -174,18 +220,18 @@ class _PlainLog(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _loss(axes: Axes, metrics: Rows, baseline: Rows) -> None:
-    for rows, colour, label in ((baseline, GREY, "SFT"), (metrics, BLUE, "L3M")):
+def _loss(axes: Axes, metrics: Rows, baseline: Rows, report: Mapping[str, Any]) -> None:
+    for rows, colour, label in ((baseline, GREY, "SFT"), (metrics, BLUE, solver_label(report))):
         if rows:
-            loss = _series(rows, "loss")
-            axes.plot(_iterations(rows), loss, color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(_iterations(rows), _smooth(loss), color=colour, linewidth=1.6, label=label)
-    _style(axes, "Task loss", "nats per token")
+            loss = series(rows, "loss")
+            axes.plot(iterations(rows), loss, color=colour, linewidth=0.7, alpha=0.35)
+            axes.plot(iterations(rows), smooth(loss), color=colour, linewidth=1.6, label=label)
+    style(axes, "Task loss", "nats per token")
     if baseline:
         axes.legend(fontsize=8, **LEGEND)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Bias-corrected exponential average over about a tenth of the run; missing values leave it as it was."""
     weight = min(0.5, max(0.05, 10 / len(values)))
     total = mass = 0.0
@@ -203,7 +249,7 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     counts = {key: (report.get(key) or {}).get("length", {}).get("histogram") for key, _, _ in _models(report)}
     counts = {key: value for key, value in counts.items() if value and sum(value)}
     low, high = ((report.get("bounds") or {}).get(side) for side in ("min", "max"))
-    _style(axes, "Length of responses", "% of responses", "tokens")
+    style(axes, "Length of responses", "% of responses", "tokens")
     if not counts:
         axes.text(0.5, 0.5, "no samples yet", ha="center", va="center", transform=axes.transAxes, color=GREY)
         axes.set_xticks([])
@@ -213,7 +259,7 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     edge = max(edge, 1.1 * (high or low or 0))
     width = max(1, round(edge / 30))
     edges = np.arange(0, edge + width, width)
-    _shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])), label="bounds on the mean")
+    shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])), label="bounds on the mean")
     for key, label, colour in _models(report):
         if key in counts:
             value = np.array(counts[key], dtype=float)

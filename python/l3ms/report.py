@@ -1,6 +1,6 @@
 """What a run leaves to look at: `report.json`, `report.png`, and the tables in the terminal.
 
-A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, min, max}]`, `skipped_steps`,
+A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, type, min, max, threshold}]`, `skipped_steps`,
 `mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
 `{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples"}`. The picture is drawn from
 `metrics.jsonl` (one object per iteration) and `report.json` alone, so `l3ms plot` can draw it again at any time.
@@ -110,7 +110,7 @@ def plot_run(folder: str | Path) -> Path:
     target = folder / "report.png"
     partial = folder / ".report.partial.png"
     try:
-        draw(metrics, report, baseline).savefig(partial, dpi=160)
+        draw(metrics, report, baseline).savefig(partial, dpi=100)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def plot_run(folder: str | Path) -> Path:
 def _configured_bounds(path: Path) -> list[dict[str, Any]]:
     """`{name, min, max}` of the constraints a run was started with, for the picture of one that did not end."""
     items = read_yaml(path).get("constraints", []) if path.exists() else []
-    return [{"name": item["name"], "min": item["min"], "max": item["max"]} for item in items]
+    return [{key: item.get(key) for key in ("name", "type", "min", "max", "threshold")} for item in items]
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -179,8 +179,14 @@ def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
 
 def model_label(key: str, report: Mapping[str, Any] | None = None) -> str:
     """How a model of a report is called in tables and pictures."""
-    solver = "SFT" if (report or {}).get("solver") == "none" else "L3M"
+    solver = solver_label(report)
     return {"sft": "SFT", "initial": "before", "last": f"{solver} last", "average": f"{solver} averaged"}[key]
+
+
+def solver_label(report: Mapping[str, Any] | None = None) -> str:
+    """SFT, L3M, or the name of the solver that the barrier is compared with."""
+    solver = (report or {}).get("solver") or "barrier"
+    return {"none": "SFT", "barrier": "L3M"}.get(solver, solver.replace("_", " "))
 
 
 def bounds_text(minimum: float | None, maximum: float | None) -> str:

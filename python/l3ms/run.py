@@ -18,12 +18,12 @@ import transformers
 from rich.console import Console
 
 from l3ms.config import RunConfig
-from l3ms.config_constraints import DataNLLConfig
+from l3ms.config_constraints import ConstraintConfig, DataNLLConfig
 from l3ms.constraints import Constraint
 from l3ms.data import Encoded, load_examples
 from l3ms.evaluation import evaluate
 from l3ms.progress import ProgressCallback, progress_bar
-from l3ms.report import examples_table, summary_table, write_report
+from l3ms.report import examples_table, solver_label, summary_table, write_report
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.run_inputs import build_constraints, encode_sides, load_model, training_arguments, try_rewards
 from l3ms.trainer import L3MTrainer
@@ -52,7 +52,7 @@ def execute(
 
     prepare_output(folder)
     write_config(folder, config.model_dump())
-    bounds = [{"name": item.name, "min": item.min, "max": item.max} for item in config.constraints]
+    bounds = [_bounds(item) for item in config.constraints]
     metrics = MetricsWriter(folder / "metrics.jsonl")
     progress = ProgressCallback(bounds, title=_title(config), console=console)
     trainer = L3MTrainer(
@@ -94,7 +94,13 @@ def execute(
 
 
 def _title(config: RunConfig) -> str:
-    return "L3M" if config.train.solver == "barrier" else "SFT"
+    return solver_label({"solver": config.train.solver})
+
+
+def _bounds(item: ConstraintConfig) -> dict[str, Any]:
+    """What the report says of a constraint."""
+    threshold = getattr(item, "threshold", None)
+    return {"name": item.name, "type": item.type, "min": item.min, "max": item.max, "threshold": threshold}
 
 
 def local_inputs(config: RunConfig) -> dict[str, str]:

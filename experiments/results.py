@@ -1,0 +1,129 @@
+"""What the cells have come to, read from the logs of their run folders alone: report.json, metrics.jsonl, certificate.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import CERTIFICATE, is_trained, run_folder
+from experiments.grid import Cell
+from l3ms.report import read_metrics
+
+WEIGHTS = "average"  # the model that is reported and certified: the weights averaged over the last part of the run
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell of one seed. `summary` is the report's, of fresh samples on held-out prompts (`l3ms.report`)."""
+
+    name: str
+    labels: tuple[str, ...]
+    seed: int
+    solver: str
+    bounds: list[dict[str, Any]]  # {"name", "min", "max"}
+    summary: dict[str, Any]
+    last: dict[str, Any]  # the same of the last iterate, without averaging
+    initial: dict[str, Any]  # the same before training; empty where `evaluate.initial` is false
+    iterations: int
+    seconds: float
+    multipliers: dict[str, float]  # "length_max" -> lambda at the end
+    mu: float | None
+    verdicts: dict[str, str]  # constraint -> SATISFIED, VIOLATED, INCONCLUSIVE
+    certificate: dict[str, Any] | None
+    ratio: float | None = None  # task perplexity over the reference's of the same seed
+    metrics: list[dict[str, Any]] = field(default_factory=list, repr=False)  # the iterations
+
+    def bound(self, name: str = "length") -> tuple[float | None, float | None]:
+        found = next((item for item in self.bounds if item["name"] == name), {})
+        return found.get("min"), found.get("max")
+
+    @property
+    def before(self) -> Result:
+        """The same run before its training."""
+        return replace(self, summary=self.initial)
+
+    def measured(self, name: str) -> tuple[float, float, float]:
+        """(mean, low, high) of a constraint (or of "length") on fresh held-out samples, 95%; NaN where not measured."""
+        rewards = self.summary.get("constraints") or {}
+        value = rewards.get(name) or (self.summary.get("length") if name == "length" else None) or {}
+        if value.get("mean") is None or not value.get("ci95"):
+            return math.nan, math.nan, math.nan
+        return value["mean"], *value["ci95"]
+
+
+def read_results(cells: Sequence[Cell], folder: Path, reference: str | None = None) -> list[Result]:
+    """Of the cells that have finished training."""
+    found = [_read(cell, folder) for cell in cells if is_trained(cell, folder)]
+    base = {result.seed: result.summary.get("perplexity") for result in found if result.name == reference}
+    return [_with_ratio(result, base.get(result.seed)) for result in found]
+
+
+def write_results(results: Sequence[Result], path: Path, facts: dict[str, Any]) -> None:
+    """`results.json`: `facts` about the whole, and of each cell everything but its iterations."""
+    rows = [{key: value for key, value in asdict(result).items() if key != "metrics"} for result in results]
+    for row in rows:
+        if row["certificate"]:
+            row["certificate"].pop("run", None)  # a path of this machine
+    text = json.dumps({**facts, "cells": rows}, indent=1, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _read(cell: Cell, folder: Path) -> Result:
+    run = run_folder(folder, cell)
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(run / "metrics.jsonl")
+    certificate = None
+    if cell.certify is not None and (run / CERTIFICATE).exists():
+        certificate = json.loads((run / CERTIFICATE).read_text(encoding="utf-8"))
+    return Result(
+        name=cell.name,
+        labels=cell.labels,
+        seed=cell.seed,
+        solver=report["solver"],
+        bounds=report["constraints"],
+        summary=report[WEIGHTS],
+        last=report["last"],
+        initial=report.get("initial") or {},
+        iterations=report["iterations"],
+        seconds=report["seconds"],
+        multipliers=_multipliers(metrics),
+        mu=report.get("mu_end"),
+        verdicts=_verdicts(certificate),
+        certificate=certificate,
+        metrics=metrics,
+    )
+
+
+def _with_ratio(result: Result, base: float | None) -> Result:
+    perplexity = result.summary.get("perplexity")
+    return result if base is None or perplexity is None else replace(result, ratio=perplexity / base)
+
+
+def _multipliers(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The last value of each `constraints/NAME/lambda[_min|_max]`."""
+    last: dict[str, float] = {}
+    for row in metrics:
+        for key, value in row.items():
+            name, _, what = key.removeprefix("constraints/").rpartition("/")
+            if key.startswith("constraints/") and what.startswith("lambda") and value is not None:
+                last[name + what.removeprefix("lambda")] = value
+    return last
+
+
+def _verdicts(certificate: dict[str, Any] | None) -> dict[str, str]:
+    constraints = (certificate or {}).get("constraints") or []
+    return {item["name"]: item["verdict"] for item in constraints}
+
+
+def failed_lines(cells: Sequence[Cell], folder: Path, errors: dict[str, str]) -> list[str]:
+    """A line per cell that has no result, for the table: where the method or the machine failed, it says so."""
+    missing = [cell for cell in cells if not is_trained(cell, folder)]
+    return [f"* `{cell.key}` has no result: {errors.get(cell.key, 'not run')}" for cell in missing] + [
+        f"* `{cell.key}` is not certified: {errors[cell.key]}"
+        for cell in cells
+        if cell.key in errors and cell not in missing
+    ]
