@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -65,6 +66,7 @@ def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
     if done is not None:
         return done
     console = Console()
+    transformers.logging.disable_progress_bar()
     read = read_pairs(data)
     sides = split(read.pairs, HELD_OUT)
     limits = SMALL if arguments.model is None else LARGE

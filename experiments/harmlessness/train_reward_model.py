@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,28 +70,29 @@ def fit(
     """(`model` trained on `train` with the weights of the best epoch, validation loss before training and after each epoch)."""
     collate = _Collator(tokenizer, settings.max_length)
     total = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    arguments = TrainingArguments(
-        output_dir="unused",  # nothing is saved there
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_steps=total // 20,
-        lr_scheduler_type="linear",
-        seed=settings.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
     best = _BestEpoch(model, tokenizer, validation, settings, advance, total)
-    trainer = _BradleyTerry(
-        model, arguments, data_collator=collate, train_dataset=list(train), callbacks=[best], centre=settings.centre
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as unused:  # the Trainer makes its folder even where it saves nothing
+        arguments = TrainingArguments(
+            output_dir=unused,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup_steps=total // 20,
+            lr_scheduler_type="linear",
+            seed=settings.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = _BradleyTerry(
+            model, arguments, data_collator=collate, train_dataset=list(train), callbacks=[best], centre=settings.centre
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
     model.load_state_dict(best.weights)
     return model.eval(), best.losses
 
@@ -156,6 +158,9 @@ def train_reward_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.truncation_side = "left"  # the reply is what is judged
+    tokenizer.padding_side = (
+        "right"  # as l3ms.RewardModel pads: a model with absolute positions counts from the first token
+    )
     classifier.config.pad_token_id = tokenizer.pad_token_id
     learned, validation = split(train, settings.validation, seed=settings.seed)
     with progress_bar(console, "reward model") as advance:
@@ -168,7 +173,7 @@ def train_reward_model(
                 parameter /= spread
     report = {
         "settings": asdict(settings),
-        "pairs": {"train": len(learned), "validation": len(validation)},
+        "learned_from": {"train": len(learned), "validation": len(validation)},
         "validation_loss": losses,
         "best_epoch": min(range(len(losses)), key=losses.__getitem__),
         "head_divided_by": spread if isinstance(head, torch.nn.Linear) else 1.0,

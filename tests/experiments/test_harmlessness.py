@@ -276,7 +276,9 @@ def test_the_interval_is_wilsons():
     assert share(torch.tensor([], dtype=torch.bool))["share"] is None
 
 
-def test_the_command_trains_from_a_file(checkpoint, tmp_path, capsys):
+def test_the_command_trains_from_a_file(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     rows = [
         {side: preference.conversation(pair, getattr(pair, side), None) for side in ("chosen", "rejected")}
         for pair in planted(60, 3)
@@ -289,3 +291,4 @@ def test_the_command_trains_from_a_file(checkpoint, tmp_path, capsys):
     assert main(words) == 2  # the folder is not empty
     assert main([*words[:-4], "--output", str(tmp_path / "other"), "--model", str(tmp_path / "nowhere")]) == 2
     assert not (tmp_path / "other").exists()
+    assert not any(Path().iterdir())
