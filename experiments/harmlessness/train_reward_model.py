@@ -3,9 +3,9 @@
     python experiments/harmlessness/train_reward_model.py --data pairs.jsonl --model MODEL --output out/rm
 
 MODEL is any checkpoint that `AutoModelForSequenceClassification` loads; of a causal language model the body is taken and a head of one
-output is added. The loss is -log sigmoid(r_c - r_r) + centre (r_c + r_r)^2 (Eisenstein et al. 2023, arXiv 2312.09244): the second term
-only fixes the constant that the first leaves free, so that 0 is the score of an average reply. After training the head is divided by the
-standard deviation of the scores of the validation replies, so that `l3ms.RewardModel(squash="tanh")` bounds scores of about unit spread.
+output is added. The loss, -log sigmoid(r_c - r_r), leaves a constant free, and its scale is that of its own certainty: after training the
+head is changed so that the scores of the validation replies have mean 0 and standard deviation 1. Then 0 is an average reply, and
+`l3ms.RewardModel(squash="tanh")` bounds scores of unit spread.
 
 The folder OUTPUT then holds the checkpoint, its tokenizer and reward_model.json: accuracy on held-out pairs with its 95% interval, beside
 the accuracy of preferring the shorter reply and the correlation of the score with the length, since a model may have learned only that.
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
@@ -42,21 +42,22 @@ Z95 = 1.959964
 
 @dataclass(frozen=True)
 class Settings:
-    """How a reward model is trained. The defaults are for the 1M-parameter model and about 2,000 pairs."""
+    """How a reward model is trained. The defaults are for the 1M-parameter model and about 1,000 pairs: it overfits from epoch 2 on."""
 
-    epochs: int = 6  # at most: the weights of the epoch with the least validation loss are kept
+    epochs: int = (
+        3  # at most: ends after the first one that does not lower the validation loss, with the weights before it
+    )
     batch_size: int = 16  # pairs
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     weight_decay: float = 0.1
-    centre: float = 0.01
     max_length: int = 192  # tokens of a conversation; longer ones lose their beginning
     validation: float = 0.15  # share of the training conversations
     seed: int = 0
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, centre: float = 0.0) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected) + centre (chosen + rejected)^2; (B,) each -> scalar."""
-    return (-logsigmoid(chosen - rejected) + centre * (chosen + rejected).square()).mean()
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of -log sigmoid(chosen - rejected); (B,) each -> scalar."""
+    return -logsigmoid(chosen - rejected).mean()
 
 
 def fit(
@@ -88,9 +89,7 @@ def fit(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = _BradleyTerry(
-            model, arguments, data_collator=collate, train_dataset=list(train), callbacks=[best], centre=settings.centre
-        )
+        trainer = _BradleyTerry(model, arguments, data_collator=collate, train_dataset=list(train), callbacks=[best])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     model.load_state_dict(best.weights)
@@ -98,14 +97,40 @@ def fit(
 
 
 @torch.no_grad()
+def standardise(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Settings) -> dict[str, float] | None:
+    """Change the linear head so that the scores of the pairs' replies have mean 0 and standard deviation 1; returns what they were.
+
+    A head without a bias takes the constant from the direction v of the features h that is most nearly constant: v.h has mean 1 and the
+    least variance, v ~ (Cov h + ridge)^-1 E h. A model without a linear head is left as it is (None).
+    """
+    name = next((name for name in ("score", "classifier") if isinstance(getattr(model, name, None), nn.Linear)), None)
+    if name is None:
+        return None
+    head = getattr(model, name)
+    setattr(model, name, nn.Identity())
+    try:
+        features = _outputs(model, tokenizer, _texts(pairs, tokenizer), settings.max_length)  # (N, D)
+    finally:
+        setattr(model, name, head)
+    weight = head.weight[0].double().cpu()
+    values = features @ weight + (0.0 if head.bias is None else float(head.bias))
+    mean, spread = float(values.mean()), float(values.std())
+    if head.bias is not None:
+        head.bias -= mean
+    else:
+        centre, covariance = features.mean(0), features.T.cov()
+        ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(centre), dtype=torch.float64)
+        constant = torch.linalg.solve(covariance + ridge, centre)
+        head.weight -= mean * (constant / (constant @ centre)).to(head.weight)
+        spread = float((features @ head.weight[0].double().cpu()).std())
+    for parameter in head.parameters():
+        parameter /= spread
+    return {"mean": mean, "std": float(values.std())}
+
+
 def score(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int, batch_size: int = 64) -> Tensor:
     """The raw score of each conversation, (N,) float64 on the CPU."""
-    model.eval()
-    values = []
-    for start in range(0, len(texts), batch_size):
-        batch = _encode(tokenizer, texts[start : start + batch_size], max_length).to(model.device)
-        values.append(model(**batch).logits[:, 0].double().cpu())
-    return torch.cat(values)
+    return _outputs(model, tokenizer, texts, max_length, batch_size)[:, 0]
 
 
 def assess(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Settings) -> dict[str, Any]:
@@ -165,18 +190,13 @@ def train_reward_model(
     learned, validation = split(train, settings.validation, seed=settings.seed)
     with progress_bar(console, "reward model") as advance:
         classifier, losses = fit(classifier, tokenizer, learned, validation, settings, advance)
-    spread = float(torch.cat(_scores(classifier, tokenizer, validation, settings)).std())
-    head = getattr(classifier, "score", None) or getattr(classifier, "classifier", None)
-    if isinstance(head, torch.nn.Linear):
-        with torch.no_grad():
-            for parameter in head.parameters():
-                parameter /= spread
+    before = standardise(classifier, tokenizer, validation, settings)
     report = {
         "settings": asdict(settings),
         "learned_from": {"train": len(learned), "validation": len(validation)},
         "validation_loss": losses,
         "best_epoch": min(range(len(losses)), key=losses.__getitem__),
-        "head_divided_by": spread if isinstance(head, torch.nn.Linear) else 1.0,
+        "before_standardising": before,
         **assess(classifier, tokenizer, held_out, settings),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -197,9 +217,23 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _scores(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Settings) -> tuple[Tensor, Tensor]:
-    texts = [conversation(pair, getattr(pair, side), tokenizer) for side in ("chosen", "rejected") for pair in pairs]
-    chosen, rejected = score(model, tokenizer, texts, max_length=settings.max_length).chunk(2)
+    chosen, rejected = score(model, tokenizer, _texts(pairs, tokenizer), max_length=settings.max_length).chunk(2)
     return chosen, rejected
+
+
+def _texts(pairs: Sequence[Pair], tokenizer: Any) -> list[str]:
+    """All chosen conversations, then all rejected ones."""
+    return [conversation(pair, getattr(pair, side), tokenizer) for side in ("chosen", "rejected") for pair in pairs]
+
+
+@torch.no_grad()
+def _outputs(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64) -> Tensor:
+    model.eval()
+    values = []
+    for start in range(0, len(texts), batch_size):
+        batch = _encode(tokenizer, texts[start : start + batch_size], max_length).to(model.device)
+        values.append(model(**batch).logits.double().cpu())
+    return torch.cat(values)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> Any:
@@ -226,19 +260,15 @@ class _Collator:
 
 
 class _BradleyTerry(Trainer):
-    def __init__(self, *args: Any, centre: float, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.centre = centre
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         chosen, rejected = model(**inputs).logits[:, 0].float().chunk(2)
-        return bradley_terry_loss(chosen, rejected, centre=self.centre)
+        return bradley_terry_loss(chosen, rejected)
 
 
 class _BestEpoch(TrainerCallback):
-    """Validation loss after each epoch; keeps the weights of the least, stops after two epochs without a new one."""
+    """Validation loss after each epoch; keeps the weights of the least, ends at the first epoch without a new one."""
 
     def __init__(self, model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Settings, advance: Any, total: int):
         self.model, self.tokenizer, self.pairs, self.settings = model, tokenizer, pairs, settings
@@ -259,7 +289,7 @@ class _BestEpoch(TrainerCallback):
         self.losses.append(self._loss())
         if self.losses[-1] == min(self.losses):
             self.weights = copy.deepcopy(self.model.state_dict())
-        elif min(self.losses[-2:]) > min(self.losses):
+        else:
             control.should_training_stop = True
 
 

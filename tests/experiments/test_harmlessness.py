@@ -19,6 +19,7 @@ from experiments.harmlessness.train_reward_model import (
     main,
     score,
     share,
+    standardise,
     train_reward_model,
 )
 from l3ms.yaml_reader import ConfigError
@@ -204,9 +205,6 @@ def test_the_loss_is_bradley_terrys():
     chosen, rejected = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
     wanted = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
     assert float(bradley_terry_loss(chosen, rejected)) == pytest.approx(wanted, rel=1e-12)
-    assert float(bradley_terry_loss(chosen, rejected, centre=0.1)) == pytest.approx(
-        wanted + 0.1 * (1 + 4) / 2, rel=1e-12
-    )
     shifted = bradley_terry_loss(chosen + 3, rejected + 3)
     assert float(shifted) == pytest.approx(wanted, rel=1e-12)
 
@@ -236,6 +234,34 @@ def test_the_checkpoint_is_one_of_transformers_with_scores_of_unit_spread(traine
     texts = [preference.conversation(pair, pair.chosen, tokenizer) for pair in held_out[:7]]
     alone = torch.cat([score(model, tokenizer, [text], max_length=32) for text in texts])
     torch.testing.assert_close(score(model, tokenizer, texts, max_length=32), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_standardised_scores_have_mean_0_and_spread_1_and_keep_their_order(trained, bias):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder, report, held_out = trained
+    settings = Settings(**report["settings"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    head = torch.nn.Linear(16, 1, bias=bias)
+    with torch.no_grad():
+        head.weight.copy_(5 * model.score.weight)
+        if bias:
+            head.bias.fill_(7.0)
+    model.score = head
+    texts = [preference.conversation(pair, pair.chosen, tokenizer) for pair in held_out]
+    before = score(model, tokenizer, texts, max_length=32)
+    told = standardise(model, tokenizer, held_out, settings)
+    assert told is not None
+    assert told["std"] > 3
+    again = assess(model, tokenizer, held_out, settings)["score"]
+    assert again["mean"] == pytest.approx(0, abs=1e-4)
+    assert again["std"] == pytest.approx(1, abs=1e-4)
+    after = score(model, tokenizer, texts, max_length=32)
+    assert float(torch.corrcoef(torch.stack([before, after]))[0, 1]) > 0.97
+    model.score = torch.nn.Sequential(head)  # no linear head
+    assert standardise(model, tokenizer, held_out, settings) is None
 
 
 def test_l3ms_reward_model_gives_the_same_scores(trained):
