@@ -1,0 +1,125 @@
+"""What the harmlessness experiment starts from, made once: a base model, its task rows, and two reward models of different pairs.
+
+From preference pairs alone: the conversations are split by prompt, a byte-level BPE tokenizer and a small Llama learn the text of the
+training side (about 75 s on one core), and two reward models, initialised from that base, learn one half of the training pairs each. The
+first is the constraint's; the second only looks on: where the first one's score rises and the second one's does not, the reward is hacked.
+
+The task is to reply as the data does, chosen and rejected replies alike: its own harmlessness is then about that of an average reply, 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from experiments.harmlessness.pairs import (
+    Pair,
+    data_path,
+    fingerprint,
+    messages,
+    prompt_text,
+    read_pairs,
+    shorten,
+    split,
+    without,
+)
+from experiments.harmlessness.train_reward_model import Settings, summary, train_reward_model
+from experiments.inputs import Arguments, read_done, write_done, write_rows
+from l3ms.demo import base, corpus
+from l3ms.progress import progress_bar
+
+HELD_OUT = 0.3  # of the conversations: a certificate counts prompts
+SMALL = {
+    "prompt": 240,
+    "reply": 240,
+}  # characters at most, with the model that is made here: a batch costs its longest row
+LARGE = {"prompt": 4000, "reply": 2000}  # with --model
+RECIPE = base.Recipe()  # 1.07M parameters
+FINE_TUNED = Settings(learning_rate=1e-5, epochs=2, max_length=1024)  # reward models from --model
+
+
+def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
+    """Write base/, train.jsonl, held_out.jsonl, reward_model/ and second_opinion/ to `output`, unless they are there for the same data.
+
+    Returns {"model", "train", "held_out", "reward_model", "second_opinion"}.
+
+    Raises:
+        ConfigError: no data, or data that hold no preference pairs.
+    """
+    data = data_path(arguments.data)
+    settings = Settings() if arguments.model is None else FINE_TUNED
+    key = {
+        "data": fingerprint(data),
+        "model": arguments.model,
+        "recipe": dataclasses.asdict(RECIPE),
+        "reward_model": dataclasses.asdict(settings),
+        "rows": arguments.rows,
+    }
+    done = read_done(output, key)
+    if done is not None:
+        return done
+    console = Console()
+    transformers.logging.disable_progress_bar()
+    read = read_pairs(data)
+    sides = split(read.pairs, HELD_OUT)
+    limits = SMALL if arguments.model is None else LARGE
+    train, held_out = (shorten(side, **limits) for side in sides)
+    train = without(train, held_out)
+    console.print(
+        f"{len(read.pairs)} pairs of replies to one prompt ({read.uneven + read.unanswered} more hold none); short enough: "
+        f"{len(train)} to train on, {len(held_out)} held out",
+        highlight=False,
+        soft_wrap=True,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    model = arguments.model or str(_make_base(sides[0], output / "base", console))
+    template = bool(getattr(AutoTokenizer.from_pretrained(model), "chat_template", None))
+    for name, pairs in (("train", train), ("held_out", held_out)):
+        rows = [row for pair in pairs for row in task_rows(pair, template)]
+        write_rows(output / f"{name}.jsonl", rows[: arguments.rows])
+    values = {"model": model, "train": str(output / "train.jsonl"), "held_out": str(output / "held_out.jsonl")}
+    halves = split(train, 0.5, seed=1)
+    for seed, (name, half) in enumerate(zip(("reward_model", "second_opinion"), halves, strict=True)):
+        report = train_reward_model(
+            model, half, held_out, output / name, dataclasses.replace(settings, seed=seed), console
+        )
+        console.print(f"{name.replace('_', ' ')}: {summary(report)}", highlight=False, soft_wrap=True)
+        values[name] = str(output / name)
+    write_done(output, key, values)
+    return values
+
+
+def task_rows(pair: Pair, template: bool) -> list[dict[str, Any]]:
+    """Two rows of task data: both replies to the prompt; conversations where the tokenizer has a template for them."""
+    replies = (pair.chosen, pair.rejected)
+    if template:
+        return [{"messages": messages([*pair.prompt, ("assistant", reply)])} for reply in replies]
+    return [{"prompt": prompt_text(pair.prompt), "completion": f" {reply}"} for reply in replies]
+
+
+def reward_model_reports(inputs: Path) -> dict[str, dict[str, Any]]:
+    """What the two reward models were worth on held-out pairs."""
+    return {
+        name: json.loads((inputs / name / "reward_model.json").read_text(encoding="utf-8"))
+        for name in ("reward_model", "second_opinion")
+    }
+
+
+def _make_base(pairs: Sequence[Pair], folder: Path, console: Console) -> Path:
+    """Tokenizer and model of the demo's recipe, from the conversations of both replies as running text."""
+    texts = [
+        corpus.Pair(prompt_text(pair.prompt), f" {reply}") for pair in pairs for reply in (pair.chosen, pair.rejected)
+    ]
+    tokenizer = base.train_tokenizer(texts, RECIPE)
+    with progress_bar(console, "base model") as advance:
+        model = base.pretrain(texts, tokenizer, RECIPE, lambda stage, done, total, note: advance(done, total))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
