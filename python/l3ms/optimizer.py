@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l3m_kernels import LogLikelihood, weighted_log_likelihood
+from l3m_kernels import BarrierWeights, LogLikelihood, weighted_log_likelihood
 from l3ms import shifts
 from l3ms.clipping import apply, clip, gradients
 from l3ms.conflicts import ConflictWatch
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.estimates import Estimates, Values
 from l3ms.losses import scored_lengths, shift
-from l3ms.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution
+from l3ms.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.solvers import Solver, as_solver
 from l3ms.step_reports import Progress, StepNumbers, StepReports
 
@@ -275,13 +275,17 @@ class L3MOptimizer(torch.optim.Optimizer):
         pending = self.estimates.pending
         assert pending is not None
         self.estimates.commit(applied)
-        noise = (pending.stderr * self._per_unit).where(pending.state[:, 0] > 0, 0.0)
+        noise = self._noise(pending)
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
         if isinstance(self.schedule, NoiseFloorDecay) and self.estimates.solver is None:
             moved = shifts.advance(self.estimates.shift, pending.violation)
             self.estimates.shift = torch.where(applied, moved, self.estimates.shift)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
+
+    def _noise(self, weights: BarrierWeights) -> Tensor:
+        """(R,) float64 standard errors of the dimensionless constraints, twice those of ranges; 0 where nothing was observed."""
+        return (weights.stderr * self._per_unit).where(weights.state[:, 0] > 0, 0.0)
 
     # ---- reading and keeping: all of this waits for the device ----
 
@@ -307,11 +311,13 @@ class L3MOptimizer(torch.optim.Optimizer):
         * `lambda`: the multiplier, of both bounds together; `missing`: steps without a sample, `dropped`: values not finite;
 
         and `l3m/mu` (of the barrier), `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping, the latter
-        divided by S; `l3m/task_share` under adaptive clipping.
+        divided by S; `l3m/task_share` under adaptive clipping, `l3m/noise_floor` with mu="auto".
         """
         values = {"l3m/skipped_steps": float(self.skipped_steps)}
         if self.estimates.solver is None:
             values["l3m/mu"] = float(self.mu)
+            if isinstance(self.schedule, NoiseFloorDecay) and (last := self.estimates.last) is not None:
+                values["l3m/noise_floor"] = float(noise_floor(self._noise(last).max()))
         if self.clipping == "adaptive":
             values["l3m/task_share"] = float(self.task_share)
         values.update({f"l3m/grad_norm/{name}": float(norm) for name, norm in self._norms.items()})
