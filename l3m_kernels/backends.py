@@ -134,7 +134,8 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
     Args:
         bytes: None restores the default: 64 MiB on a CPU, or 384 rows of logits (4 V bytes each) where that is more (from V = 43,691
             on); 512 MiB on a GPU, or 1024 rows. At least one row of logits is always held, and the tiles of the threads. Where the
-            weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top, or exponentials of that size.
+            weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top, or exponentials of that size, or both
+            within it.
         low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
             gradient is written once. Backend `cpp` has this, for as many rows as their operands fit half of the workspace (8,000 at
             D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held. Backend `triton` has it for any number

@@ -34,10 +34,10 @@ struct Batch {
   int64_t columns, slices;
   RowState<Acc> state;
   // For d weight:
-  int64_t kept = 0;                          // columns, of the first blocks, whose exponentials are kept
-  std::unique_ptr<Retained> exponentials{};  // (V, width) of each of these blocks
-  Buffer<Mul> packed{};  // hidden as an operand, of the other blocks: their exponentials are computed again
-  Buffer<Mul> scaled{};  // hidden times the rows' factors (columns, D), in strips of the hidden size
+  int64_t kept = 0;             // columns, of the first blocks, whose exponentials are kept
+  Mul* exponentials = nullptr;  // (V, width) of each of these blocks
+  Buffer<Mul> packed{};         // hidden as an operand, of the other blocks: their exponentials are computed again
+  Buffer<Mul> scaled{};         // hidden times the rows' factors (columns, D), in strips of the hidden size
 };
 
 template <typename Mul, typename Acc>

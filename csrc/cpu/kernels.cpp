@@ -194,6 +194,30 @@ void interleave_scaled(const BFloat16* even, float even_factor, const BFloat16* 
   }
 }
 
+inline float joined(BFloat16 high, uint16_t low) {
+  return __builtin_bit_cast(float, uint32_t(high.bits) << 16 | uint32_t(low));
+}
+
+void add_to_halves(const float* __restrict from, int64_t count, bool first, BFloat16* __restrict high,
+                   uint16_t* __restrict low) {
+  const auto split = [&](int64_t k, float sum) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, sum);
+    high[k].bits = uint16_t(bits >> 16);
+    low[k] = uint16_t(bits);
+  };
+  if (first) {
+    for (int64_t k = 0; k < count; ++k) split(k, from[k]);
+  } else {
+    for (int64_t k = 0; k < count; ++k) split(k, joined(high[k], low[k]) + from[k]);
+  }
+}
+
+void narrow_halves(const float* __restrict from, int64_t count, float factor, BFloat16* __restrict high,
+                   const uint16_t* __restrict low) {
+  for (int64_t k = 0; k < count; ++k)
+    high[k].bits = uint16_t(bfloat16_bits((joined(high[k], low[k]) + from[k]) * factor));
+}
+
 // ---- rows ----
 
 template <typename T, typename Acc>
@@ -234,7 +258,8 @@ constexpr Kernels kTable{
     L3M_TEXT(L3M_ISA),
     kTile<float>,
     kTile<double>,
-    {narrow_tile, interleave, interleave_scaled, transpose<uint32_t>, weighted_sums<BFloat16, float>},
+    {narrow_tile, interleave, interleave_scaled, transpose<uint32_t>, weighted_sums<BFloat16, float>, add_to_halves,
+     narrow_halves},
     kRows<BFloat16, float>,
     kRows<Float16, float>,
     kRows<float, float>,

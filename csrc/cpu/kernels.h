@@ -55,6 +55,10 @@ struct PairKernels {
   void (*transpose)(const uint32_t* from, int64_t ld, int64_t rows, int64_t columns, uint32_t* to, int64_t ld_to);
   void (*weighted_sums)(const BFloat16* tile, int64_t ld, int64_t rows, int64_t columns, const float* factor,
                         float* out);
+  // fp32 sums in two arrays of their halves, of which the high one is a bf16 number. Sums = `from`, or += it.
+  void (*add_to_halves)(const float* from, int64_t count, bool first, BFloat16* high, uint16_t* low);
+  // high = bf16((sum + from) * factor)
+  void (*narrow_halves)(const float* from, int64_t count, float factor, BFloat16* high, const uint16_t* low);
 };
 
 // Rows of a tensor of type T, computed with in Acc.

@@ -73,6 +73,7 @@ class Shelf {
   Memory take(size_t bytes, bool stays) {
     const std::lock_guard lock(guard_);
     if (memory_.bytes >= bytes && (!stays || memory_.bytes / 2 <= bytes)) return std::exchange(memory_, {});
+    if (!stays) memory_ = {};  // too small: it would be held beside its successor, and then be dropped
     return {Buffer<char>(static_cast<int64_t>(bytes)), bytes};
   }
   void give(Memory memory, bool if_larger) {

@@ -191,23 +191,26 @@ class Tiles {
 
   int64_t by_row_ld() const { return tiling.panel + 32; }
 
-  // Distance of the rows of a tile: a power of 2 apart, they would share a set of the cache.
-  static int64_t tile_ld(int64_t width) { return width * sizeof(Mul) % 128 ? width : width + kLine; }
+  // Distance of the rows of a tile: whole cache lines, so that they can be streamed to memory; but a power of 2 apart
+  // they would share a set of the cache.
+  static int64_t tile_ld(int64_t width) {
+    const int64_t ld = round_up(width, kLine);
+    return ld * sizeof(Mul) % 128 ? ld : ld + kLine;
+  }
 
   // Where a block's exponentials of token v go: kept, or a tile of the thread's. `ld` is set.
   Mul* tile_of(const Batch& batch, const Block& block, int64_t v, Scratch& scratch, int64_t* ld) {
     *ld = tile_ld(block.width);
-    if (block.offset < batch.kept)
-      return batch.exponentials->template as<Mul>() + kept_before(batch, block.offset) + v * *ld;
+    if (block.offset < batch.kept) return batch.exponentials + kept_before(batch.blocks, block.offset) + v * *ld;
     return at_least(scratch.by_vocabulary, (std::max(tiling.panel, tiling.weight) + 1) * (tiling.block + kLine));
   }
 
   // Elements of a block's exponentials, and of all those of the blocks before a column; each block's begin a cache
   // line.
   int64_t kept_elements(const Block& block) const { return round_up((V_ + 1) * tile_ld(block.width), kLine); }
-  int64_t kept_before(const Batch& batch, int64_t column) const {
+  int64_t kept_before(const std::vector<Block>& blocks, int64_t column) const {
     int64_t elements = 0;
-    for (const Block& block : batch.blocks) elements += block.offset < column ? kept_elements(block) : 0;
+    for (const Block& block : blocks) elements += block.offset < column ? kept_elements(block) : 0;
     return elements;
   }
 

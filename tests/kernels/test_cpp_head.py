@@ -106,6 +106,33 @@ def test_upstream_gradients_of_any_size(exponent):
         assert torch.equal(scaled.double(), plain.double() * 2.0**exponent)
 
 
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_a_weight_gradient_of_several_chunks(chunks):
+    """bf16 rows whose exponentials do not fit go through in chunks that keep theirs; the chunks' sums are fp32, in two halves.
+
+    Every chunk adds the same here, so the sum of all has the bits of one, but where fp32 rounds it: once in 2^16 numbers.
+    """
+    rows, width, vocabulary, dtype, threads = 600, 16, 900, torch.bfloat16, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        hidden = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+        weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+        gradients = []
+        for n, size in ((rows, None), (rows * chunks, 1_500_000)):
+            set_workspace(size)
+            leaf = weight.clone().requires_grad_()
+            targets, ends = torch.arange(n) % rows, torch.tensor([0, n])
+            upstream = torch.full((1,), rows / n)  # a power of 2: the same sum
+            weighted_log_likelihood(hidden.expand(n, -1), leaf, targets, upstream, ends, backend="cpp")[0].backward()
+            gradients.append(grad_of(leaf))
+    finally:
+        torch.set_num_threads(threads)
+    one, several = gradients
+    assert one.abs().max() > 0
+    assert (one != several).float().mean() < 0.001
+    assert torch.allclose(one, several, rtol=2**-7, atol=0)
+
+
 def test_no_weight_gradient_without_rows():
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.full((5, 8), 3.0).requires_grad_()
