@@ -52,7 +52,8 @@ def load() -> NativeStatus:
     """The native module or why there is none. Warns, once, if there is one that cannot be used.
 
     Raises:
-        RuntimeError: the environment variable L3M_CPU names instructions that this machine does not have.
+        ImportError: the environment variable L3M_CPU names instructions that this machine does not have. They were asked for, so
+            nothing else runs instead.
     """
     try:
         record = json.loads((FOLDER / "_build.json").read_text())
@@ -72,7 +73,11 @@ def load() -> NativeStatus:
         module = importlib.import_module("l3m_kernels._C")
     except ImportError as error:
         return _unusable(f"l3m_kernels._C does not load: {error}")
+    try:
+        path = module.cpu_path()
+    except RuntimeError as error:
+        raise ImportError(str(error)) from None
     no_cuda = None if cuda else f"built without CUDA: {record['missing']['cuda']}"
     nvcc = f"nvcc {record['nvcc']['version']} for {', '.join(record['nvcc']['architectures'])}" if cuda else no_cuda
     how = f"{record['compiler']} as C++{built['cpp_standard']} ({nvcc})"
-    return NativeStatus(module, f"built against torch {then} by {how}, runs on {module.cpu_path()}", no_cuda)
+    return NativeStatus(module, f"built against torch {then} by {how}, runs on {path}", no_cuda)

@@ -3,6 +3,7 @@ exponentials, each set of instructions; on shapes that are larger than those of 
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_oracle_on_every_path_that_this_machine_runs(path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder.parents[1])
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+def test_a_path_that_no_machine_has_is_one_line():
+    environment = {**os.environ, "L3M_CPU": "abacus"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import l3m_kernels"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Error: ") == 1
+    assert re.match(
+        r"ImportError: L3M_CPU must be one of generic.* on this machine, got abacus$", done.stderr.splitlines()[-1]
+    )
 
 
 def gradient_of_a_large_weight(seed: int) -> torch.Tensor:
