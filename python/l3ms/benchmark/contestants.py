@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +118,15 @@ def _ours(backend: str, case: Case) -> Functions:
     if problem := next((text for op in NEEDED[case.op] if (text := row.problem(op, case.device))), None):
         raise Unavailable(problem)
 
+    # The count, as the constraint step gives it: a GPU is not waited for.
+    options: dict[str, Any] = {"scored": case.scored, "backend": backend}
+
     def token(batch: Batch) -> Tensor:
-        return log_likelihood(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, backend=backend).token
+        return log_likelihood(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, **options).token
 
     def loss(batch: Batch) -> Tensor:
         arguments = (batch.hidden, batch.weight, batch.targets, batch.seq_weight, batch.cu_seqlens)
-        return weighted_log_likelihood(*arguments, backend=backend)[0]
+        return weighted_log_likelihood(*arguments, **options)[0]
 
     return Functions(token, loss)
 
