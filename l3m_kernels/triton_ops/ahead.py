@@ -39,6 +39,7 @@ class Variant:
     fp_fusion: bool
     aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
     main: bool = False
+    registers: int | None = None  # at most
 
     @property
     def block(self) -> int:
@@ -113,7 +114,10 @@ def _barrier_variants() -> Iterator[Variant]:
                 name = f"R={rewards} K={constraints}" + (", sums" if sums else "")
                 name += "" if leave_one_out else ", moving average"
                 main = not sums and leave_one_out
-                yield Variant("barrier_weights", name, given, constants, RESPONSES.warps, False, main=main)
+                limit = RESPONSES.registers
+                yield Variant(
+                    "barrier_weights", name, given, constants, RESPONSES.warps, False, main=main, registers=limit
+                )
 
 
 def compile_one(variant: Variant, architecture: int) -> Compiled:
@@ -132,7 +136,7 @@ def compile_one(variant: Variant, architecture: int) -> Compiled:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": variant.warps, "enable_fp_fusion": variant.fp_fusion}
+    options = {"num_warps": variant.warps, "enable_fp_fusion": variant.fp_fusion, "maxnreg": variant.registers}
     compiled = triton.compile(source, target=target, options=options)
     registers, spilled = _resources(compiled.asm["ptx"], architecture, variant.fp_fusion)
     return Compiled(variant, architecture, registers, spilled, compiled.metadata.shared)

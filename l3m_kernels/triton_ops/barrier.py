@@ -196,6 +196,7 @@ def barrier_weights(
         "K": triton.next_power_of_2(max(constraints, 1)),
         "BLOCK": RESPONSES.block,
         "num_warps": RESPONSES.warps,
+        "maxnreg": RESPONSES.registers,
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(rewards):

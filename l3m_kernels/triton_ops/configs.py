@@ -12,6 +12,7 @@ from typing import NamedTuple
 class Config(NamedTuple):
     block: int  # columns
     warps: int
+    registers: int | None = None  # a thread's, at most; None: the assembler's choice
 
 
 # Largest V it is for, and the configuration; the last one is for everything larger.
@@ -21,7 +22,9 @@ ROWS: tuple[tuple[int | None, Config], ...] = (
     (None, Config(4096, 16)),
 )
 SEQUENCES = Config(1024, 4)  # tokens of a sequence at a time
-RESPONSES = Config(128, 4)  # responses at a time, in `barrier_weights`
+# Responses at a time, in `barrier_weights`. It is one block, and registers are there for it: left to choose, the assembler takes 48 to 64
+# and spills up to 32 bytes of some variants, so that a second block would fit beside it.
+RESPONSES = Config(128, 4, registers=128)
 
 
 def for_rows(vocabulary: int) -> Config:
