@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
     from l3ms.solvers import AugmentedLagrangian, DualAscent, Penalty
     from l3ms.trainer import L3MConfig, L3MTrainer
+    from l3ms.watch import Watch
 
 _MODULES = {
     "Constraint": "constraints",
@@ -39,6 +40,7 @@ _MODULES = {
     "Penalty": "solvers",
     "L3MConfig": "trainer",
     "L3MTrainer": "trainer",
+    "Watch": "watch",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Penalty",
     "RewardModel",
     "Rollout",
+    "Watch",
     "fuse_head",
     "rewards",
     "rollout",
