@@ -1,8 +1,8 @@
 """`Watch`: a callback of the trainer that looks for reward hacking and for constraints that pull against each other, and acts.
 
 After every iteration it looks at the responses of the constraint half-step (EOS and truncation rates, lengths, distinct-n, duplicates), now
-and then at rewards on held-out prompts and at the gradient of each constraint on its own. It is all logged as `watch/...`. A rule that trips
-warns, ends the run, or takes it back to a snapshot; see `WatchConfig` for the rules and their limits.
+and then at rewards on held-out prompts and at the gradient of each constraint on its own. It is all logged as `watch/...`. A rule that
+trips warns, ends the run, or takes it back to a snapshot; see `WatchConfig` for the rules and their limits.
 
 Watching changes nothing: the run is the same, bit for bit, until a rule trips under `stop` or `rollback`.
 """
