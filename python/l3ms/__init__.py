@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
     from l3ms.solvers import AugmentedLagrangian, DualAscent, Penalty
     from l3ms.trainer import L3MConfig, L3MTrainer
+    from l3ms.watch import Watch
 
 _MODULES = {
     "Verdict": "certificates",
@@ -46,6 +47,7 @@ _MODULES = {
     "Penalty": "solvers",
     "L3MConfig": "trainer",
     "L3MTrainer": "trainer",
+    "Watch": "watch",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "RewardModel",
     "Rollout",
     "Verdict",
+    "Watch",
     "certify",
     "declare",
     "fuse_head",

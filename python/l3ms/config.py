@@ -18,6 +18,7 @@ from l3ms.config_constraints import ConstraintConfig, FunctionConfig, LengthConf
 from l3ms.config_data import DataConfig
 from l3ms.config_errors import explain, models_in, type_of
 from l3ms.config_sections import Count, NonNegative, Positive, Section, Share, Text
+from l3ms.config_watch import WatchConfig
 from l3ms.yaml_reader import ConfigError, parse_yaml, read_yaml
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "load_config"]
@@ -90,6 +91,7 @@ class RunConfig(Section):
     constraints: list[ConstraintConfig] = Field([])
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    watch: WatchConfig | None = WatchConfig()  # null: the run is not watched
     logging: LoggingConfig = LoggingConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     trust_remote_code: bool = False

@@ -52,7 +52,7 @@ def _sampled(trainer: L3MTrainer) -> Rollout:
         columns=further_columns(rows),
     )
     with optimizer.estimates.errors_on_all_ranks():
-        rewards = responses.rewards(trainer.constraints, policy)
+        rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy)
     weights = optimizer.observe(rewards, responses.lengths)
     size = args.per_device_train_batch_size
     # Of all parts before the first: between them the host would wait for the device.

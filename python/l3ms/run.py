@@ -27,6 +27,7 @@ from l3ms.report import examples_table, solver_label, summary_table, write_repor
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.run_inputs import build_constraints, encode_sides, load_model, training_arguments, try_rewards
 from l3ms.trainer import L3MTrainer
+from l3ms.watch import Watch
 from l3ms.yaml_reader import ConfigError
 
 
@@ -55,13 +56,14 @@ def execute(
     bounds = [_bounds(item) for item in config.constraints]
     metrics = MetricsWriter(folder / "metrics.jsonl")
     progress = ProgressCallback(bounds, title=_title(config), console=console)
+    watch = [] if config.watch is None else [Watch(config.watch, held_out=evaluation.rows)]
     trainer = L3MTrainer(
         model=model,
         args=arguments,
         train_dataset=train.rows,
         constraints=constraints,
         processing_class=tokenizer,
-        callbacks=[metrics, progress, *_tensorboard(config, folder)],
+        callbacks=[metrics, progress, *watch, *_tensorboard(config, folder)],
     )
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
@@ -86,6 +88,8 @@ def execute(
     finally:
         progress.close()
     report = _report(config, trainer, bounds, start) | {key: found.summary for key, found in samples.items()}
+    for item in watch:
+        report |= {"tripped": item.tripped, "conflicts": item.conflicts}
     report["examples"] = _examples(samples)
     picture = write_report(folder, report, {key: found.lengths for key, found in samples.items()})
     console.print(summary_table(report), examples_table(report["examples"]))

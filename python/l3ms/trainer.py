@@ -28,6 +28,7 @@ from l3ms.resuming import PromptOrder, load_progress, save_progress
 from l3ms.rollouts import Rollout
 from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
 from l3ms.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
+from l3ms.watch import Watch
 
 
 @dataclass
@@ -96,8 +97,10 @@ class L3MTrainer(Trainer):
 
     Attributes:
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
-        last_rollout: the responses of the last constraint half-step; None where no constraint needs any.
+        last_rollout, last_rewards: the responses of the last constraint half-step, and their rewards by constraint; None and empty where no
+            constraint needs any.
         constraint_data: of each data constraint the batches, in the order in which they are taken.
+        watched: what callbacks add to the next line of the log.
         prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
@@ -130,6 +133,8 @@ class L3MTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
+        self.last_rewards: dict[str, list[float | None]] = {}
+        self.watched: dict[str, float] = {}
         order = {"seed": self.args.seed, "rank": self.args.process_index, "world": self.args.world_size}
         self.prompts = PromptOrder(self.train_dataset if prompts is None else prompts, **order)
         for constraint in self.constraints:
@@ -247,6 +252,8 @@ class L3MTrainer(Trainer):
             logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
             if self.last_rollout is not None:
                 logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
+            logs.update(self.watched)
+            self.watched.clear()
         super().log(logs, start_time)
 
 
@@ -255,6 +262,11 @@ class _HalfStep(TrainerCallback):
 
     def __init__(self, trainer: L3MTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, Watch):
+                callback.begin(self.trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":

@@ -1,0 +1,73 @@
+"""Going back: the same bits, the same counters, an average without what came after."""
+
+import torch
+from training_runs import assert_moved
+
+from l3ms.snapshots import Snapshot, Snapshots, halve_learning_rate
+
+ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_restored_state_is_the_snapshots_bit_for_bit_and_survives_further_training(make_model, train):
+    trainer, _ = train(make_model(), average_fraction=1.0, **ADAM)
+    opt = trainer.l3m_optimizer
+    assert opt is not None
+    snapshot, start = Snapshot.of(trainer), weights(trainer.model)
+    moments = {k: v.clone() for k, v in opt.state[opt.param_groups[0]["params"][0]].items()}
+    estimate, mu, average = opt.estimates.state.clone(), opt.mu.clone(), weights(trainer._average.module)
+    for _ in range(2):  # the second time: what was restored was a copy
+        for _ in range(2):
+            trainer.constraint_half_step()
+            trainer.average_weights()
+        assert_moved(trainer.model, make_model())
+        assert not equal(start, weights(trainer.model))
+        applied = opt.constraint_steps
+        snapshot.restore(trainer)
+        assert equal(start, weights(trainer.model))
+        now = opt.state[opt.param_groups[0]["params"][0]]
+        assert all(torch.equal(moments[key], now[key]) for key in moments)
+        assert torch.equal(opt.estimates.state, estimate)
+        assert torch.equal(opt.mu, mu)
+        assert opt.constraint_steps == applied, "the schedule of mu lost its place"
+        assert trainer._average is not None
+        assert int(trainer._average.n_averaged) == 3
+        assert equal(average, weights(trainer._average.module))
+
+
+def test_an_average_that_had_not_begun_is_dropped(make_model, train):
+    trainer, _ = train(make_model(), average_fraction=0.0)
+    snapshot = Snapshot.of(trainer)
+    trainer.args.average_fraction = 1.0
+    trainer.average_weights()
+    assert trainer._average is not None
+    snapshot.restore(trainer)
+    assert trainer._average is None
+
+
+def test_two_are_kept_and_the_newest_before_the_trip_is_taken(make_model, train):
+    trainer, _ = train(make_model())
+    taken = Snapshots()
+    for iteration in (0, 10, 20, 30):
+        trainer.state.global_step = iteration
+        taken.take(trainer)
+    assert taken.iterations == [20, 30]
+    assert taken.restore(trainer, before=29) == 20
+    assert taken.iterations == [20], "a snapshot from after the trip was kept"
+    assert taken.restore(trainer, before=5) == 20  # the oldest there is
+
+
+def test_half_the_learning_rate_and_the_schedule_goes_on(make_model, train):
+    trainer, _ = train(make_model(), **ADAM)
+    halve_learning_rate(trainer)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.005
+    assert trainer.lr_scheduler.get_last_lr() == [0.005] * len(trainer.optimizer.param_groups)
+    trainer.lr_scheduler.step()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.005
