@@ -104,7 +104,7 @@ def present(place: Path, results: list[Result], folder: Path, facts: dict[str, A
     if notes:
         lines += ["## What did not finish", "", *notes, ""]
     (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
-    module.figure(results).savefig(folder / "figure.png", dpi=110)
+    module.figure(results).savefig(folder / "figure.png", dpi=85)
 
 
 def _ready(

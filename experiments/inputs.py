@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l3ms.demo import base
+from rich.console import Console
+
+from l3ms.demo.run import prepare_base
 from l3ms.yaml_reader import ConfigError
 
 MAX_TOKENS = 128  # prompt and response; the rows that are longer (1%) are left out: a batch costs its longest row
@@ -48,7 +50,7 @@ def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
 
 
 def _demo(output: Path, arguments: Arguments) -> dict[str, Any]:
-    ready = base.prepare()
+    ready = prepare_base(None, Console())
     ready.model.save_pretrained(output / "base")
     ready.tokenizer.save_pretrained(output / "base")
     for name, pairs in (("train", ready.train_pairs), ("held_out", ready.held_out_pairs)):

@@ -109,13 +109,18 @@ def new_figure(rows: int, columns: int, width: float = 11.0, height: float = 2.9
 def trajectories(
     axes: Axes, results: Sequence[Result], name: str, label: Callable[[Result], str], title: str, unit: str
 ) -> None:
-    """Running estimates over the iterations, a line per run; the first run of a label carries it, and its 95% band."""
+    """Running estimates over the iterations, a line per run; the first run of a label carries it, and its 95% band.
+
+    What the first quarter of a run does outside of the rest's range is cut off: before fine-tuning nothing ends, and lengths are the limit.
+    """
     shown: set[str] = set()
+    late: list[float] = []
     for result in results:
         x, y = iterations(result.metrics), series(result.metrics, f"constraints/{name}/estimate")
         if np.isnan(y).all():
             continue
         text, colour = label(result), COLOURS.get(result.solver, COLOURS["barrier"])
+        late += [float(value) for value in y[len(y) // 4 :] if not np.isnan(value)]
         first = text not in shown
         shown.add(text)
         axes.plot(
@@ -129,9 +134,12 @@ def trajectories(
         if first:
             band = Z95 * np.nan_to_num(series(result.metrics, f"constraints/{name}/stderr"))
             axes.fill_between(x, y - band, y + band, color=colour, alpha=0.15, linewidth=0)
-    bounded = next((result for result in results if any(side is not None for side in result.bound(name))), None)
-    if bounded is not None:
-        shade(axes.axhspan, axes.axhline, *bounded.bound(name), axes.get_ylim())
+    bounds = next((result.bound(name) for result in results if result.bound(name) != (None, None)), (None, None))
+    late += [side for side in bounds if side is not None]
+    if late:
+        pad = 0.15 * (max(late) - min(late)) or 1.0
+        axes.set_ylim(min(late) - pad, max(late) + pad)
+    shade(axes.axhspan, axes.axhline, *bounds, axes.get_ylim())
     style(axes, title, unit)
 
 

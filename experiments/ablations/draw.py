@@ -57,8 +57,6 @@ def figure(results: Sequence[Result]) -> Figure:
             presenting.trajectories(
                 panel, runs, "length", lambda run: "", COLUMNS.get(change, change), "tokens" if column == 0 else ""
             )
-            low, high = (side if side is not None else math.nan for side in bounds)
-            panel.set_ylim(0, 2.2 * np.nanmax([low, high, 1]))
             panel.title.set_fontsize(8.5)
     return drawn
 

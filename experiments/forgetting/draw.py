@@ -48,8 +48,12 @@ def figure(results: Sequence[Result]) -> Figure:
             middle.errorbar(place + shift, centre, yerr=[[centre - low], [high - centre]], **options)
     before = presenting.pooled([run.before for runs in groups for run in runs], name)[0]
     middle.axhline(before, color="#8a8f98", linestyle="--", linewidth=1.0, label="before")
+    middle.update_datalim([(0.0, side) for side in results[0].bound(name) if side is not None])
     middle.margins(x=0.2, y=0.15)
-    shade(middle.axhspan, middle.axhline, *results[0].bound(name), middle.get_ylim(), label="bound")
+    middle.autoscale_view()
+    limits = middle.get_ylim()
+    shade(middle.axhspan, middle.axhline, *results[0].bound(name), limits, label="bound")
+    middle.set_ylim(limits)
     style(middle, "Kept task: held-out rows", "nats per token", "")
     middle.set_xticks(range(len(groups)), [solver_name(runs[0].solver) for runs in groups])
     for runs in groups:

@@ -61,7 +61,9 @@ def _first_task(values: dict[str, Any], output: Path) -> str:
         "train.iterations": ITERATIONS,
     }  # fmt: skip
     config = load_config(Path(__file__).with_name("start.yaml"), list(fields.items()))
-    execute(config, overwrite=True, console=Console(quiet=True))
+    console = Console()
+    console.print("The start: plain fine-tuning on the first task")
+    execute(config, overwrite=True, console=console)
     return str(output / "average")
 
 

@@ -63,7 +63,7 @@ def main(
     check_output(folder, overwrite=overwrite)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    ready = _prepare(recipe, console)
+    ready = prepare_base(recipe, console)
     prepare_output(folder)
 
     train = _rows(ready, ready.train_pairs, settings, limit=settings.iterations * settings.batch_size * 2, seed=seed)
@@ -122,7 +122,7 @@ def _constraint(low: float, high: float, settings: Settings) -> Length:
     return Length(low, high)
 
 
-def _prepare(recipe: base.Recipe | None, console: Console) -> base.Base:
+def prepare_base(recipe: base.Recipe | None, console: Console) -> base.Base:
     """The base, with a bar for each stage of making it."""
     columns = (
         TextColumn("{task.description}"),
