@@ -26,9 +26,9 @@ help: ## this list
 demo: dev ## fine-tune a tiny model under a length constraint, on a CPU, in minutes
 	$(BIN)/l3ms demo $(ARGS)
 
-experiments: experiment-length experiment-forgetting experiment-ablations experiment-harmlessness ## all experiments, one after the other
+experiments: experiment-length experiment-far experiment-forgetting experiment-ablations experiment-harmlessness ## all experiments, one after the other
 
-experiment-%: dev ## (length, forgetting, ablations, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
+experiment-%: dev ## (length, far, forgetting, ablations, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
 	$(BIN)/python experiments/run.py $* --jobs $(JOBS) $(ARGS)
 
 test: dev ## the tests, without the slow ones

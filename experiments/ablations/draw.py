@@ -49,11 +49,14 @@ def figure(results: Sequence[Result]) -> Figure:
         default = [result for result in results if result.labels[0] == "default" and result.bound() == bounds]
         for column, change in enumerate(changes):
             panel = axes[row, column]
+            runs = [result for result in results if result.labels[0] == change and result.bound() == bounds]
+            if not runs:
+                panel.set_axis_off()
+                continue
             for run in default:
                 panel.plot(
                     series(run.metrics, "constraints/length/estimate"), color=presenting.COLOURS["none"], linewidth=1.0
                 )
-            runs = [result for result in results if result.labels[0] == change and result.bound() == bounds]
             presenting.trajectories(
                 panel, runs, "length", lambda run: "", COLUMNS.get(change, change), "tokens" if column == 0 else ""
             )

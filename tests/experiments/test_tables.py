@@ -84,6 +84,23 @@ def test_ablations(tmp_path, finished):
     assert is_picture(module("ablations").figure(results), tmp_path / "figure.png")
 
 
+def test_far(tmp_path, finished):
+    sft, default, separate = cells = [
+        cell("sft", certify=None),
+        cell("default_at-most-10", ("default", "at-most-10")),
+        cell("separate_at-most-10", ("separate", "at-most-10")),
+    ]
+    finished(tmp_path, sft, solver="none", bounds=None)
+    finished(tmp_path, default, bounds=(None, 10.0), verdict="SATISFIED")
+    finished(tmp_path, separate, bounds=(None, 10.0), verdict="VIOLATED")
+    results = read_results(cells, tmp_path, "sft")
+    lines = module("far").table(results).splitlines()
+    assert lines[3].startswith("| default | length <= 10 | 14.00 (13.50 to 14.50) | - |")
+    assert lines[3].endswith("SATISFIED 1 of 1 |")
+    assert lines[4].startswith("| clipping separate | length <= 10 |")
+    assert is_picture(module("far").figure(results), tmp_path / "figure.png")
+
+
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
