@@ -42,9 +42,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
 
 
 def blame(section: str, fields: Iterable[str], message: str) -> ConfigError:
-    """The error of the field of `section` that `message` begins with; of the section where it begins with none."""
+    """The error of the field of `section` ("config": the root) that `message` begins with; of the section where it begins with none."""
     first, _, rest = message.partition(" ")
-    return ConfigError(f"{section}.{first}", rest) if first in fields else ConfigError(section, message)
+    if first not in fields:
+        return ConfigError(section, message)
+    return ConfigError(first if section == "config" else f"{section}.{first}", rest)
 
 
 def type_of(model: type[BaseModel]) -> str:

@@ -176,6 +176,10 @@ class Score:
 
         if self.source is None:
             raise RewardModelError("tokenizer", "is required with a model that is loaded already")
+        # of a folder without one transformers makes an empty tokenizer
+        folder = Path(self.source)
+        if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("*.model")]:
+            raise RewardModelError("model", f"cannot load the tokenizer of {self.source!r}: the folder holds none")
         try:
             return AutoTokenizer.from_pretrained(self.source, **options)
         except Exception as error:

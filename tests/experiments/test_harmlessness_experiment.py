@@ -95,7 +95,8 @@ def results() -> list[Result]:
             for i in range(3)
         ]
         return Result(
-            name=name, labels=(name,), seed=seed, solver=solver, bounds=bounds, summary=summary, iterations=3, seconds=1.0,
+            name=name, labels=(name,), seed=seed, solver=solver, bounds=bounds, summary=summary, last=summary, initial={},
+            iterations=3, seconds=1.0,
             multipliers={}, mu=0.3, verdicts=verdicts, certificate=None, ratio=1.05, metrics=metrics,
         )  # fmt: skip
 

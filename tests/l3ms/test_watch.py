@@ -210,7 +210,7 @@ def test_a_pair_with_one_bound_met_is_not_named(watched):
         ({"window": 1}, ["window", "greater than or equal to 2", "1"]),
         ({"ended_fall": 1.5}, ["ended_fall", "less than 1"]),
         ({"on_tripp": "warn"}, ["on_tripp", "did you mean on_trip?"]),
-        ({"on_trip": "rollback", "snapshot_every": 5}, ["snapshot_every must be at least window (10)", "got 5"]),
+        ({"on_trip": "rollback", "snapshot_every": 5}, ["snapshot_every: must be at least window (10)", "got 5"]),
         ({"held_out_samples": "many"}, ["held_out_samples", "'many'"]),
     ],
 )
