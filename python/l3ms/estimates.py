@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
+from l3ms import shifts
 from l3ms.constraints import Constraint
-from l3ms.shifts import shifted
 from l3ms.solvers import Solver
 
 Values = Mapping[str, Sequence[float | None] | Tensor]
@@ -48,6 +48,8 @@ class Estimates:
         rows = [row for i, constraint in enumerate(self.constraints) for row in constraint.rows(i)]
         self.owner = [row[0] for row in rows]  # constraint of each one-sided bound
         self.bounds = Bounds.of(rows, device)
+        widths = [self.constraints[owner].width for owner in self.owner]
+        self._widths = torch.tensor(widths, dtype=torch.float64, device=device)  # of each bound's range, native units
         self.state = initial_state(len(self.constraints), device)
         self.shift = torch.zeros(len(rows), dtype=torch.float64, device=device)  # of each bound, inwards, dimensionless
         self.memory = torch.zeros(len(rows), dtype=torch.float64, device=device)  # the solver's, of each bound
@@ -186,7 +188,7 @@ class Estimates:
         options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
         options["sums"] = sums[:-1].contiguous()
         if self.solver is None:
-            moved = self.bounds._replace(table=shifted(self.bounds.table, self.shift))
+            moved = self.bounds._replace(table=shifts.shifted(self.bounds.table, self.shift))
             weights = barrier_weights(rewards, self.state, moved, mu, backend=self.backend, **options)
             weights = weights._replace(violation=weights.violation - self.shift)
         else:
@@ -195,6 +197,12 @@ class Estimates:
         self.pending = weights
         self.total = weights.total if self.total is None else self.total
         return weights
+
+    def moved_shift(self, weights: BarrierWeights) -> Tensor:
+        """(K,) the shifts after this step, see `shifts`."""
+        scale = self.bounds.table[:, 2]
+        noise = weights.stderr[self.bounds.reward_index] / scale
+        return shifts.advance(self.shift, weights.violation, noise, self._widths / scale)
 
     def _batch_violation(self) -> Tensor:
         """(K,) C by this half-step's samples alone, with the margin of the moving averages; NaN where there are none."""

@@ -279,7 +279,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
         if isinstance(self.schedule, NoiseFloorDecay) and self.estimates.solver is None:
-            moved = shifts.advance(self.estimates.shift, pending.violation)
+            moved = self.estimates.moved_shift(pending)
             self.estimates.shift = torch.where(applied, moved, self.estimates.shift)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
 

@@ -19,7 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RATE = 0.03  # of the shift, per step and unit of C
+RATE = 0.05  # of the shift, per step and unit of C
+INSIDE = (
+    1.5  # standard errors inside the margin that the integral aims at: estimates swing about where they rest by so much
+)
+INSIDE_SHARE = 0.2  # of a range, at most
 LARGEST_ERROR = 0.25  # of C that counts: on the way to a far bound the shift must not grow without limit
 LARGEST = 0.5
 FUTILE = 0.1  # a shift beyond which more of lambda is taken to be lost in the clipping
@@ -27,9 +31,16 @@ SOFTNESS = 0.15  # of the shift beyond FUTILE that divides the task's step by e
 LEAST_SHARE = 0.1
 
 
-def advance(shift: Tensor, violation: Tensor) -> Tensor:
-    """The shifts (K,) float64 after a constraint step at `violation` C (K,), unshifted, margin included; NaN: nothing observed."""
-    error = violation.nan_to_num(0.0).clamp(-LARGEST_ERROR, LARGEST_ERROR)
+def advance(shift: Tensor, violation: Tensor, noise: Tensor, width: Tensor) -> Tensor:
+    """The shifts after a constraint step. All (K,) float64, dimensionless.
+
+    Args:
+        violation: C, unshifted, margin included; NaN: nothing observed.
+        noise: standard errors of C.
+        width: of the range that the bound is one end of, inf where it is the only one.
+    """
+    inside = torch.minimum(INSIDE * noise.nan_to_num(0.0, posinf=0.0), INSIDE_SHARE * width)
+    error = (violation + inside).nan_to_num(0.0).clamp(-LARGEST_ERROR, LARGEST_ERROR)
     return (shift + RATE * error).clamp(-LARGEST, LARGEST)
 
 

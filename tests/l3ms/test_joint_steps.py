@@ -34,7 +34,9 @@ def test_the_task_weight_is_one_where_nothing_was_observed():
     opt = l3ms.L3MOptimizer(torch.optim.SGD([x], lr=0.1), [l3ms.Constraint("x", min=1.0)])
     assert opt.task_weight == 1.0
     opt.barrier_loss({"x": x.sum()})
-    assert opt.task_weight == 1.0 / opt.estimates.pending.multiplier.sum().clamp(min=1.0)
+    pending = opt.estimates.pending
+    assert pending is not None
+    assert opt.task_weight == 1.0 / pending.multiplier.sum().clamp(min=1.0)
 
 
 def test_the_trainer_steps_on_task_plus_barrier(make_model, train, monkeypatch):
