@@ -89,7 +89,8 @@ def fit(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = _BradleyTerry(model, arguments, data_collator=collate, train_dataset=list(train), callbacks=[best])
+        rows: Any = list(train)  # all that the Trainer wants of a data set
+        trainer = _BradleyTerry(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[best])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     model.load_state_dict(best.weights)

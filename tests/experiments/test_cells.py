@@ -11,7 +11,7 @@ from experiments.grid import Cell
 from experiments.results import failed_lines, read_results
 
 
-def cell(name, seed=0, certify=16, **fields):
+def cell(name: str, seed: int = 0, certify: int | None = 16, **fields: object) -> Cell:
     return Cell(name, (name,), seed, {"train": {"iterations": 20}, "seed": seed, **fields}, certify)
 
 
@@ -63,7 +63,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, fake_command, console,
     assert outcomes[0].error == f"l3ms {stage} ended with exit code 2: l3ms: train.solver: no such solver"
     assert outcomes[1].error is None
     assert "FAILED a/seed-0" in console.file.getvalue()
-    lines = failed_lines(cells, tmp_path, {"a/seed-0": outcomes[0].error})
+    lines = failed_lines(cells, tmp_path, {"a/seed-0": str(outcomes[0].error)})
     assert len(lines) == 1
     assert "no such solver" in lines[0]
     names = [result.name for result in read_results(cells, tmp_path)]

@@ -130,5 +130,7 @@ def test_the_table_says_what_both_reward_models_say_and_the_verdicts():
 def test_the_picture_can_be_drawn(tmp_path):
     drawn = draw.figure(results())
     drawn.savefig(tmp_path / "figure.png", dpi=40)
-    labels = [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
+    legend = drawn.axes[0].get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert {"SFT", "L3M (barrier), length too", "bounds"} <= set(labels)

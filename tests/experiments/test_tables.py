@@ -13,7 +13,7 @@ from experiments.results import read_results
 from l3ms.yaml_reader import ConfigError
 
 
-def cell(name, labels=None, seed=0, certify=16):
+def cell(name: str, labels: tuple[str, ...] | None = None, seed: int = 0, certify: int | None = 16) -> Cell:
     return Cell(name, labels or (name,), seed, {"seed": seed}, certify)
 
 
@@ -126,7 +126,9 @@ def test_inputs_of_a_model_of_ones_own(tmp_path, rows):
 def test_the_command(tmp_path, rows, fake_command, monkeypatch, capsys):
     fake = fake_command()
     monkeypatch.setattr("experiments.cells.execute", fake)
-    monkeypatch.setattr(command.run_cells, "__kwdefaults__", {**command.run_cells.__kwdefaults__, "command": fake})
+    monkeypatch.setattr(
+        command.run_cells, "__kwdefaults__", {**(command.run_cells.__kwdefaults__ or {}), "command": fake}
+    )
     output = tmp_path / "out"
     words = [
         "length",

@@ -112,7 +112,7 @@ def test_what_goes_wrong_comes_out_and_the_others_are_ended(broken):
         raise RuntimeError("no luck")
 
     first = l3ms.Constraint("bad", fails if broken == "late" else bad, max=1.0)
-    constraints = [first, l3ms.Constraint("endless", endless, max=1.0)]
+    constraints = [first, l3ms.Constraint("endless", endless, max=1.0)]  # pyright: ignore[reportArgumentType]
     kinds = {"raises": (ConnectionError, "no server"), "late": (RuntimeError, "no luck")}
     kind, words = kinds.get(
         broken, (ValueError, "constraint 'bad': bad must return one number per response, wanted 3, got 1")

@@ -133,7 +133,7 @@ def test_three_words():
         ({"low": 10.1}, "INCONCLUSIVE"), ({"low": 9.5, "high": 10.1}, "INCONCLUSIVE"),
         ({"low": 10.5, "high": 10.6}, "VIOLATED"),
     ):  # fmt: skip
-        assert verdict(values, **bounds).verdict == word, bounds
+        assert verdict(values, **bounds).verdict == word, bounds  # pyright: ignore[reportArgumentType]
     assert together(["SATISFIED", "INCONCLUSIVE", "VIOLATED"]) == "VIOLATED"
     assert together(["SATISFIED", "INCONCLUSIVE"]) == "INCONCLUSIVE"
     assert together([]) == "INCONCLUSIVE"

@@ -15,7 +15,7 @@ def judge(project, checkpoint):  # noqa: F811
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, num_labels=2, **sizes)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, num_labels=2, **sizes)  # pyright: ignore[reportCallIssue]
     folder = project / "judge"
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -103,7 +103,7 @@ def test_squashed_scores_modes_and_gradients(tokenizer):
     raw = alone(model, tokenizer, PROMPTS)
     model.train()
     for squash, function in (("tanh", torch.tanh), ("sigmoid", torch.sigmoid)):
-        reward = l3ms.RewardModel("r", model, tokenizer=tokenizer, squash=squash, min=0.0)
+        reward = l3ms.RewardModel("r", model, tokenizer=tokenizer, squash=squash, min=0.0)  # pyright: ignore[reportArgumentType]
         found = reward.values(PROMPTS, [""] * 4, [1] * 4)
         assert found == pytest.approx(function(torch.tensor(raw, dtype=torch.float64)).tolist(), abs=1e-5)
     assert model.training
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_one_line_naming_the_argument(tokenizer, make_model
         ),
     ):
         with pytest.raises(RewardModelError) as error:
-            l3ms.RewardModel("r", min=0.0, **options).load()
+            l3ms.RewardModel("r", min=0.0, **options).load()  # pyright: ignore[reportArgumentType]
         assert str(error.value).startswith(named), str(error.value)
         assert "\n" not in str(error.value)
 

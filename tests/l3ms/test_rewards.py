@@ -52,6 +52,8 @@ def test_readability_is_flesch_s_formula():
     easy, hard = graded(
         R.readability, "I see a big red dog. It can run.", "Comprehensive organisational accountability matters."
     )
+    assert easy is not None
+    assert hard is not None
     assert easy > 90 > 30 > hard
 
 
