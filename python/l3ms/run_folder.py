@@ -21,7 +21,7 @@ from l3ms.yaml_reader import ConfigError
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "sft", "model", "average", "report.json", "report.png",
-    "certificate.json",
+    "certificate.json", "demo_inputs",
 )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from l3ms.certifying import CertifyOptions, certify
+from l3ms.config import load_config
 from l3ms.demo import base
 from l3ms.demo.run import Settings, main
 from l3ms.yaml_reader import ConfigError
@@ -64,6 +66,11 @@ def test_report_and_folder(cache: Path, tmp_path: Path) -> None:
     text = console.export_text()
     for wanted in ("SFT", "L3M averaged", "perplexity", "report.json"):
         assert wanted in text
+
+    certificate = certify(folder, CertifyOptions(samples=16), console=console)
+    assert certificate["samples"] == 16
+    assert certificate["constraints"][0]["min"] == 4
+    assert load_config(folder / "config.yaml").train.iterations == SETTINGS.iterations
 
     with pytest.raises(ConfigError, match=r"output: .* is not empty"):
         main(4, 6, 3, folder, settings=SETTINGS, recipe=RECIPE, console=console)

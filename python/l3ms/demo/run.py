@@ -20,6 +20,7 @@ from l3ms.constraints import Length
 from l3ms.data import Example, encode
 from l3ms.demo import base
 from l3ms.demo.corpus import Pair
+from l3ms.demo.inputs import write_inputs
 from l3ms.evaluation import Evaluation, evaluate
 from l3ms.progress import ProgressCallback, progress_bar
 from l3ms.report import examples_table, summary_table, write_report
@@ -66,7 +67,9 @@ def main(
     ready = prepare_base(recipe, console)
     prepare_output(folder)
 
-    train = _rows(ready, ready.train_pairs, settings, limit=settings.iterations * settings.batch_size * 2, seed=seed)
+    rows = settings.iterations * settings.batch_size * 2
+    write_inputs(folder, ready, _drawn(ready.train_pairs, rows, seed), min, max, seed, settings)
+    train = _rows(ready, ready.train_pairs, settings, limit=rows, seed=seed)
     held_out = _rows(ready, ready.held_out_pairs, settings, limit=settings.samples)
     bounds = [{"name": "length", "min": min, "max": max}]
     found: dict[str, Evaluation] = {}
@@ -107,6 +110,7 @@ def main(
     picture = write_report(folder, report, {key: evaluation.lengths for key, evaluation in found.items()})
     console.print(summary_table(report), examples_table(report["examples"]))
     console.print(f"Report and picture: {picture.with_suffix('.json')}, {picture}", highlight=False, soft_wrap=True)
+    console.print(f"A verdict from fresh samples: l3ms certify {folder}", highlight=False, soft_wrap=True)
     return report
 
 
@@ -152,10 +156,14 @@ def _rows(
     ready: base.Base, pairs: Sequence[Pair], settings: Settings, limit: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Token rows of pairs drawn in an order of the seed."""
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    examples = [Example(pairs[i].prompt, pairs[i].response) for i in order[: 2 * limit]]
+    examples = [Example(pair.prompt, pair.response) for pair in _drawn(pairs, 2 * limit, seed)]
     encoded = encode(examples, ready.tokenizer, max_length=ready.model.config.max_position_embeddings)
     return [row for row in encoded.rows if len(row["input_ids"]) <= settings.max_length][:limit]
+
+
+def _drawn(pairs: Sequence[Pair], limit: int, seed: int) -> list[Pair]:
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [pairs[i] for i in order[:limit]]
 
 
 def _trainer(
