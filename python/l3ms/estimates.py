@@ -51,7 +51,7 @@ class Estimates:
         widths = [self.constraints[owner].width for owner in self.owner]
         self._widths = torch.tensor(widths, dtype=torch.float64, device=device)  # of each bound's range, native units
         self.state = initial_state(len(self.constraints), device)
-        self.shift = torch.zeros(len(rows), dtype=torch.float64, device=device)  # of each bound, inwards, dimensionless
+        self.integral = shifts.Integral.start(len(rows), device)  # of the violations, what shifts the bounds
         self.memory = torch.zeros(len(rows), dtype=torch.float64, device=device)  # the solver's, of each bound
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
@@ -176,7 +176,8 @@ class Estimates:
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
         self.state = kept["estimates"].to(self.state)
-        self.memory, self.shift = kept["memory"].to(self.memory), kept["shift"].to(self.shift)
+        self.memory = kept["memory"].to(self.memory)
+        self.integral = shifts.Integral(*(tensor.to(self.state) for tensor in kept["integral"]))
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
         self.steps = torch.full_like(self.steps, kept["constraint_steps"])
         self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
@@ -188,9 +189,9 @@ class Estimates:
         options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
         options["sums"] = sums[:-1].contiguous()
         if self.solver is None:
-            moved = self.bounds._replace(table=shifts.shifted(self.bounds.table, self.shift))
+            moved = self.bounds._replace(table=shifts.shifted(self.bounds.table, self.integral.shift))
             weights = barrier_weights(rewards, self.state, moved, mu, backend=self.backend, **options)
-            weights = weights._replace(violation=weights.violation - self.shift)
+            weights = weights._replace(violation=weights.violation - self.integral.shift)
         else:
             rule = partial(self.solver.multipliers, memory=self.memory)
             weights = multiplier_weights(rewards, self.state, self.bounds, rule, **options)
@@ -198,11 +199,13 @@ class Estimates:
         self.total = weights.total if self.total is None else self.total
         return weights
 
-    def moved_shift(self, weights: BarrierWeights) -> Tensor:
-        """(K,) the shifts after this step, see `shifts`."""
+    def integrate(self, weights: BarrierWeights, applied: Tensor) -> None:
+        """The shifts of the bounds after a step that was `applied` () bool, see `shifts`."""
         scale = self.bounds.table[:, 2]
         noise = weights.stderr[self.bounds.reward_index] / scale
-        return shifts.advance(self.shift, weights.violation, noise, self._widths / scale)
+        advanced = shifts.advance(self.integral, weights.violation, noise, self._widths / scale)
+        kept = zip(advanced, self.integral, strict=True)
+        self.integral = shifts.Integral(*(torch.where(applied, new, old) for new, old in kept))
 
     def _batch_violation(self) -> Tensor:
         """(K,) C by this half-step's samples alone, with the margin of the moving averages; NaN where there are none."""

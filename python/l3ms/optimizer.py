@@ -143,7 +143,7 @@ class L3MOptimizer(torch.optim.Optimizer):
     @property
     def task_share(self) -> Tensor:
         """() float64 in [0.1, 1], what multiplies the gradient of the task half-steps: see `clipping`."""
-        return shifts.task_share(self.estimates.shift) if self.clipping == "adaptive" else self._one
+        return shifts.task_share(self.estimates.integral.shift) if self.clipping == "adaptive" else self._one
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
@@ -279,8 +279,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
         if isinstance(self.schedule, NoiseFloorDecay) and self.estimates.solver is None:
-            moved = self.estimates.moved_shift(pending)
-            self.estimates.shift = torch.where(applied, moved, self.estimates.shift)
+            self.estimates.integrate(pending, applied)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
 
     def _noise(self, weights: BarrierWeights) -> Tensor:
@@ -335,7 +334,7 @@ class L3MOptimizer(torch.optim.Optimizer):
                 "mu": self.mu.clone(),
                 "estimates": self.estimates.state.clone(),
                 "memory": self.estimates.memory.clone(),
-                "shift": self.estimates.shift.clone(),
+                "integral": [tensor.clone() for tensor in self.estimates.integral],
                 "missing": self.estimates.missing.clone(),
                 "dropped": self.estimates.dropped.clone(),
                 "last": [tensor.clone() for tensor in self.estimates.last or ()],
