@@ -11,7 +11,7 @@ points towards a far bound may be less than the task's pull, whatever lambda is.
 task's step shrinks instead (`task_share`), the only remedy within a clipped step.
 
 Were every violation counted, a run that starts far outside (a base that never ends, at 100 tokens) would arrive with a large shift and
-swing for the rest of its time: [12, 16] ended at 9.9 to 12.1 then, at 1.3 times the perplexity. `experiments/length` has what it does now.
+swing for the rest of its time: [12, 16] ended at 9.9 to 12.1 then, at 1.3 times the perplexity.
 """
 
 from __future__ import annotations
