@@ -48,6 +48,9 @@ class Estimates:
         rows = [row for i, constraint in enumerate(self.constraints) for row in constraint.rows(i)]
         self.owner = [row[0] for row in rows]  # constraint of each one-sided bound
         self.bounds = Bounds.of(rows, device)
+        # A range is narrow as a rule: then its two slopes add up, and so does what noise does to the multipliers.
+        per_unit = [len(constraint.rows(0)) / constraint.unit for constraint in self.constraints]
+        self._per_unit = torch.tensor(per_unit, dtype=torch.float64, device=device)
         widths = [self.constraints[owner].width for owner in self.owner]
         self._widths = torch.tensor(widths, dtype=torch.float64, device=device)  # of each bound's range, native units
         self.state = initial_state(len(self.constraints), device)
@@ -172,6 +175,22 @@ class Estimates:
                 values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
                 values[f"{prefix}/slack"] = float(-last.violation[sides].max())
         return values
+
+    def noise(self, weights: BarrierWeights) -> Tensor:
+        """(R,) float64 standard errors of the dimensionless constraints, twice those of ranges; 0 where nothing was observed."""
+        return (weights.stderr * self._per_unit).where(weights.state[:, 0] > 0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load` takes: moving averages, what the solver and the shifts remember, counters, the last step's numbers."""
+        return {
+            "estimates": self.state.clone(),
+            "memory": self.memory.clone(),
+            "integral": [tensor.clone() for tensor in self.integral],
+            "missing": self.missing.clone(),
+            "dropped": self.dropped.clone(),
+            "last": [tensor.clone() for tensor in self.last or ()],
+            "constraint_steps": int(self.steps),
+        }
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l3m_kernels import BarrierWeights, LogLikelihood, weighted_log_likelihood
+from l3m_kernels import LogLikelihood, weighted_log_likelihood
 from l3ms import shifts
 from l3ms.clipping import apply, clip, gradients
 from l3ms.conflicts import ConflictWatch
@@ -28,7 +28,7 @@ from l3ms.step_reports import Progress, StepNumbers, StepReports
 # Attributes that a copy gets. The others are torch's, made anew or shared with `base`.
 _KEPT = (
     *("base", "constraints", "schedule", "smoothing", "max_grad_norm", "clipping", "length_norm"),
-    *("estimates", "_per_unit", "_progress", "_one", "_norms", "_reports"),
+    *("estimates", "_progress", "_one", "_norms", "_reports"),
 )
 
 
@@ -122,12 +122,6 @@ class L3MOptimizer(torch.optim.Optimizer):
             process_group=process_group,
             backend=backend,
             solver=as_solver(solver),
-        )
-        # A range is narrow as a rule: then its two slopes add up, and so does what noise does to the multipliers.
-        self._per_unit = torch.tensor(
-            [len(constraint.rows(0)) / constraint.unit for constraint in self.constraints],
-            dtype=torch.float64,
-            device=device,
         )
         self._progress = Progress.at(torch.tensor(self.schedule.start, dtype=torch.float64, device=device))
         self._one = torch.ones_like(self.mu)  # S where nothing is constrained
@@ -275,16 +269,12 @@ class L3MOptimizer(torch.optim.Optimizer):
         pending = self.estimates.pending
         assert pending is not None
         self.estimates.commit(applied)
-        noise = self._noise(pending)
+        noise = self.estimates.noise(pending)
         advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
         if isinstance(self.schedule, NoiseFloorDecay) and self.estimates.solver is None:
             self.estimates.integrate(pending, applied)
         return StepNumbers(self._progress.in_a_row, applied, self.mu, pending.multiplier, pending.violation, noise)
-
-    def _noise(self, weights: BarrierWeights) -> Tensor:
-        """(R,) float64 standard errors of the dimensionless constraints, twice those of ranges; 0 where nothing was observed."""
-        return (weights.stderr * self._per_unit).where(weights.state[:, 0] > 0, 0.0)
 
     # ---- reading and keeping: all of this waits for the device ----
 
@@ -316,7 +306,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         if self.estimates.solver is None:
             values["l3m/mu"] = float(self.mu)
             if isinstance(self.schedule, NoiseFloorDecay) and (last := self.estimates.last) is not None:
-                values["l3m/noise_floor"] = float(noise_floor(self._noise(last).max()))
+                values["l3m/noise_floor"] = float(noise_floor(self.estimates.noise(last).max()))
         if self.clipping == "adaptive":
             values["l3m/task_share"] = float(self.task_share)
         values.update({f"l3m/grad_norm/{name}": float(norm) for name, norm in self._norms.items()})
@@ -332,13 +322,7 @@ class L3MOptimizer(torch.optim.Optimizer):
             "l3m": {
                 "constraints": [constraint.name for constraint in self.constraints],
                 "mu": self.mu.clone(),
-                "estimates": self.estimates.state.clone(),
-                "memory": self.estimates.memory.clone(),
-                "integral": [tensor.clone() for tensor in self.estimates.integral],
-                "missing": self.estimates.missing.clone(),
-                "dropped": self.estimates.dropped.clone(),
-                "last": [tensor.clone() for tensor in self.estimates.last or ()],
-                "constraint_steps": self.constraint_steps,
+                **self.estimates.state_dict(),
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": int(self._progress.in_a_row),
                 **self._reports.state_dict(),

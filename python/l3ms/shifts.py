@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RATE = 0.03  # of the shift, per step and unit of C: faster, and the mean swings
+RATE = 0.05  # of the shift, per step and unit of C
 MEMORY = 0.05  # weight of a new violation in the slow average that says whether it shrinks
 INSIDE = (
     1.5  # standard errors inside the margin that the integral aims at: estimates swing about where they rest by so much
 )
-INSIDE_SHARE = 0.1  # of a range, at most
+INSIDE_SHARE = 0.2  # of a range, at most
 LARGEST_ERROR = 0.25  # of C that counts: on the way to a far bound the shift must not grow without limit
 LARGEST = 0.5
 FUTILE = 0.15  # a shift beyond which more of lambda is taken to be lost in the clipping

@@ -40,7 +40,7 @@ def test_at_a_constant_mu_the_shift_finds_the_solution_and_its_multiplier():
     x, _, _ = solve(fixed, 500, min=1.0)
     assert x == pytest.approx((1 + math.sqrt(2)) / 2, rel=0.02)
     x, multiplier, opt = solve(moving, min=1.0)
-    assert x == pytest.approx(1.0, abs=1e-3)
+    assert x == pytest.approx(1.0, abs=3e-3)
     assert multiplier == pytest.approx(2.0, rel=0.03)  # 2 / (1 - 2 lr), and what is left of the way
     assert opt.estimates.integral.shift[0] < 0.0  # outwards: the slack was mu / lambda
 
@@ -76,8 +76,8 @@ def follow(violations, shift=0.0, noise=0.0, width=math.inf):
 
 
 def test_the_shift_is_the_integral_of_the_violation():
-    assert follow([0.1, 0.1, -0.2]) == pytest.approx([0.003, 0.006, 0.0])
-    assert follow([5.0]) == pytest.approx([0.03 * 0.25])
+    assert follow([0.1, 0.1, -0.2]) == pytest.approx([0.005, 0.01, 0.0])
+    assert follow([5.0]) == pytest.approx([0.05 * 0.25])
     assert follow([1.0], shift=0.499) == [0.5]
     assert follow([-3.0], shift=-0.499) == [-0.5]
     assert follow([math.nan], shift=0.2, noise=math.inf) == [0.2]
@@ -91,7 +91,7 @@ def test_a_violation_that_shrinks_by_itself_does_not_count():
 
 def test_it_aims_further_inside_by_the_noise_but_never_across_a_range():
     assert follow([-0.03], noise=0.02) == pytest.approx([0.0])
-    assert follow([-0.03], noise=0.02, width=0.1) == pytest.approx([0.03 * (-0.03 + 0.01)])
+    assert follow([-0.03], noise=0.02, width=0.1) == pytest.approx([0.05 * (-0.03 + 0.02)])
 
 
 def test_a_positive_shift_moves_both_bounds_inwards():
@@ -114,7 +114,7 @@ def test_metrics_speak_of_the_bounds_as_given_and_the_state_keeps_the_shift():
         opt.step()
         opt.zero_grad()
         assert opt.metrics()["constraints/x/slack"] == pytest.approx(-0.5)
-    assert opt.estimates.integral.shift.tolist() == pytest.approx([3 * 0.03 * 0.25])
+    assert opt.estimates.integral.shift.tolist() == pytest.approx([3 * 0.05 * 0.25])
     other = make()
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert torch.equal(other.estimates.integral.shift, opt.estimates.integral.shift)
@@ -156,9 +156,9 @@ def test_the_share_multiplies_the_tasks_gradient_before_its_clipping(clipping):
     opt = optimizer(x, clipping=clipping)
     task = f64(0.3, 0.4, 0.0)
     assert torch.equal(task_step(opt, x, task), 0.02 * task)
-    for _ in range(40):
+    for _ in range(24):
         constraint_step(opt, x, [2.9, 3.1])
-    share = math.exp(-(40 * 0.03 * 0.25 - 0.15) / 0.15) if clipping == "adaptive" else 1.0
+    share = math.exp(-(24 * 0.05 * 0.25 - 0.15) / 0.15) if clipping == "adaptive" else 1.0
     assert opt.metrics().get("l3m/task_share", 1.0) == pytest.approx(share)
     torch.testing.assert_close(task_step(opt, x, task), 0.02 * share * task)
     torch.testing.assert_close(task_step(opt, x, 100 * task), 0.02 * min(share, 1 / 50.0) * 100 * task)
