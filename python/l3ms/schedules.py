@@ -55,14 +55,17 @@ class ExponentialDecay:
 class NoiseFloorDecay(ExponentialDecay):
     """start -> the noise floor of the estimates in `steps` steps, and on towards `end` as the noise falls. This is `mu="auto"`.
 
-    mu never rises, and never falls faster than in the paper's schedule, which is what remains where there is no noise.
+    mu never falls faster than in the paper's schedule, which is what remains where there is no noise; it rises as fast where the noise has
+    grown: responses that are all cut at one length have none, and those that have learnt to end have much.
     """
 
     def __call__(self, step: Tensor, mu: Tensor, noise: Tensor) -> Tensor:
         fastest = (self.end / self.start) ** (1 / self.steps)
-        floor = torch.minimum(mu, noise_floor(noise).clamp(min=self.end))
+        floor = noise_floor(noise).clamp(self.end, self.start)
         remaining = (self.steps + 1 - step.double()).clamp(min=1.0)
-        return mu * (floor / mu).pow(1 / remaining).clamp(min=fastest)
+        falling = (floor / mu).pow(1 / remaining).clamp(min=fastest)
+        factor = torch.where(floor > mu, (floor / mu).clamp(max=1 / fastest), falling)
+        return torch.where(noise.isinf(), mu, mu * factor)
 
 
 def noise_floor(noise: Tensor) -> Tensor:

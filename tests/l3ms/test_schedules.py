@@ -35,7 +35,7 @@ def test_auto_without_noise_is_the_papers_decay():
         assert mu.item() == pytest.approx(paper(torch.tensor(step), mu, QUIET).item(), rel=1e-12)
 
 
-def test_auto_ends_at_the_noise_floor_never_rises_and_resumes():
+def test_auto_ends_at_the_noise_floor_rises_with_it_and_resumes():
     schedule = l3ms.NoiseFloorDecay(1.0, 1e-6, steps=60)
     fastest = 10 ** (-6 / 60)
     mu, steps, seen = f64(1.0), 0, [1.0]
@@ -53,13 +53,19 @@ def test_auto_ends_at_the_noise_floor_never_rises_and_resumes():
     assert mu.item() == pytest.approx(floor**0.5, rel=1e-12)  # half of the way, in equal factors
     advance(30, 0.005)
     assert mu.item() == pytest.approx(floor, rel=1e-12)
-    advance(5, 0.5)  # the noise grows: mu stays
+    advance(2, 0.5)  # the noise grows, and mu with it, no faster than it may fall
+    assert mu.item() == pytest.approx(floor / fastest**2, rel=1e-12)
+    advance(20, 0.005)
     assert mu.item() == pytest.approx(floor, rel=1e-12)
     advance(3, 1e-9)  # the noise falls: it goes on from where it stood, no faster than the paper's
     assert mu.item() == pytest.approx(floor * fastest**3, rel=1e-12)
     advance(200, 0.0)
     assert mu.item() == pytest.approx(1e-6, rel=1e-12)
-    assert all(after <= before for before, after in itertools.pairwise(seen))
+    advance(200, 1e9)
+    assert mu.item() == pytest.approx(1.0, rel=1e-12)  # never above where it began
+    assert all(
+        fastest * (1 - 1e-9) <= after / before <= (1 + 1e-9) / fastest for before, after in itertools.pairwise(seen)
+    )
 
 
 def test_noise_floor_is_where_a_standard_error_moves_the_multiplier_by_a_half():
