@@ -23,14 +23,12 @@ from rich.table import Table
 from l3ms.certificate_table import number
 from l3ms.config import RunConfig
 from l3ms.constraints import Constraint
-from l3ms.data import load_examples
 from l3ms.evaluation import evaluate
 from l3ms.progress import progress_bar
 from l3ms.quantiles import normal_cdf
 from l3ms.report import bounds_text, write_json
-from l3ms.run import check_code, local_inputs
-from l3ms.run_folder import check_output
-from l3ms.run_inputs import PLAIN, build_constraints, encode_sides, load_model, training_arguments, try_rewards
+from l3ms.run import load_run
+from l3ms.run_inputs import PLAIN, training_arguments
 from l3ms.trainer import L3MTrainer
 from l3ms.yaml_reader import ConfigError
 
@@ -109,17 +107,9 @@ def check(
 ) -> dict[str, Any]:
     """Load, sample, time; print what was found and return it. Raises `ConfigError` naming the field for what would stop a run."""
     console = console or Console()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    check_output(Path(config.output), overwrite=overwrite, inputs=local_inputs(config))
-    check_code(config, allow_code)
-    train_examples, held_out = load_examples(config.data, seed=config.seed)
-    transformers.set_seed(config.seed)
-    tokenizer, model = load_model(config, console)
-    constraints = build_constraints(config, console, tokenizer, model)
-    train, _ = encode_sides(config, tokenizer, model, train_examples, held_out, console)
-    try_rewards(config, constraints, tokenizer, train.rows[:4])
-
+    tokenizer, model, constraints, train, _ = load_run(
+        config, overwrite=overwrite, allow_code=allow_code, console=console
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(config, folder, model, tokenizer, constraints, train.rows)
         order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()

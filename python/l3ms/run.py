@@ -31,6 +31,31 @@ from l3ms.watch import Watch
 from l3ms.yaml_reader import ConfigError
 
 
+class Loaded(NamedTuple):
+    """All that a run starts from, loaded and tried."""
+
+    tokenizer: Any
+    model: Any
+    constraints: list[Constraint]
+    train: Encoded
+    held_out: Encoded
+
+
+def load_run(config: RunConfig, *, overwrite: bool, allow_code: bool, console: Console) -> Loaded:
+    """What `l3ms train` and `l3ms check` do first. Raises `ConfigError` for bad input; writes nothing."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    check_output(Path(config.output), overwrite=overwrite, inputs=_local_inputs(config))
+    check_code(config, allow_code)
+    train_examples, held_out_examples = load_examples(config.data, seed=config.seed)
+    transformers.set_seed(config.seed)
+    tokenizer, model = load_model(config, console)
+    constraints = build_constraints(config, console, tokenizer, model)
+    train, held_out = encode_sides(config, tokenizer, model, train_examples, held_out_examples, console)
+    try_rewards(config, constraints, tokenizer, train.rows[:4])
+    return Loaded(tokenizer, model, constraints, train, held_out)
+
+
 def execute(
     config: RunConfig, *, overwrite: bool = False, allow_code: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
@@ -38,16 +63,9 @@ def execute(
     start = time.monotonic()
     console = console or Console()
     folder = Path(config.output)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    check_output(folder, overwrite=overwrite, inputs=local_inputs(config))
-    check_code(config, allow_code)
-    train_examples, held_out = load_examples(config.data, seed=config.seed)
-    transformers.set_seed(config.seed)
-    tokenizer, model = load_model(config, console)
-    constraints = build_constraints(config, console, tokenizer, model)
-    train, evaluation = encode_sides(config, tokenizer, model, train_examples, held_out, console)
-    try_rewards(config, constraints, tokenizer, train.rows[:4])
+    tokenizer, model, constraints, train, evaluation = load_run(
+        config, overwrite=overwrite, allow_code=allow_code, console=console
+    )
     arguments = training_arguments(config)
     transformers.set_seed(config.seed)  # whatever the constraints have drawn while they were loaded
 
@@ -107,7 +125,7 @@ def _bounds(item: ConstraintConfig) -> dict[str, Any]:
     return {"name": item.name, "type": item.type, "min": item.min, "max": item.max, "threshold": threshold}
 
 
-def local_inputs(config: RunConfig) -> dict[str, str]:
+def _local_inputs(config: RunConfig) -> dict[str, str]:
     paths = {"model": config.model, "data.train": config.data.train, "data.evaluation": config.data.evaluation}
     for index, item in enumerate(config.constraints):
         for name in ("model", "reference"):

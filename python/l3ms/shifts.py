@@ -10,8 +10,8 @@ Half-steps are clipped to the same norm, and of the constraints' gradient most i
 points towards a far bound may be less than the task's pull, whatever lambda is. A shift that has grown large says so. From there on the
 task's step shrinks instead (`task_share`), the only remedy within a clipped step.
 
-Were every violation counted, a run that starts far outside (a base that never ends, at 100 tokens) would arrive with a large shift and
-swing for the rest of its time: [12, 16] ended at 9.9 to 12.1 then, at 1.3 times the perplexity.
+Were every violation counted, a run that starts far outside (a base that never ends its responses) would arrive with a large shift and swing
+for the rest of its time.
 """
 
 from __future__ import annotations
