@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from l3ms.async_rewards import begin, cancel, wait
 from l3ms.constraints import Constraint
+from l3ms.sampling import sample
 
 Prompt = str | list[dict[str, str]]
 
@@ -108,7 +109,7 @@ def rollout(
         batch_size: responses sampled at a time; by default all.
         prompt_ids: tokens of the prompts, where they are at hand; otherwise the tokenizer makes them.
         columns: more columns of the data, passed on to the rewards.
-        options: more of `GenerationConfig`.
+        options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
 
     Raises:
         ValueError: no prompt, an empty one, no EOS token, or temperature or max_new_tokens not positive.
@@ -148,7 +149,7 @@ def rollout(
         responses: list[list[int]] = []
         for start in range(0, len(prompt_ids), batch_size or len(prompt_ids)):
             part = prompt_ids[start : start + (batch_size or len(prompt_ids))]
-            responses += _sample(model, part, pad, set(end), config)
+            responses += sample(model, part, pad, end, config, shrink=not options)
     finally:
         inner.generation_config = own
         model.train(training)
@@ -198,23 +199,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [] if own is None else [own]
     return sorted({tokenizer.eos_token_id, *own})
-
-
-def _sample(
-    model: Any, prompts: Sequence[Sequence[int]], pad: int, end: set[int], config: GenerationConfig
-) -> list[list[int]]:
-    """Response tokens of one batch, each up to and including its EOS. Prompts are padded on the left, as generate wants them."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad)
-    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.tensor(list(ids))
-        attention_mask[row, width - len(ids) :] = 1
-    output = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=config
-    )
-    responses = []
-    for tokens in output[:, width:].tolist():
-        stop = next((i for i, token in enumerate(tokens) if token in end), len(tokens) - 1)
-        responses.append(tokens[: stop + 1])
-    return responses
