@@ -116,7 +116,7 @@ def _multipliers(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _verdicts(certificate: dict[str, Any] | None) -> dict[str, str]:
     constraints = (certificate or {}).get("constraints") or []
-    return {item["name"]: item["verdict"] for item in constraints}
+    return {item["name"]: item["verdict"] for item in constraints if item["verdict"] is not None}
 
 
 def failed_lines(cells: Sequence[Cell], folder: Path, errors: dict[str, str]) -> list[str]:

@@ -50,7 +50,7 @@ class Settings:
     batch_size: int = 16  # pairs
     learning_rate: float = 3e-4
     weight_decay: float = 0.1
-    max_length: int = 192  # tokens of a conversation; longer ones lose their beginning
+    max_length: int = 256  # tokens of a conversation; longer ones lose their beginning
     validation: float = 0.15  # share of the training conversations
     seed: int = 0
 

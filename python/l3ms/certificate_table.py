@@ -68,7 +68,7 @@ def verdict_table(
             *(number(value) for value in (verdict.mean, verdict.lower, verdict.upper)),
             str(verdict.groups),
             METHODS[verdict.method],
-            f"[{COLOURS[verdict.verdict]}]{verdict.verdict}[/]",
+            "[dim]monitor[/]" if verdict.verdict is None else f"[{COLOURS[verdict.verdict]}]{verdict.verdict}[/]",
         )
     table.caption = (
         f"{certificate['samples']} fresh responses to {certificate['prompts']} held-out prompts, {certificate['weights']} weights; "

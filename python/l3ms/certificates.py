@@ -60,7 +60,7 @@ class Verdict:
     """Of one constraint."""
 
     name: str
-    verdict: Word
+    verdict: Word | None  # of a monitor: None
     bounds: list[BoundVerdict]
     method: str
     why: str  # of the method
@@ -202,11 +202,12 @@ def judge(
         word = _word(side, limit, lower, upper)
         more = _more(units, limit, delta, declared) if word == "INCONCLUSIVE" else None
         sides.append(BoundVerdict(side, float(limit), word, more))  # type: ignore[arg-type]
-    notes = _notes(units, declared, missing, nonfinite)
+    notes = _notes(units, declared, missing, nonfinite, constraint.monitor)
     if nonfinite:
         sides = [replace(b, verdict="INCONCLUSIVE") if b.verdict == "SATISFIED" else b for b in sides]
+    word = None if constraint.monitor else together([side.verdict for side in sides])
     return Verdict(
-        constraint.name, together([side.verdict for side in sides]), sides, declared.method, declared.why, declared.range,
+        constraint.name, word, sides, declared.method, declared.why, declared.range,
         len(finite), units.n, missing, nonfinite, units.mean, math.sqrt(units.variance) if units.n > 1 else math.nan,
         lower, upper, delta, notes,
     )  # fmt: skip
@@ -313,10 +314,11 @@ def _more(units: _Units, limit: float, delta: float, declared: Declared) -> int 
     return max(1, enough - units.n)
 
 
-def _notes(units: _Units, declared: Declared, missing: int, nonfinite: int) -> list[str]:
+def _notes(units: _Units, declared: Declared, missing: int, nonfinite: int, monitor: bool) -> list[str]:
     notes = []
     if nonfinite:
-        notes.append(f"{nonfinite} values are NaN or infinite and left out: it cannot be satisfied")
+        so = "" if monitor else ": it cannot be satisfied"
+        notes.append(f"{nonfinite} values are NaN or infinite and left out{so}")
     if missing:
         notes.append(f"{missing} samples have no value (None): the mean is that of the others")
     if units.n == 0:

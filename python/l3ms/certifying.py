@@ -120,7 +120,7 @@ def certify(
     prices = _prices(subject, verdicts, options, console) if options.prices else None
     certificate = {
         "format": 1,
-        "verdict": together([item.verdict for item in verdicts]),
+        "verdict": together([item.verdict for item in verdicts if item.verdict is not None]),
         "run": str(run.resolve()),
         "weights": options.weights,
         "sha256": digest(subject.folder),
@@ -164,8 +164,9 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     folder = run.resolve() / FOLDERS[options.weights]
     if not folder.is_dir():
         raise ConfigError("--weights", f"{run} has no {folder.name}/: the run has not come so far")
-    if not config.constraints:
-        raise ConfigError("constraints", f"{run} has none, so there is nothing to certify")
+    if all(item.monitor for item in config.constraints):
+        what = "monitors alone" if config.constraints else "none"
+        raise ConfigError("constraints", f"{run} has {what}, so there is nothing to certify")
     names = {item.name for item in config.constraints}
     for name in options.ranges or {}:
         if name not in names:

@@ -49,6 +49,7 @@ class Start:
     stderr: float
     feasible: float  # probability that the mean is within the bounds, by the normal approximation of the estimate
     within: float  # share of single responses within the bounds
+    monitor: bool = False  # without bounds: the last two are NaN
 
     @staticmethod
     def of(constraint: Constraint, values: Sequence[float | None]) -> Start:
@@ -58,21 +59,25 @@ class Start:
         high = math.inf if constraint.max is None else constraint.max
         mean = statistics.fmean(finite) if finite else math.nan
         stderr = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
-        if stderr > 0:
+        if constraint.monitor:
+            feasible = math.nan
+        elif stderr > 0:
             feasible = normal_cdf((high - mean) / stderr) - normal_cdf((low - mean) / stderr)
         else:
             feasible = float(low <= mean <= high) if finite else math.nan
         return Start(
             constraint.name, constraint.min, constraint.max, len(finite), len(values) - len(given),
             len(given) - len(finite), min(finite, default=math.nan), max(finite, default=math.nan), mean, stderr, feasible,
-            sum(low <= value <= high for value in finite) / len(finite) if finite else math.nan,
+            sum(low <= value <= high for value in finite) / len(finite) if finite and not constraint.monitor else math.nan,
+            constraint.monitor,
         )  # fmt: skip
 
     def warnings(self) -> list[str]:
         lines = []
         if not self.values:
-            lines.append(f"{self.name}: no response has a value; as long as it is so, the constraint does nothing")
-        elif self.values > 1 and self.lowest == self.highest:
+            so = "" if self.monitor else "; as long as it is so, the constraint does nothing"
+            lines.append(f"{self.name}: no response has a value{so}")
+        elif self.values > 1 and self.lowest == self.highest and not self.monitor:
             lines.append(f"{self.name}: all values are {self.lowest:g}; a constant reward has no gradient to follow")
         if self.missing and self.values:
             lines.append(f"{self.name}: {self.missing} of {self.missing + self.values} responses have no value (None)")

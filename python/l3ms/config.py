@@ -159,9 +159,11 @@ def _constraint_fields(sections: list[type[BaseModel]]) -> Iterator[tuple[str, s
 
 def _check_across(config: RunConfig) -> None:
     """Rules that involve two sections."""
-    if config.train.solver != "none" and not config.constraints:
+    if config.train.solver != "none" and all(item.monitor for item in config.constraints):
+        only = " that is no monitor" if config.constraints else ""
         raise ConfigError(
-            "constraints", f"solver {config.train.solver!r} needs at least one constraint; or set train.solver: none"
+            "constraints",
+            f"solver {config.train.solver!r} needs at least one constraint{only}; or set train.solver: none",
         )
     seen: set[str] = set()
     for index, item in enumerate(config.constraints):

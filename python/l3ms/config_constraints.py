@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from l3ms import rewards
 from l3ms.config_data import DataConfig
 from l3ms.config_sections import Count, Name, NonNegative, Positive, Section, Text
+from l3ms.constraints import BOUNDING
 
 
 class Bounded(Section):
@@ -18,10 +19,15 @@ class Bounded(Section):
     max: float | None = None
     scale: Positive | None = None  # native units per 1.0 of the barrier; default: mid-range, or max(|bound|, 1)
     margin: NonNegative | None = None  # kept inside the bound; default: 2 standard errors of the estimate
+    monitor: bool = False  # only measured: no bounds, and no part in the training
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Bounded:
-        if self.min is None and self.max is None:
+        if self.monitor:
+            for option in BOUNDING:
+                if getattr(self, option) is not None:
+                    raise ValueError(f"{option} is for a constraint, and a monitor bounds nothing")
+        elif self.min is None and self.max is None:
             raise ValueError("give min, max or both: a constraint without a bound constrains nothing")
         if self.min is not None and self.max is not None and not self.min < self.max:
             raise ValueError(f"min must be below max, got min {self.min:g} and max {self.max:g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from l3ms.batches import further_columns, prompt_part
@@ -23,11 +24,18 @@ def constraint_backward(trainer: L3MTrainer) -> Rollout | None:
 
 
 def _data(trainer: L3MTrainer) -> None:
-    """The next batch of each data constraint: its loss, weighted by its multiplier."""
+    """The next batch of each data constraint: its loss, weighted by its multiplier. That of a monitor is only measured."""
     optimizer = trainer.l3m_optimizer
     model: Any = trainer.model_wrapped
     assert optimizer is not None
+    monitors = {constraint.name for constraint in trainer.constraints if constraint.monitor}
     for name, batches in trainer.constraint_data.items():
+        if name in monitors:
+            model.eval()  # and no random number drawn
+            with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager(), torch.no_grad():
+                nll = sequence_nll(model, batches.take())
+            optimizer.barrier_loss({name: nll})
+            continue
         model.train()
         with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager():
             nll = sequence_nll(model, batches.take())
@@ -54,6 +62,8 @@ def _sampled(trainer: L3MTrainer) -> Rollout:
     with optimizer.estimates.errors_on_all_ranks():
         rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy)
     weights = optimizer.observe(rewards, responses.lengths)
+    if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
+        return responses
     size = args.per_device_train_batch_size
     # Of all parts before the first: between them the host would wait for the device.
     widths = responses.attention_mask.sum(1).tolist()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Rewards = Sequence[float | None]
 Reward = Callable[..., Rewards | Awaitable[Rewards]]
 
+BOUNDING = ("min", "max", "scale", "margin")  # the options that a monitor has no use for
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -37,10 +39,12 @@ class Constraint:
             bound, and 1 for a probability. It sets how a violation here weighs against one of another constraint.
         margin: how far inside the bound to settle, in native units; by default 2 standard errors of the estimate, at most a quarter of
             the range, since a barrier whose mu has decayed settles at the bound itself.
+        monitor: only measure it: its estimate is logged beside those of the constraints, and it has no part in the training. It takes no
+            min, max, scale or margin.
 
     Raises:
-        ValueError: no bound, min > max, a bound that is not finite, scale <= 0, a margin that leaves no room; a threshold with a bound
-            that is no probability, or where there is no function to apply it to.
+        ValueError: no bound, or one of a monitor, min > max, a bound that is not finite, scale <= 0, a margin that leaves no room; a
+            threshold with a bound that is no probability, or where there is no function to apply it to.
     """
 
     name: str
@@ -50,12 +54,17 @@ class Constraint:
     scale: float | None = field(default=None, kw_only=True)
     margin: float | None = field(default=None, kw_only=True)
     threshold: float | None = field(default=None, kw_only=True)
+    monitor: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         where = f"constraint {self.name!r}"
         if not self.name or "/" in self.name:
             raise ValueError(f"{where}: name must be a non-empty text without '/'")
-        if self.min is None and self.max is None:
+        if self.monitor:
+            for option in BOUNDING:
+                if getattr(self, option) is not None:
+                    raise ValueError(f"{where}: {option} is for a constraint, and a monitor bounds nothing")
+        elif self.min is None and self.max is None:
             raise ValueError(f"{where}: give min, max or both")
         for option in ("min", "max", "scale", "margin", "threshold"):
             value = getattr(self, option)
@@ -84,7 +93,7 @@ class Constraint:
         """Native units per 1.0 of the dimensionless constraint."""
         if self.scale is not None:
             return self.scale
-        if self.threshold is not None:
+        if self.threshold is not None or self.monitor:
             return 1.0
         if self.min is not None and self.max is not None:
             # A range around 0 has no middle to speak of: its half-width then.
@@ -219,9 +228,10 @@ class Length(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        monitor: bool = False,
         name: str = "length",
     ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold)
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
 
     @property
     def samples(self) -> bool:

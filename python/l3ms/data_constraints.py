@@ -47,7 +47,7 @@ class DataNLL(Constraint):
         batch_size: rows per constraint half-step.
         pad_token_id: fills up shorter rows of a batch; masked.
         held_out: data of the same form that `evaluate` measures; by default that of `loader`.
-        min, max, scale, margin: as in `Constraint`, nats per token.
+        min, max, scale, margin, monitor: as in `Constraint`, nats per token.
 
     Raises:
         ValueError: no rows, a row without a scored token, an iterable that can be gone through only once; or as `Constraint`.
@@ -62,11 +62,12 @@ class DataNLL(Constraint):
         max: float | None = None,
         scale: float | None = None,
         margin: float | None = None,
+        monitor: bool = False,
         batch_size: int = 8,
         pad_token_id: int = 0,
         held_out: Data | None = None,
     ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin)
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin, monitor=monitor)
         if batch_size < 1:
             raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
         for argument, data in (("loader", loader), ("held_out", held_out)):
@@ -177,7 +178,7 @@ class KL(Constraint):
         per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
             is not lowered by longer responses.
         batch_size: responses scored at a time.
-        scale, margin, threshold: as in `Constraint`.
+        scale, margin, threshold, monitor: as in `Constraint`.
 
     Raises:
         ValueError: as `Constraint`; when it is measured without a model or a reference, or a reference cannot be loaded or has another
@@ -196,8 +197,9 @@ class KL(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        monitor: bool = False,
     ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold)
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
         if batch_size < 1:
             raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
         object.__setattr__(self, "per_token", per_token)

@@ -5,7 +5,7 @@ and every split of a batch finds the same multipliers. Nothing here is committed
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -113,22 +113,24 @@ class Estimates:
                     "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
                     'give more, or use L3MOptimizer(baseline="estimate")'
                 )
+        bounded = self._bounded(values)
         tokens = torch.ones(count, dtype=torch.float64, device=self.device)
         if lengths is not None:
             tokens = lengths.to(self.device, torch.float64)
-        local = torch.cat(
-            [reward_sums(rewards), torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])[None]]
-        )
+        responses = torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])
+        local = torch.cat([reward_sums(rewards), (responses * bool(bounded))[None]])  # nothing is weighed for monitors
         part, sums = self._add(local)
-        self._responses += count
+        self._responses += count * bool(bounded)
         norm = torch.ones_like(tokens)
         if lengths is not None and normalisation == "mean":
             norm = norm * (sums[-1, 1] / sums[-1, 0].clamp(min=1)).clamp(min=1)
         elif lengths is not None and normalisation == "sequence":
             norm = tokens.clamp(min=1)
-        weights = self._weights(rewards, norm, sums, mu)
-        # The op divides by the responses of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
-        own_mean = sums[-1, 0] / part[-1, 0].clamp(min=1)
+        weights = self._weights(rewards, norm, sums, mu, bool(bounded))
+        if not bounded:
+            return weights.seq_weight.float()  # 0
+        # The op divides by the values of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
+        own_mean = sum(sums[i, 0] for i in bounded) / sum(part[i, 0] for i in bounded).clamp(min=1)
         return (weights.seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
 
     def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class Estimates:
                 local[self.index[name]] = reward_sums(column[:, None])[0]
         part, sums = self._add(local)
         empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
-        weights = self._weights(empty, empty[:, 0], sums, mu)
+        weights = self._weights(empty, empty[:, 0], sums, mu, bool(self._bounded(values)))
         share = weights.multiplier / weights.total * self._ratio(weights)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for k, (owner, row) in enumerate(zip(self.owner, self.bounds.table, strict=True)):
@@ -172,8 +174,9 @@ class Estimates:
                 sides = [k for k, owner in enumerate(self.owner) if owner == i]
                 values[f"{prefix}/estimate"] = float(last.estimate[i])
                 values[f"{prefix}/stderr"] = float(last.stderr[i])
-                values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
-                values[f"{prefix}/slack"] = float(-last.violation[sides].max())
+                if sides:
+                    values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
+                    values[f"{prefix}/slack"] = float(-last.violation[sides].max())
         return values
 
     def noise(self, weights: BarrierWeights) -> Tensor:
@@ -204,7 +207,12 @@ class Estimates:
 
     # ---- parts ----
 
-    def _weights(self, rewards: Tensor, norm: Tensor, sums: Tensor, mu: Tensor) -> BarrierWeights:
+    def _bounded(self, names: Iterable[str]) -> list[int]:
+        """The numbers of those that are no monitors."""
+        return [self.index[name] for name in names if not self.constraints[self.index[name]].monitor]
+
+    def _weights(self, rewards: Tensor, norm: Tensor, sums: Tensor, mu: Tensor, bounded: bool) -> BarrierWeights:
+        """`bounded`: this part is of constraints, and the first of those fixes S; monitors do not."""
         options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
         options["sums"] = sums[:-1].contiguous()
         if self.solver is None:
@@ -215,7 +223,7 @@ class Estimates:
             rule = partial(self.solver.multipliers, memory=self.memory)
             weights = multiplier_weights(rewards, self.state, self.bounds, rule, **options)
         self.pending = weights
-        self.total = weights.total if self.total is None else self.total
+        self.total = weights.total if self.total is None and bounded else self.total
         return weights
 
     def integrate(self, weights: BarrierWeights, applied: Tensor) -> None:
@@ -235,8 +243,8 @@ class Estimates:
 
     def _ratio(self, weights: BarrierWeights) -> Tensor:
         """Turns lambda / S of this part into lambda / S of the half-step."""
-        assert self.total is not None
-        return (weights.total / self.total).clamp(max=LARGEST_RATIO)
+        total = weights.total if self.total is None else self.total
+        return (weights.total / total).clamp(max=LARGEST_RATIO)
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:

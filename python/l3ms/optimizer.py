@@ -65,7 +65,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         backend: of the kernels, see `l3m_kernels.backends`.
 
     Raises:
-        ValueError: an argument is wrong (named), or mu ends so low that mu^2 is below 4 ulp of a bound.
+        ValueError: an argument is wrong (named), all constraints are monitors, or mu ends so low that mu^2 is below 4 ulp of a bound.
     """
 
     # GradScaler hands grad_scale and found_inf to step() instead of silently not calling it
@@ -106,6 +106,8 @@ class L3MOptimizer(torch.optim.Optimizer):
         super().__init__(base.param_groups, base.defaults)
         self._share()
         self.constraints = check_constraints(constraints)
+        if self.constraints and all(constraint.monitor for constraint in self.constraints):
+            raise ValueError("constraints: all are monitors, which bound nothing")
         self.schedule = as_schedule(mu)
         check_resolution(self.schedule, self.constraints)
         self.smoothing, self.max_grad_norm, self.length_norm = smoothing, max_grad_norm, length_norm
@@ -297,7 +299,8 @@ class L3MOptimizer(torch.optim.Optimizer):
 
         * `estimate`, `stderr`: native units;
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
-        * `lambda`: the multiplier, of both bounds together; `missing`: steps without a sample, `dropped`: values not finite;
+        * `lambda`: the multiplier, of both bounds together (a monitor has neither);
+        * `missing`: steps without a sample, `dropped`: values not finite;
 
         and `l3m/mu` (of the barrier), `l3m/skipped_steps`, `l3m/grad_norm/task` and `/constraint` before clipping, the latter
         divided by S; `l3m/task_share` under adaptive clipping, `l3m/noise_floor` with mu="auto".

@@ -200,8 +200,9 @@ def bounds_text(minimum: float | None, maximum: float | None) -> str:
 
 def _title(report: Mapping[str, Any]) -> str:
     constraints = report.get("constraints") or [{"name": "length", **(report.get("bounds") or {})}]
-    wanted = [f"{item['name']} {bounds_text(item.get('min'), item.get('max'))}".strip() for item in constraints]
-    return f"Wanted: {', '.join(wanted)}".replace("[", r"\[")
+    bounds = {item["name"]: bounds_text(item.get("min"), item.get("max")) for item in constraints}
+    wanted = [f"{name} {text}" for name, text in bounds.items() if text]
+    return f"Wanted: {', '.join(wanted) or 'the task alone'}".replace("[", r"\[")
 
 
 def _inside(value: float, bounds: Mapping[str, float | None]) -> bool | None:

@@ -61,6 +61,7 @@ class RewardModel(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        monitor: bool = False,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
     ):
@@ -75,7 +76,9 @@ class RewardModel(Constraint):
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        super().__init__(name, score, min=min, max=max, scale=scale, margin=margin, threshold=threshold)
+        super().__init__(
+            name, score, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor
+        )
 
     def load(self) -> None:
         """Load the model now rather than at the first response, and check that it has what it needs."""

@@ -50,7 +50,7 @@ def build_constraints(config: RunConfig, console: Console, tokenizer: Any, model
 
 def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer: Any, model: Any) -> Constraint:
     options: dict[str, Any] = {
-        name: getattr(item, name, None) for name in ("min", "max", "scale", "margin", "threshold")
+        name: getattr(item, name, None) for name in ("min", "max", "scale", "margin", "threshold", "monitor")
     }
     if isinstance(item, FunctionConfig):
         function, source = load_reward(f"{field}.function", item.function)

@@ -6,6 +6,7 @@ looked at when they have arrived, as a rule in the next step: nothing that is de
 
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class StepReports:
         if applied and applied[0]:
             self._report_floor(mu[0], noise)
             sides = list(zip(violation, self.owner, strict=True))
-            self.conflicts.update([max(v for v, owner in sides if owner == i) for i in range(len(noise))])
+            worst = [max((v for v, owner in sides if owner == i), default=-math.inf) for i in range(len(noise))]
+            self.conflicts.update(worst)
 
     def _report_floor(self, mu: float, noise: list[float]) -> None:
         """Log where mu meets the noise floor, and again once it has fallen by a fifth."""

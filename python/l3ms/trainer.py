@@ -118,8 +118,9 @@ class L3MTrainer(Trainer):
     ):
         self.constraints = check_constraints(constraints)
         if args.solver != "none":
-            if not self.constraints:
-                raise ValueError('constraints: none given; use solver="none" to fine-tune without')
+            if all(constraint.monitor for constraint in self.constraints):
+                what = "all are monitors" if self.constraints else "none given"
+                raise ValueError(f'constraints: {what}; use solver="none" to fine-tune without')
             for constraint in self.constraints:
                 if not constraint.samples and not constraint.data:
                     raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")

@@ -100,7 +100,7 @@ class Watch(TrainerCallback):
         seen.update({f"watch/{name}": value for name, value in values.items() if name != "length/spread"})
         if config.held_out_every and self._rows and iteration % config.held_out_every == 0:
             trips += self._look_at_held_out(trainer, seen)
-        if config.every and iteration % config.every == 0 and not self._sharded and len(trainer.last_rewards) > 1:
+        if config.every and iteration % config.every == 0 and not self._sharded:
             self._look_at_gradients(trainer, seen)
         if trips:
             self._act(trainer, trips, control)
@@ -142,14 +142,18 @@ class Watch(TrainerCallback):
             own = [_numbers(self._of_all_ranks(list(batch.get(constraint.name, [])))) for batch in self._batches]
             if values:
                 seen[f"watch/held_out/{constraint.name}"] = math.fsum(values) / len(values)
-            found_gap = gap(constraint, values, own)
+            found_gap = None if constraint.monitor else gap(constraint, values, own)
             if found_gap is not None:
                 gaps[constraint.name] = seen[f"watch/held_out_gap/{constraint.name}"] = found_gap
         return self._held_out.update(gaps)
 
     def _look_at_gradients(self, trainer: L3MTrainer, seen: dict[str, float]) -> None:
         args: Any = trainer.args
-        rollout, rewards = trainer.last_rollout, trainer.last_rewards
+        by_name = {constraint.name: constraint for constraint in trainer.constraints if not constraint.monitor}
+        rollout = trainer.last_rollout
+        rewards = {name: values for name, values in trainer.last_rewards.items() if name in by_name}
+        if len(rewards) < 2:
+            return
         assert rollout is not None
         assert trainer.l3m_optimizer is not None
         names = list(rewards)
@@ -162,7 +166,6 @@ class Watch(TrainerCallback):
         if self._cosines is None:
             self._cosines = PairCosines(len(names))
         self._cosines.add_grams(self._of_all_ranks([gram(gradients)]))
-        by_name = {constraint.name: constraint for constraint in trainer.constraints}
         metrics = trainer.l3m_optimizer.metrics()
         sides = {name: active_side(by_name[name], metrics) for name in names}
         for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):

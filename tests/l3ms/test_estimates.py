@@ -66,6 +66,17 @@ def test_several_observations_before_one_step_are_one_batch():
     assert parts.metrics() == once.metrics()
 
 
+def test_constraints_observed_one_after_the_other_weigh_as_much_as_alone():
+    """Each call's weights are a mean over its own responses; S is that of the first call, here 1."""
+    opt = make(l3ms.Constraint("q", max=9.0), l3ms.Constraint("r", max=0.1, margin=0.0, scale=1.0))
+    opt.observe({"q": [1.0, 2.0, 3.0]})
+    weights = opt.observe({"r": [3.0, 4.0]})
+    assert opt.estimates.pending is not None
+    multiplier = opt.estimates.pending.multiplier[1].item()
+    assert multiplier > 1
+    assert weights.tolist() == pytest.approx([multiplier / 2, -multiplier / 2])  # lambda (r_other - r_n) / n
+
+
 def test_none_is_excluded_from_that_constraint_only():
     opt = make(l3ms.Constraint("r", max=1.0, margin=0.0), l3ms.Constraint("q", max=1.0, margin=0.0))
     weights = observe(opt, {"r": [1.0, None, 3.0, None], "q": [2.0, 2.0, 2.0, 2.0]})
