@@ -130,7 +130,8 @@ class Estimates:
         if not bounded:
             return weights.seq_weight.float()  # 0
         # The op divides by the values of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
-        own_mean = sum(sums[i, 0] for i in bounded) / sum(part[i, 0] for i in bounded).clamp(min=1)
+        all_values, own = (torch.stack([table[i, 0] for i in bounded]).sum() for table in (sums, part))
+        own_mean = all_values / own.clamp(min=1)
         return (weights.seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
 
     def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:

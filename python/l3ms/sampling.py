@@ -51,7 +51,8 @@ def sample(
     closing = torch.tensor(list(end), device=ids.device)
     shrink = shrink and _may_shrink(model)
     responses: list[list[int]] = [[] for _ in prompts]
-    rows, cache = list(range(len(prompts))), None
+    rows = list(range(len(prompts)))
+    cache: Any = None
     while rows:
         started = ids.shape[1]
         enough = _ManyEnded(started, closing) if shrink and len(rows) >= FEWEST else None
