@@ -152,7 +152,7 @@ def test_the_command(tmp_path, rows, fake_command, monkeypatch, capsys):
         "table.md",
     ]
     written = json.loads((output / "results.json").read_text())
-    assert [item["name"] for item in written["cells"]][:2] == ["sft", "barrier_40-50"]
+    assert [item["name"] for item in written["cells"]][:2] == ["sft", "barrier_33-40"]
     assert str(tmp_path) not in (output / "results.json").read_text()
     calls = len(fake.calls)
     assert command.run(words) == 2  # cells are there
@@ -160,7 +160,7 @@ def test_the_command(tmp_path, rows, fake_command, monkeypatch, capsys):
     assert command.run([*words, "--resume"]) == 0
     assert command.run([*words, "--draw"]) == 0
     assert len(fake.calls) == calls
-    fake.failing = {("train", "barrier_40-50/seed-0")}
+    fake.failing = {("train", "barrier_33-40/seed-0")}
     assert command.run([*words, "--overwrite"]) == 1
     assert "no such solver" in (output / "table.md").read_text()
 
