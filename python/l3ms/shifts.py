@@ -24,6 +24,7 @@ from torch import Tensor
 
 RATE = 0.05  # of the shift, per step and unit of C
 MEMORY = 0.05  # weight of a new violation in the slow average that says whether it shrinks
+REMEMBERED = 2.0  # the slow average is at most so many times the violation: a start at C = 35 would pass for shrinking for 70 steps
 INSIDE = (
     1.5  # standard errors inside the margin that the integral aims at: estimates swing about where they rest by so much
 )
@@ -63,7 +64,8 @@ def advance(integral: Integral, violation: Tensor, noise: Tensor, width: Tensor)
     shrinking = (violation > 0) & (violation < 0.999 * integral.slow - noise)  # by more than rounding
     error = torch.where(shrinking, 0.0, error).nan_to_num(0.0).clamp(-LARGEST_ERROR, LARGEST_ERROR)
     shift = (integral.shift + RATE * error).clamp(-LARGEST, LARGEST)
-    averaged = torch.where(integral.slow.isnan(), violation, torch.lerp(integral.slow, violation, MEMORY))
+    remembered = torch.minimum(integral.slow, REMEMBERED * violation.clamp(min=0.0))
+    averaged = torch.where(integral.slow.isnan(), violation, torch.lerp(remembered, violation, MEMORY))
     return Integral(shift, torch.where(violation.isnan(), integral.slow, averaged))
 
 

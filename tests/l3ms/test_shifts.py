@@ -89,6 +89,14 @@ def test_a_violation_that_shrinks_by_itself_does_not_count():
     assert follow([0.5] * 60)[-1] > 0.4  # one that stays does
 
 
+def test_a_start_from_far_away_is_soon_forgotten():
+    """30 to 0.4 in 10 steps, where the violation stays: the average alone would call that shrinking for 90 steps more."""
+    fall = [30.0 * (0.4 / 30.0) ** (n / 10) for n in range(11)]
+    path = follow(fall + [0.4] * 50, noise=0.1)
+    assert path[10] == path[0]  # but the first, of which it is not known yet
+    assert path[50] > path[10] + 0.1
+
+
 def test_it_aims_further_inside_by_the_noise_but_never_across_a_range():
     assert follow([-0.03], noise=0.02) == pytest.approx([0.0])
     assert follow([-0.03], noise=0.02, width=0.1) == pytest.approx([0.05 * (-0.03 + 0.02)])
