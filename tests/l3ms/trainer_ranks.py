@@ -1,0 +1,45 @@
+"""One rank of `test_trainer_ranks.py`: a trainer with a `Watch`, started as torchrun does, by variables of the environment.
+
+python trainer_ranks.py MODEL FOLDER ON_TRIP; writes FOLDER/RANK.pt
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from test_watch import HACKED, NEVER_ENDS
+from training_runs import rows, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import l3ms
+
+STEPS = 24
+
+
+def watch(on_trip):
+    return l3ms.Watch(
+        on_trip=on_trip, held_out=rows(9, seed=3), held_out_every=3, held_out_samples=9, every=2, window=4,
+        snapshot_every=4, max_rollbacks=1,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, folder, on_trip = sys.argv[1:]
+    watching = watch(on_trip)
+    trainer, recorder = run(
+        Path(folder) / "run", AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
+        constraints=[NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
+        **{**HACKED, "max_steps": STEPS, "constraint_batch_size": 8, "learning_rate": 0.01},
+    )  # fmt: skip
+    trainer.add_callback(watching)
+    trainer.train()
+    found = {
+        "final": [parameter.detach() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()],
+        "tripped": watching.tripped,
+        "step": trainer.state.global_step,
+        "completions": recorder.rollouts[0].completions,
+        "log": trainer.state.log_history,
+    }
+    torch.save(found, Path(folder) / f"{os.environ['RANK']}.pt")
