@@ -126,13 +126,21 @@ def test_a_checkpoint_brings_back_the_barrier(make_model, train, tmp_path):
     ("steps", "fraction", "averaged"), [(10, 0.2, 2), (7, 0.2, 2), (4, 0.2, 1), (5, 0.2, 1), (3, 1.0, 3), (6, 0.5, 3)]
 )
 def test_the_averaged_model_is_the_mean_of_the_last_iterates(make_model, train, steps, fraction, averaged):
+    """With constraints, of those that the responses were sampled from: a half-step later the mean of the constraint is another."""
     options = {"solver": "none", "constraints": ()} if steps > 4 else {}
-    trainer, recorder = train(make_model(), max_steps=steps, average_fraction=fraction, learning_rate=0.2, **options)
-    assert len(recorder.weights) == steps
-    mean = {
-        name: torch.stack([w[name].double() for w in recorder.weights[-averaged:]]).mean(0).float()
-        for name in recorder.weights[0]
-    }
+    options |= {"max_steps": steps, "average_fraction": fraction, "learning_rate": 0.2}
+    trainer, recorder = train(make_model(), start=False, **options)
+    sampled_from = []
+
+    def half_step(of_the_trainer=trainer.constraint_half_step):
+        sampled_from.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        of_the_trainer()
+
+    trainer.constraint_half_step = half_step
+    trainer.train()
+    iterates = sampled_from if trainer.constraints else recorder.weights
+    assert len(iterates) == steps
+    mean = {name: torch.stack([w[name].double() for w in iterates[-averaged:]]).mean(0).float() for name in iterates[0]}
     average = trainer.averaged_model()
     assert_same_weights(average, mean, 3e-7)
     assert average is not trainer.model
