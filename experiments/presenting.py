@@ -19,6 +19,7 @@ from l3ms.report import bounds_text
 COLOURS = {
     "none": "#8a8f98", "barrier": "#1f5fbf", "dual_ascent": "#b5651d", "augmented_lagrangian": "#6b4fa3", "penalty": "#c2452d",
 }  # fmt: skip
+LINES = ("-", "--", ":", "-.")  # of labels that share a colour
 NAMES = {"none": "SFT", "barrier": "L3M (barrier)"}  # of solvers
 
 
@@ -113,7 +114,7 @@ def trajectories(
 
     What the first quarter of a run does outside of the rest's range is cut off: before fine-tuning nothing ends, and lengths are the limit.
     """
-    shown: set[str] = set()
+    shown: dict[str, str] = {}  # label -> its colour
     late: list[float] = []
     for result in results:
         x, y = iterations(result.metrics), series(result.metrics, f"constraints/{name}/estimate")
@@ -122,10 +123,12 @@ def trajectories(
         text, colour = label(result), COLOURS.get(result.solver, COLOURS["barrier"])
         late += [float(value) for value in y[len(y) // 4 :] if not np.isnan(value)]
         first = text not in shown
-        shown.add(text)
+        shown.setdefault(text, colour)
+        alike = [other for other, its in shown.items() if its == colour]
         axes.plot(
             x,
             y,
+            LINES[alike.index(text) % len(LINES)],
             color=colour,
             linewidth=1.5 if first else 0.8,
             alpha=1.0 if first else 0.6,

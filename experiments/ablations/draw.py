@@ -12,7 +12,8 @@ from experiments.results import Result
 from l3ms.figure import series
 
 COLUMNS = {
-    "mu-paper": "mu to 1e-6", "smoothing-0.1": "smoothing 0.1", "smoothing-1": "no smoothing", "momentum-0.9": "momentum 0.9", "norm-sequence": "length_norm sequence",
+    "mu-paper": "mu to 1e-6", "smoothing-0.1": "smoothing 0.1", "smoothing-1": "no smoothing",
+    "momentum-0.9": "momentum 0.9", "norm-sequence": "length_norm sequence",
     "norm-none": "length_norm none", "joint": "joint half-steps", "separate": "clipping separate", "default": "default", "sft": "SFT",
 }  # fmt: skip
 

@@ -70,11 +70,13 @@ def _plane(axes: Any, results: Sequence[Result]) -> None:
                 markerfacecolor=None if filled else "white", label=name if filled and name not in shown else None, **options,
             )  # fmt: skip
         shown.add(name)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
     both = next((result for result in results if None not in result.bound("length")), results[0])
     shade(axes.axvspan, axes.axvline, *both.bound("length"), axes.get_xlim())
     shade(axes.axhspan, axes.axhline, *both.bound(REWARD), axes.get_ylim(), label=None)
     style(axes, "Held-out prompts (hollow: second model)", "harmlessness", "mean length, tokens")
-    axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    axes.legend(fontsize=7, loc="upper right", framealpha=0.8, edgecolor="none")
 
 
 def _name(result: Result) -> str:
