@@ -46,24 +46,17 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """A row per problem and a panel per constraint of it, the estimates of all methods in each."""
-    problems = list(dict.fromkeys(result.labels[-1] for result in results if result.labels[0] != "sft"))
-    drawn, axes = presenting.new_figure(max(1, len(problems)), 2, width=9.0, height=2.4)
-    for row, problem in enumerate(problems):
-        runs = [result for result in results if result.labels[-1] == problem]
-        for column, name in enumerate(NAMES):
-            panel = axes[row, column]
-            if not _has(runs[0], name):
-                panel.set_axis_off()
-                continue
-            for method in dict.fromkeys(run.labels[0] for run in runs):
-                chosen = [run for run in runs if run.labels[0] == method]
-                title = f"{name} {presenting.wanted(runs[0], name)}"
-                unit = "tokens" if name == "length" else "share"
-                presenting.trajectories(panel, chosen, name, lambda run: METHODS[run.labels[0]], title, unit)
-            for line, colour in zip(panel.get_lines(), ("#1f5fbf", "#b5651d", "#c2452d"), strict=False):
-                line.set_color(colour)
-            panel.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    """A panel per constraint of each problem, the estimates of all methods in each."""
+    constrained = [result for result in results if result.labels[0] != "sft"]
+    groups: dict[str, list[Result]] = {}
+    for result in constrained:
+        groups.setdefault(result.labels[-1], []).append(result)
+    wanted = [(runs, name) for runs in groups.values() for name in NAMES if _has(runs[0], name)]
+    drawn, axes = presenting.new_figure(1, max(1, len(wanted)), width=3.2 * max(1, len(wanted)), height=3.2)
+    for panel, (runs, name) in zip(axes[0], wanted, strict=False):
+        title, unit = f"{name} {presenting.wanted(runs[0], name)}", "tokens" if name == "length" else "share"
+        presenting.trajectories(panel, runs, name, lambda run: METHODS[run.labels[0]], title, unit)
+        panel.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     return drawn
 
 
