@@ -21,6 +21,7 @@ def table(results: Sequence[Result]) -> str:
     header = (
         "method",
         "wanted",
+        "iterations",
         "length (95%)",
         "ends with a period (95%)",
         "ended",
@@ -35,6 +36,7 @@ def table(results: Sequence[Result]) -> str:
         rows.append((
             METHODS.get(first.labels[0], first.labels[0]),
             ", ".join(f"{name} {text}" for name, text in bounds.items() if text) or "-",
+            str(len(first.metrics)),
             presenting.interval(runs),
             presenting.interval(runs, "period", ".3f") if _has(first, "period") else "-",
             f"{100 * presenting.mean(runs, lambda run: run.summary['ended']):.1f}%",

@@ -56,6 +56,9 @@ class L3MConfig(TrainingArguments):
     average_fraction: float = field(
         default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
     )
+    adam_beta1: float = field(
+        default=0.5, metadata={"help": "momentum; 0.9 makes the constraints' pressure late: the mean swings"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows keep their prompt"})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "equal batches: their means are the mean"})
 

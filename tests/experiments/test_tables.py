@@ -95,7 +95,7 @@ def test_far(tmp_path, finished):
     finished(tmp_path, separate, bounds=(None, 10.0), verdict="VIOLATED")
     results = read_results(cells, tmp_path, "sft")
     lines = module("far").table(results).splitlines()
-    assert lines[3].startswith("| default | length <= 10 | 14.00 (13.50 to 14.50) | - |")
+    assert lines[3].startswith("| default | length <= 10 | 20 | 14.00 (13.50 to 14.50) | - |")
     assert lines[3].endswith("SATISFIED 1 of 1 |")
     assert lines[4].startswith("| clipping separate | length <= 10 |")
     assert is_picture(module("far").figure(results), tmp_path / "figure.png")

@@ -1,6 +1,7 @@
 """`L3MTrainer` against loops written by hand, on tiny models."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_without_the_constraints_it_is_the_sft_loop(make_model, train, optim):
     trainer, recorder = train(make_model(), constraints=(), solver="none", optim=optim, learning_rate=rate)
     assert trainer.l3m_optimizer is None
     model = make_model()
-    kind = {"sgd": torch.optim.SGD, "adamw_torch": torch.optim.AdamW}[optim]
+    kind = {"sgd": torch.optim.SGD, "adamw_torch": partial(torch.optim.AdamW, betas=(0.5, 0.999))}[optim]
     optimizer = kind(model.parameters(), lr=rate, weight_decay=0.0)
     seen = []
     for step, batch in enumerate(recorder.batches[:3]):
