@@ -120,7 +120,8 @@ def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, s
     log = place / "log.txt"
     if not trained:
         config = place / "config.yaml"
-        certificate.unlink(missing_ok=True)
+        for left in (certificate, run / "report.json"):  # of another configuration: not to be taken for this one's
+            left.unlink(missing_ok=True)
         config.write_text(yaml.safe_dump(dict(cell.config), sort_keys=False, allow_unicode=True), encoding="utf-8")
         log.unlink(missing_ok=True)
         status = command([*l3ms, "train", str(config), "--output", str(run), "--overwrite", *code], log, environment)

@@ -36,5 +36,5 @@ def prompt_part(row: dict[str, Any]) -> list[int]:
 
 def further_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """The rows' further columns, for reward functions."""
-    names = set(rows[0]) - {"input_ids", "labels", "attention_mask", "prompt", "completion"}
+    names = set(rows[0]) - {"input_ids", "labels", "attention_mask", "prompt", "completion", "lengths", "self"}
     return {name: [row[name] for row in rows] for name in sorted(names)}

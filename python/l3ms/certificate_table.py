@@ -32,8 +32,9 @@ def print_certificate(
 ) -> None:
     """The table of verdicts, what limits them, and the prices."""
     console.print(verdict_table(certificate, verdicts, constraints))
+    used_up = certificate["prompts"] >= certificate["held_out_prompts"]
     for verdict in verdicts:
-        for line in remarks(verdict):
+        for line in remarks(verdict, used_up=used_up):
             console.print(f"{verdict.name}: {line}", **PLAIN)
     cut = 1 - certificate["ended"]
     if cut > 0:
@@ -78,16 +79,16 @@ def verdict_table(
     return table
 
 
-def remarks(verdict: Verdict) -> list[str]:
-    """What a reader has to know beside the row of the table."""
+def remarks(verdict: Verdict, *, used_up: bool) -> list[str]:
+    """What a reader has to know beside the row of the table; `used_up`: no held-out prompt is left to ask."""
     lines = [f"{METHODS[verdict.method]}: {verdict.why}"] if verdict.method == "t" and verdict.range else []
     for bound in verdict.bounds:
         if bound.verdict != "INCONCLUSIVE" or verdict.nonfinite:
             continue
         if bound.more is not None:
-            unit = "samples" if verdict.groups == verdict.samples else "different prompts"
+            unit = "samples" if verdict.groups == verdict.samples and not used_up else "different prompts"
             lines.append(f"{bound.side} {bound.limit:g} is open: need about {bound.more} more {unit}")
-        elif math.isfinite(verdict.lower + verdict.upper):
+        elif verdict.groups > 1 and math.isfinite(verdict.lower + verdict.upper):
             lines.append(
                 f"{bound.side} {bound.limit:g} is open, and more samples would not settle it: the mean is at the bound"
             )

@@ -27,7 +27,7 @@ from l3ms.certificates import Declared, Range, Verdict, declare, judge, known_ra
 from l3ms.config import RunConfig, load_config
 from l3ms.constraints import Constraint
 from l3ms.data import Encoded, Example, encode, load_examples, load_prompts
-from l3ms.evaluation import Evaluation, evaluate
+from l3ms.evaluation import Evaluation, evaluate, prompt_key
 from l3ms.progress import progress_bar
 from l3ms.report import write_json
 from l3ms.run import check_code
@@ -61,8 +61,8 @@ class CertifyOptions:
     def __post_init__(self) -> None:
         if self.weights not in FOLDERS:
             raise ConfigError("--weights", f"must be average or last, got {self.weights!r}")
-        if not 0 < self.delta < 1:
-            raise ConfigError("--delta", f"must be between 0 and 1, got {self.delta:g}")
+        if not 1e-12 <= self.delta < 1:  # quantiles closer to 1 are beyond float64
+            raise ConfigError("--delta", f"must be at least 1e-12 and below 1, got {self.delta:g}")
         if self.samples is not None and self.samples < 2:
             raise ConfigError("--samples", f"must be at least 2, got {self.samples}")
         if self.method not in ("auto", "bernstein", "t"):
@@ -73,6 +73,8 @@ class CertifyOptions:
             raise ConfigError("--prices", "are those of the run's own task, on its held-out rows; leave out --prompts")
         if self.json is not None and not self.json.parent.is_dir():
             raise ConfigError("--json", f"no such folder: {self.json.parent}")
+        if self.json is not None and self.json.is_dir():
+            raise ConfigError("--json", f"is a folder: {self.json}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ def certify(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     subject = load_subject(run, options, console)
+    if options.prices:
+        from l3ms.probes import check_prices
+
+        check_prices(subject)
     config, constraints = subject.config, subject.constraints
     rows, keys = draw(subject.held_out.rows, options.samples, stream(config.seed, options.seed, "prompts"))
     notes = [*subject.notes, *repeats(keys)]
@@ -209,10 +215,6 @@ def stream(*parts: Any) -> int:
     """A seed of its own for each use: training and evaluation take the run's seed as it is."""
     text = "/".join(["l3ms certify", *map(str, parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def prompt_key(row: Mapping[str, Any]) -> str:
-    return json.dumps(row["prompt"], sort_keys=True)
 
 
 def draw(rows: Sequence[dict[str, Any]], samples: int | None, seed: int) -> tuple[list[dict[str, Any]], list[str]]:

@@ -166,6 +166,10 @@ def _check_across(config: RunConfig) -> None:
             "constraints",
             f"solver {config.train.solver!r} needs at least one constraint{only}; or set train.solver: none",
         )
+    if config.train.warmup is not None and config.train.warmup >= config.train.iterations:
+        raise ConfigError(
+            "train.warmup", f"must be below train.iterations ({config.train.iterations}), got {config.train.warmup}"
+        )
     seen: set[str] = set()
     for index, item in enumerate(config.constraints):
         if item.name in seen:
@@ -173,12 +177,13 @@ def _check_across(config: RunConfig) -> None:
         seen.add(item.name)
         if isinstance(item, LengthConfig):
             option = "min" if item.threshold is None else "threshold"
-            value = getattr(item, option)
-            if value is not None and value >= config.train.max_new_tokens:
+            value, longest = getattr(item, option), config.train.max_new_tokens
+            # Of those that are cut at the limit a share can be bounded; a mean of all at the limit cannot
+            if value is not None and (value > longest or (option == "min" and value == longest)):
+                wanted = "below" if option == "min" else "at most"
                 raise ConfigError(
                     f"constraints.{index}.{option}",
-                    f"must be below train.max_new_tokens ({config.train.max_new_tokens}), got {value:g}: "
-                    "no response can be that long",
+                    f"must be {wanted} train.max_new_tokens ({longest}), got {value:g}: no response can be that long",
                 )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 RESERVED = {"input_ids", "labels", "attention_mask", "prompt", "prompts", "completion", "completions"}
-RESERVED |= {"completion_ids", "ended"}  # columns that every rollout has of its own
+RESERVED |= {"completion_ids", "ended", "lengths", "self"}  # what every rollout has of its own, and arguments
 
 
 class Example(NamedTuple):

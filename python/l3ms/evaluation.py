@@ -1,7 +1,8 @@
 """What a model does on held-out prompts: fresh samples and task perplexity, never the running estimates of its training."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,33 @@ class Evaluation(NamedTuple):
     ]  # by constraint, one value per response; of a DataNLL per held-out row of its own
 
 
-def length_statistics(lengths: Sequence[int] | Tensor, ended: Sequence[bool] | Tensor) -> dict[str, Any]:
+def prompt_key(row: Mapping[str, Any]) -> str:
+    """Equal where the prompts are."""
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
+def half_width(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
+    """Half of the normal 95% interval of a mean; values of one group, such as responses to one prompt, may depend on each other."""
+    x = torch.tensor(values, dtype=torch.float64)
+    index: dict[Hashable, int] = {}
+    keys = [index.setdefault(key, len(index)) for key in (range(len(x)) if groups is None else groups)]
+    if len(index) == 1:  # of this prompt alone
+        keys = list(range(len(x)))
+    count = max(keys, default=0) + 1
+    if count < 2:
+        return math.inf
+    # n / N of each group's sum of deviations: independent, and their mean is that of all (the cluster-robust variance)
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, torch.tensor(keys), x - x.mean())
+    return Z95 * float((sums * count / len(x)).std()) / math.sqrt(count)
+
+
+def length_statistics(
+    lengths: Sequence[int] | Tensor, ended: Sequence[bool] | Tensor, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
     """Of n responses: mean length with its normal 95% interval, percentiles, and the share that ended with EOS. Tokens.
+
+    Args:
+        groups: n keys, equal where responses have the same prompt; default: no two have.
 
     Raises:
         ValueError: no response.
@@ -43,7 +69,7 @@ def length_statistics(lengths: Sequence[int] | Tensor, ended: Sequence[bool] | T
     if not len(values):
         raise ValueError("length_statistics: no responses")
     mean = float(values.mean())
-    half = Z95 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = half_width(values.tolist(), groups)
     percentiles = {f"p{p}": float(values.quantile(p / 100)) for p in (5, 50, 95)}
     share = float(torch.as_tensor(ended, dtype=torch.float64).mean())
     return {
@@ -109,6 +135,7 @@ def evaluate(
     ended: list[bool] = []
     completions: list[Any] = []
     rewards: dict[str, list[float | None]] = {}
+    per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -127,13 +154,20 @@ def evaluate(
             ended += responses.ended.tolist()
             completions += responses.completions
             for name, values in responses.rewards(constraints, model).items():
-                rewards.setdefault(name, []).extend(values)
+                # divided by the mean length of the batch: by that of all responses, below
+                factor = float(responses.lengths.double().mean()) if name in per_token else None
+                rewards.setdefault(name, []).extend(
+                    values if factor is None else [None if value is None else value * factor for value in values]
+                )
             if progress is not None:
                 progress(len(lengths), len(rows))
         for constraint in constraints:
             if isinstance(constraint, DataNLL):
                 fuse_head(model)
                 rewards[constraint.name] = list(constraint.evaluate(model))
-    summary = length_statistics(lengths, ended)
+    for name in per_token:
+        mean = math.fsum(lengths) / len(lengths)
+        rewards[name] = [None if value is None else value / mean for value in rewards.get(name, [])]
+    summary = length_statistics(lengths, ended, [prompt_key(row) for row in rows])
     summary["perplexity"] = task_perplexity(model, rows, pad_token_id=tokenizer.pad_token_id or 0)
     return Evaluation(summary, lengths, completions, ended, rewards)

@@ -135,7 +135,7 @@ def _models(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _measured(report: Mapping[str, Any], key: str, name: str) -> tuple[float, float, float] | None:
     """(mean, low, high) of a constraint on fresh samples, if the report has it."""
     summary = report.get(key) or {}
-    found = summary.get("length") if name == "length" else (summary.get("constraints") or {}).get(name)
+    found = (summary.get("constraints") or {}).get(name) or (summary.get("length") if name == "length" else None)
     if not found or found.get("mean") is None or not found.get("ci95"):
         return None
     low, high = found["ci95"]

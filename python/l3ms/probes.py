@@ -39,6 +39,17 @@ class Side(NamedTuple):
         return "min" if self.sign < 0 else "max"
 
 
+def check_prices(subject: Subject) -> None:
+    """ConfigError where there are too few held-out rows for probes that are independent of each other."""
+    counts = {"": len(subject.held_out.rows)}
+    for item in subject.constraints:
+        if getattr(item, "data", False):
+            counts[f" of {item.name!r}"] = sum(len(part) for part in _parts(item.held_out, 1))  # type: ignore[attr-defined]
+    for name, count in counts.items():
+        if count < 2 * BATCHES:
+            raise ConfigError("--prices", f"need at least {2 * BATCHES} held-out rows{name}, got {count}")
+
+
 def measure_prices(
     subject: Subject,
     means: Mapping[str, float],
@@ -74,10 +85,16 @@ def measure_prices(
             Price(
                 side.constraint.name, side.name, side.limit,
                 "tokens" if isinstance(side.constraint, Length) and _plain(side.constraint) else "",
-                round_step(side.limit, unit), multiplier / unit, error / unit, multiplier, why,
+                _step(side), multiplier / unit, error / unit, multiplier, why,
             )
         )  # fmt: skip
     return Prices(bounds, math.nan if found is None else found.residual, probes, BATCHES)
+
+
+def _step(side: Side) -> float:
+    """By how much the bound is relaxed in words: of a share not beyond 0 and 1."""
+    step = round_step(side.limit, side.constraint.unit)
+    return step if _plain(side.constraint) else min(step, side.limit if side.sign < 0 else 1 - side.limit)
 
 
 def _plain(constraint: Constraint) -> bool:
@@ -185,8 +202,6 @@ def _trainable(model: Any) -> list[torch.nn.Parameter]:
 def _rows_of(subject: Subject, size: int, seed: int) -> list[dict[str, Any]]:
     """BATCHES x size held-out rows, no row in two batches: products of different batches must be of independent ones."""
     rows = subject.held_out.rows
-    if len(rows) < 2 * BATCHES:
-        raise ConfigError("--prices", f"need at least {2 * BATCHES} held-out rows, got {len(rows)}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn = []
     for m in range(BATCHES):

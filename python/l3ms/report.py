@@ -123,6 +123,12 @@ def _configured_bounds(path: Path) -> list[dict[str, Any]]:
     return [{key: item.get(key) for key in ("name", "type", "min", "max", "threshold")} for item in items]
 
 
+def is_mean_length(item: Mapping[str, Any]) -> bool:
+    """Whether a constraint is on the mean response length in tokens; `item` as in a report, one of the demo's without a type."""
+    kind = item.get("type") or ("length" if item["name"] == "length" else None)
+    return kind == "length" and item.get("threshold") is None
+
+
 def summary_table(report: Mapping[str, Any]) -> Table:
     """The models of a report side by side: length with its 95% interval, percentiles, share ended, task perplexity."""
     from rich import box
@@ -133,7 +139,9 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table.add_column("model", no_wrap=True)
     for heading in ("length", "95% interval", "p5", "p50", "p95", "ended", "perplexity"):
         table.add_column(heading, justify="right", no_wrap=True)
-    extra = [item["name"] for item in report.get("constraints", []) if item["name"] != "length"]
+    items = report.get("constraints", [])
+    shown = next((item for item in items if is_mean_length(item)), None)  # in the columns of the length
+    extra = [item["name"] for item in items if item is not shown]
     for name in extra:
         table.add_column(name, justify="right")
     bounds = report.get("bounds") or {}

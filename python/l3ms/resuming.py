@@ -23,6 +23,8 @@ class PromptOrder:
     """Rows in a new random order each time around, from a generator of its own; ranks take turns."""
 
     def __init__(self, rows: Any, *, seed: int, rank: int, world: int):
+        if len(rows) < world:
+            raise ValueError(f"{len(rows)} rows cannot be shared by {world} processes: each needs one of its own")
         self.rows, self.seed, self.rank, self.world = rows, seed, rank, world
         self.go_to(0)
 

@@ -191,6 +191,10 @@ class Score:
     def _longest(self) -> int:
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or 2**31
+        for name, module in self.model.named_modules():
+            # RoBERTa and its kin count positions from behind the padding's
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                context = min(context, module.num_embeddings - module.padding_idx - 1)
         if self.max_length is not None and self.max_length > context:
             raise RewardModelError(
                 "max_length", f"must be at most the model's context of {context} tokens, got {self.max_length}"
@@ -245,7 +249,7 @@ class Score:
         config, device = self.model.config.get_text_config(), self.model.device
         own = config.pad_token_id
         pad = own
-        if pad is None:
+        if pad is None or not 0 <= pad < config.vocab_size:
             last = {ids[-1] for ids in texts if ids}
             pad = next(token for token in range(len(last) + 1) if token not in last)
         texts = [ids or [pad] for ids in texts]  # an empty text, of a tokenizer without special tokens

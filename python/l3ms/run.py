@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ from l3ms.config import RunConfig
 from l3ms.config_constraints import ConstraintConfig, DataNLLConfig
 from l3ms.constraints import Constraint
 from l3ms.data import Encoded, load_examples
-from l3ms.evaluation import evaluate
+from l3ms.data_constraints import DataNLL
+from l3ms.evaluation import evaluate, half_width, prompt_key
 from l3ms.progress import ProgressCallback, progress_bar
-from l3ms.report import examples_table, solver_label, summary_table, write_report
+from l3ms.report import examples_table, is_mean_length, solver_label, summary_table, write_report
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.run_inputs import build_constraints, encode_sides, load_model, training_arguments, try_rewards
+from l3ms.schedules import ExponentialDecay, check_resolution
 from l3ms.trainer import L3MTrainer
 from l3ms.watch import Watch
 from l3ms.yaml_reader import ConfigError
@@ -51,6 +53,11 @@ def load_run(config: RunConfig, *, overwrite: bool, allow_code: bool, console: C
     transformers.set_seed(config.seed)
     tokenizer, model = load_model(config, console)
     constraints = build_constraints(config, console, tokenizer, model)
+    if config.train.solver == "barrier":
+        try:
+            check_resolution(ExponentialDecay(end=config.train.mu_end), constraints)
+        except ValueError as error:
+            raise ConfigError("train.mu_end", str(error)) from None
     train, held_out = encode_sides(config, tokenizer, model, train_examples, held_out_examples, console)
     try_rewards(config, constraints, tokenizer, train.rows[:4])
     return Loaded(tokenizer, model, constraints, train, held_out)
@@ -167,7 +174,7 @@ def _evaluator(
     """`sample(model, name)`: the same held-out rows for each model, as many as were asked for."""
     order = torch.randperm(len(held_out.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     rows = [held_out.rows[i] for i in itertools.islice(itertools.cycle(order), config.evaluate.samples)]
-    prompts = [row["prompt"] for row in rows]
+    prompts, keys = [row["prompt"] for row in rows], [prompt_key(row) for row in rows]
 
     def sample(model: Any, name: str) -> Samples:
         with progress_bar(console, f"sampling, {name}") as advance:
@@ -177,9 +184,12 @@ def _evaluator(
                 progress=advance,
             )  # fmt: skip
         rewards = {}
-        for name, values in found.rewards.items():
-            given = [value for value in values if value is not None and math.isfinite(value)]
-            rewards[name] = _mean(given)
+        for item in constraints:
+            if item.name in found.rewards:
+                values = found.rewards[item.name]
+                # Values of further data have rows of their own
+                own = range(len(values)) if isinstance(item, DataNLL) else keys
+                rewards[item.name] = _mean(values, own)
         return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
 
     return sample
@@ -199,18 +209,23 @@ def _examples(samples: dict[str, Samples], count: int = 3) -> list[dict[str, str
     ]
 
 
-def _mean(values: list[float]) -> dict[str, Any]:
-    """Mean of the rewards of independent samples, with its 95% interval."""
-    if len(values) < 2:
-        return {"mean": None, "ci95": None, "samples": len(values)}
-    mean, half = statistics.fmean(values), 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "ci95": [mean - half, mean + half], "samples": len(values)}
+def _mean(values: Sequence[float | None], keys: Sequence[Hashable]) -> dict[str, Any]:
+    """Mean of the rewards of fresh samples, with its 95% interval; `keys` are equal where the prompts are."""
+    pairs = [
+        (value, key) for value, key in zip(values, keys, strict=True) if value is not None and math.isfinite(value)
+    ]
+    given = [value for value, _ in pairs]
+    half = half_width(given, [key for _, key in pairs])
+    if not math.isfinite(half):
+        return {"mean": None, "ci95": None, "samples": len(given)}
+    mean = statistics.fmean(given)
+    return {"mean": mean, "ci95": [mean - half, mean + half], "samples": len(given)}
 
 
 def _report(config: RunConfig, trainer: L3MTrainer, bounds: list[dict[str, Any]], start: float) -> dict[str, Any]:
     """What the run was and how it went, without the models' summaries."""
     logs = [row for row in trainer.state.log_history if "l3m/skipped_steps" in row]
-    length = next((item for item in bounds if item["name"] == "length"), {})
+    length = next((item for item in bounds if is_mean_length(item)), {})
     iterations = trainer.state.global_step
     return {
         "seed": config.seed,

@@ -24,7 +24,7 @@ def load_reward(field: str, spec: str) -> tuple[Reward, str]:
         module = _import_file(field, Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(field, f"importing {source} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if function is None:
@@ -62,6 +62,6 @@ def try_reward(
     try:
         call = constraint.values if nonfinite == "drop" else constraint.rewards
         call(prompts, completions, [1] * len(completions), **columns)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"raised {type(error).__name__} on a trial call: "
         raise ConfigError(field, f"{kind}{error}") from error

@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
         """The same ones every time, in an order of the seed; this rank's share."""
         assert self.trainer is not None
         rows, args = self.held_out or [], self.trainer.args
-        if len(rows) < self._ranks:
+        if min(len(rows), self.config.held_out_samples) < self._ranks:  # on all ranks alike: they wait for each other
             return []
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
         chosen = [rows[index] for index in order[: self.config.held_out_samples]]

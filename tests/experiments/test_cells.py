@@ -55,6 +55,13 @@ def test_a_changed_configuration_runs_again(tmp_path, fake_command, console):
     assert command.calls == [("train", "a/seed-0"), ("certify", "a/seed-0")]
 
 
+def test_the_report_of_an_older_configuration_is_not_taken_for_that_of_one_that_failed(tmp_path, fake_command, console):
+    run_cells([cell("a")], tmp_path, jobs=1, console=console, command=fake_command())
+    other = cell("a", data={"train": "other"})
+    run_cells([other], tmp_path, jobs=1, console=console, command=fake_command(failing=[("train", "a/seed-0")]))
+    assert not is_trained(other, tmp_path)
+
+
 @pytest.mark.parametrize("stage", ["train", "certify"])
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, fake_command, console, stage):
     cells = [cell("a"), cell("b")]

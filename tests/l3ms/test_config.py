@@ -138,6 +138,7 @@ BAD = [
     ("train.mu", "fast", "train.mu", "auto"),
     ("train.constraint_batch_size", 1, "train.constraint_batch_size", "2"),
     ("train.betas", [0.9], "train.betas.1", "required"),
+    ("train.warmup", 10**6, "train.warmup", "below train.iterations"),
     ("train.betas", [0.9, 1.0], "train.betas.1", "less than 1"),
     ("seed", -1, "seed", "greater"),
     ("data.evaluation_share", 1.0, "data.evaluation_share", "less than 1"),

@@ -111,7 +111,7 @@ NLL = {"type": "data_nll", "name": "x", "max": 2.0}
 # (constraint, the field that the line must begin with, words it must hold)
 BAD = [
     (item("length", min=0.4, max=9, threshold=5), "max", "must be in [0, 1]"),
-    (item("length", min=0.4, threshold=16), "threshold", "must be below train.max_new_tokens (16)"),
+    (item("length", min=0.4, threshold=17), "threshold", "must be at most train.max_new_tokens (16)"),
     (item("reward", reward="contain", min=0.5), "reward", "'contains'"),
     (item("reward", reward="contains", min=0.5), "words", "is required by contains"),
     (item("reward", reward="contains", words=[], min=0.5), "words", "at least 1 item"),

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from l3ms.evaluation import evaluate, length_statistics, task_perplexity
+from l3ms.evaluation import evaluate, half_width, length_statistics, task_perplexity
 
 
 @pytest.fixture
@@ -37,6 +37,16 @@ def test_length_statistics_against_a_direct_computation():
     assert (length["p5"], length["p95"]) == pytest.approx((hundredths[4], hundredths[94]))
     assert json.loads(json.dumps(result)) == result
     assert length_statistics(torch.tensor(lengths), torch.tensor(ended)) == result
+
+
+def test_responses_to_one_prompt_count_as_one_where_they_are_alike():
+    few, keys = [3.0, 5.0, 8.0, 13.0], ["a", "b", "c", "d"]
+    once = half_width(few, keys)
+    assert once == pytest.approx(1.959964 * statistics.stdev(few) / 2)
+    assert half_width(few * 9, keys * 9) == pytest.approx(once)
+    assert half_width(few * 9) < once / 2
+    assert half_width(few, ["a"] * 4) == pytest.approx(once)  # of this prompt alone
+    assert half_width([1.0]) == half_width([]) == math.inf
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():

@@ -8,7 +8,16 @@ import pytest
 from rich.console import Console
 
 from l3ms.progress import status
-from l3ms.report import bounds_text, examples_table, histogram, plot_run, read_metrics, summary_table, write_report
+from l3ms.report import (
+    bounds_text,
+    examples_table,
+    histogram,
+    is_mean_length,
+    plot_run,
+    read_metrics,
+    summary_table,
+    write_report,
+)
 from l3ms.yaml_reader import ConfigError
 
 
@@ -113,6 +122,16 @@ def test_tables():
     text = shown(examples_table([{"prompt": "def f(x)", "sft": "A [bold]long[/bold] one", "average": "Short."}]))
     assert "A [bold]long[/bold] one" in text
     assert "\x1b]0;title" not in shown(examples_table([{"prompt": "x", "average": "\x1b]0;title\x07" + "y" * 999}]))
+
+
+def test_a_share_of_lengths_is_not_the_mean_length():
+    share = {"name": "length", "type": "length", "min": None, "max": 0.05, "threshold": 8.0}
+    assert not is_mean_length(share)
+    assert is_mean_length(share | {"threshold": None, "name": "short"})
+    assert is_mean_length({"name": "length"})
+    assert not is_mean_length({"name": "length", "type": "function"})
+    measured = summary(11.7, constraints={"length": {"mean": 0.691, "ci95": [0.6, 0.8]}})
+    assert "0.691" in shown(summary_table({"average": measured, "constraints": [share], "bounds": {}}))
 
 
 def test_words():

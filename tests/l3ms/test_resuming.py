@@ -19,6 +19,11 @@ def test_every_row_once_before_any_twice_in_another_order_each_time():
     assert taken != [row["prompt"] for row in order(seed=4).take(21)]
 
 
+def test_a_rank_without_a_row_is_an_error():
+    with pytest.raises(ValueError, match="1 rows cannot be shared by 2 processes"):
+        order(1, 2, rows=ROWS[:1])
+
+
 def test_ranks_share_a_round():
     found = [order(rank, 3).take(count) for rank, count in ((0, 3), (1, 2), (2, 2))]
     assert sorted(row["prompt"] for rows in found for row in rows) == list(range(7))

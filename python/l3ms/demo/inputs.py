@@ -37,7 +37,7 @@ def write_inputs(
         "constraints": [{"type": "length", "name": "length", "min": low, "max": high}],
         "train": {
             "iterations": settings.iterations, "batch_size": settings.batch_size, "constraint_batch_size": settings.batch_size,
-            "learning_rate": settings.learning_rate, "warmup": 10, "max_new_tokens": settings.max_new_tokens,
+            "learning_rate": settings.learning_rate, "warmup": settings.warmup, "max_new_tokens": settings.max_new_tokens,
         },
         "evaluate": {"samples": settings.samples, "batch_size": 128, "initial": False},
         "seed": seed,

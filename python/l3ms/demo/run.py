@@ -41,6 +41,11 @@ class Settings:
     samples: int = 768  # held-out responses per model
     shown: int = 4  # of them, side by side
 
+    @property
+    def warmup(self) -> int:
+        """Iterations."""
+        return min(10, self.iterations - 1)
+
 
 def main(
     min: float = 12,
@@ -121,8 +126,8 @@ def _constraint(low: float, high: float, settings: Settings) -> Length:
     for name, value in (("min", low), ("max", high)):
         if not (math.isfinite(value) and 1 <= value <= settings.max_new_tokens):
             raise ConfigError(name, f"must be between 1 and {settings.max_new_tokens} tokens, got {value:g}")
-    if low > high:
-        raise ConfigError("min", f"must be at most max, got {low:g} > {high:g}")
+    if low >= high:
+        raise ConfigError("min", f"must be below max, got {low:g} and {high:g}")
     return Length(low, high)
 
 
@@ -190,7 +195,7 @@ def _trainer(
         learning_rate=settings.learning_rate,
         adam_beta2=0.95,
         weight_decay=0.0,
-        warmup_steps=10,
+        warmup_steps=settings.warmup,
         lr_scheduler_type="polynomial",
         lr_scheduler_kwargs={"lr_end": settings.learning_rate / 10, "power": 1.0},
         logging_steps=1,
