@@ -43,7 +43,7 @@ def check_prices(subject: Subject) -> None:
     """ConfigError where there are too few held-out rows for probes that are independent of each other."""
     counts = {"": len(subject.held_out.rows)}
     for item in subject.constraints:
-        if getattr(item, "data", False):
+        if getattr(item, "data", False) and not item.monitor:
             counts[f" of {item.name!r}"] = sum(len(part) for part in _parts(item.held_out, 1))  # type: ignore[attr-defined]
     for name, count in counts.items():
         if count < 2 * BATCHES:
