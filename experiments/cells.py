@@ -86,7 +86,9 @@ def run_cells(
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in [future for future in waiting if future in done]:  # of those that ended together, in order
+                for future in [
+                    future for future in waiting if future in done
+                ]:  # of those that ended together, in order
                     cell = waiting.pop(future)
                     outcomes[cell.key] = future.result()
                     _tell(outcomes[cell.key], len(outcomes), len(cells), time.monotonic() - start, console)

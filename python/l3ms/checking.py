@@ -166,7 +166,7 @@ def _trainer(
     rows: list[dict[str, Any]],
 ) -> L3MTrainer:
     """As that of the run, for two iterations, its folder elsewhere."""
-    short = config.train.model_copy(update={"iterations": 2, "warmup": 0})
+    short = config.train.model_copy(update={"iterations": 2, "warmup": 0, "save_steps": None})
     arguments = training_arguments(config.model_copy(update={"output": folder, "train": short}))
     trainer = L3MTrainer(
         model=model, args=arguments, train_dataset=rows, constraints=constraints, processing_class=tokenizer

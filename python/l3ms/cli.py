@@ -104,12 +104,21 @@ def train(
     iterations: Annotated[int | None, typer.Option(help="Same as --train.iterations.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the data order, the sampling and the weights.")] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in the output folder, or begin it: after a kill, the same again."
+        ),
+    ] = False,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Allow importing the reward functions that CONFIG names.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    from l3ms.config import load_config, parse_override
+    from l3ms.config import ConfigError, load_config, parse_override
+
+    if resume and overwrite:
+        raise ConfigError("resume", "--resume goes on with a run and --overwrite replaces it: choose one")
 
     flags = {"model": model, "output": output, "train.iterations": iterations, "seed": seed}
     overrides: list[tuple[str, Any]] = [(field, value) for field, value in flags.items() if value is not None]
@@ -119,7 +128,7 @@ def train(
     from l3ms.run import execute
 
     try:
-        execute(settings, overwrite=overwrite, allow_code=allow_code)
+        execute(settings, overwrite=overwrite, resume=resume, allow_code=allow_code)
     except KeyboardInterrupt as stop:
         raise _Interrupted(f"interrupted; {stop}" if str(stop) else "interrupted") from None
 

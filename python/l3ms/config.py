@@ -63,6 +63,7 @@ class TrainConfig(Section):
     nonfinite: Literal["raise", "drop"] = (
         "raise"  # a reward that is NaN or inf: stop, or leave the response out and count it
     )
+    save_steps: Count | None = 50  # iterations between checkpoints, the newest two of which are kept until the run ends
     average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 activations over float32 weights (GPU)

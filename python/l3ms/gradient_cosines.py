@@ -137,6 +137,11 @@ class PairCosines:
         """One evaluation: the `gram` of each rank, of one shape."""
         self._grams.append(torch.stack(list(grams)))
 
+    @property
+    def grams(self) -> list[Tensor]:
+        """Of each evaluation that counts: what `add_grams` was given."""
+        return list(self._grams)
+
     def cosine(self, a: int, b: int) -> Cosine | None:
         """Of gradients a and b with its standard error; None where a gradient cannot be told from noise."""
         products = [self._products(i, j) for i, j in ((a, b), (a, a), (b, b))]

@@ -6,7 +6,9 @@ Nothing is written before the configuration, the data, the model and the reward 
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -17,6 +19,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from l3ms import checkpoints, resuming_runs
 from l3ms.config import RunConfig
 from l3ms.config_constraints import ConstraintConfig, DataNLLConfig
 from l3ms.constraints import Constraint
@@ -24,7 +27,7 @@ from l3ms.data import Encoded, load_examples
 from l3ms.data_constraints import DataNLL
 from l3ms.evaluation import evaluate, half_width, prompt_key
 from l3ms.progress import ProgressCallback, progress_bar
-from l3ms.report import examples_table, is_mean_length, solver_label, summary_table, write_report
+from l3ms.report import examples_table, is_mean_length, plot_run, solver_label, summary_table, write_report
 from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.run_inputs import build_constraints, encode_sides, load_model, training_arguments, try_rewards
 from l3ms.schedules import ExponentialDecay, check_resolution
@@ -64,22 +67,41 @@ def load_run(config: RunConfig, *, overwrite: bool, allow_code: bool, console: C
 
 
 def execute(
-    config: RunConfig, *, overwrite: bool = False, allow_code: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    allow_code: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run `config` and return its report. Raises `ConfigError` for bad input, before the output folder is touched."""
+    """Run `config` and return its report. Raises `ConfigError` for bad input, before the output folder is touched.
+
+    With `resume`, a run of the same configuration in the folder goes on from its newest valid checkpoint, and is, on a CPU, bit for bit
+    the one that was not interrupted; one that is finished stays as it is; without one the run begins.
+    """
     start = time.monotonic()
     console = console or Console()
     folder = Path(config.output)
+    going_on = resume and resuming_runs.is_run(folder)
+    if going_on:
+        resuming_runs.check_same(config, folder)
+        if (folder / "report.json").is_file():
+            return _finished(folder, console)
     tokenizer, model, constraints, train, evaluation = load_run(
-        config, overwrite=overwrite, allow_code=allow_code, console=console
+        config, overwrite=overwrite or going_on, allow_code=allow_code, console=console
     )
     arguments = training_arguments(config)
     transformers.set_seed(config.seed)  # whatever the constraints have drawn while they were loaded
+    inputs = resuming_runs.fingerprints(model, _rows(config, train, constraints))
+    begun = resuming_runs.find(folder, console) if going_on else None
+    if begun is not None:
+        resuming_runs.check_inputs(folder, inputs)
 
-    prepare_output(folder)
+    prepare_output(folder, keep=() if begun is None else ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"))
     write_config(folder, config.model_dump())
+    resuming_runs.write_inputs(folder, inputs)
     bounds = [_bounds(item) for item in config.constraints]
-    metrics = MetricsWriter(folder / "metrics.jsonl")
+    metrics = MetricsWriter(folder / "metrics.jsonl", log=() if begun is None else begun.log)
     progress = ProgressCallback(bounds, title=_title(config), console=console)
     watch = [] if config.watch is None else [Watch(config.watch, held_out=evaluation.rows)]
     trainer = L3MTrainer(
@@ -88,38 +110,63 @@ def execute(
         train_dataset=train.rows,
         constraints=constraints,
         processing_class=tokenizer,
-        callbacks=[metrics, progress, *watch, *_tensorboard(config, folder)],
+        callbacks=[metrics, progress, *watch, *_tensorboard(config, folder, begun)],
     )
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     sample = _evaluator(config, tokenizer, evaluation, constraints, console)
 
     samples: dict[str, Samples] = {}
-    stage = "no weights yet"
     try:
         if config.evaluate.initial:
             samples["initial"] = sample(trainer.model, "before training")
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if begun is None else str(begun.checkpoint))
         save_weights(folder, "model", trainer.model, tokenizer)
-        stage = f"the last weights in {folder / 'model'}"
         averaged = trainer.averaged_model()
         save_weights(folder, "average", averaged, tokenizer)
-        stage = f"the weights in {folder / 'model'} and {folder / 'average'}"
         samples["last"] = sample(trainer.model, "last iterate")
         samples["average"] = sample(averaged, "averaged weights")
     except KeyboardInterrupt:
         metrics.flush()
-        raise KeyboardInterrupt(f"kept: {metrics.iterations} iterations in {metrics.path}, {stage}") from None
+        raise KeyboardInterrupt(_kept(folder, metrics)) from None
     finally:
         progress.close()
-    report = _report(config, trainer, bounds, start) | {key: found.summary for key, found in samples.items()}
+    report = _report(config, trainer, bounds, start - metrics.seconds_before) | {
+        key: found.summary for key, found in samples.items()
+    }
     for item in watch:
         report |= {"tripped": item.tripped, "conflicts": item.conflicts}
     report["examples"] = _examples(samples)
     picture = write_report(folder, report, {key: found.lengths for key, found in samples.items()})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     console.print(summary_table(report), examples_table(report["examples"]))
     console.print(f"Report and picture: {picture.with_suffix('.json')}, {picture}", highlight=False, soft_wrap=True)
     return report
+
+
+def _finished(folder: Path, console: Console) -> dict[str, Any]:
+    console.print(f"The run in {folder} is finished.", markup=False, highlight=False, soft_wrap=True)
+    if not (folder / "report.png").exists():  # ended while it was being drawn
+        plot_run(folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def _kept(folder: Path, metrics: MetricsWriter) -> str:
+    """What an interrupted run leaves."""
+    found, _ = checkpoints.newest(folder / "checkpoints")
+    weights = [str(folder / name) for name in ("model", "average") if (folder / name).is_dir()]
+    parts = [f"{metrics.iterations} iterations in {metrics.path}", " and ".join(weights) or "no weights yet"]
+    return f"kept: {', '.join(parts)}; " + ("no checkpoint" if found is None else f"--resume goes on from {found}")
+
+
+def _rows(config: RunConfig, train: Encoded, constraints: list[Constraint]) -> dict[str, list[dict[str, Any]]]:
+    """By field, all that is trained on."""
+    rows = {"data.train": train.rows}
+    for index, item in enumerate(constraints):
+        if isinstance(item, DataNLL):
+            rows[f"constraints.{index}.data.train"] = list(item.loader)
+    return rows
 
 
 def _title(config: RunConfig) -> str:
@@ -150,13 +197,14 @@ def check_code(config: RunConfig, allow_code: bool) -> None:
             raise ConfigError(field, f"would import and run {what}; add --allow-code if you trust it")
 
 
-def _tensorboard(config: RunConfig, folder: Path) -> list[Any]:
+def _tensorboard(config: RunConfig, folder: Path, begun: resuming_runs.Begun | None) -> list[Any]:
     if not config.logging.tensorboard:
         return []
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]
+    purge = None if begun is None else begun.iteration + 1  # what was logged after the checkpoint
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=purge))]
 
 
 class Samples(NamedTuple):

@@ -1,6 +1,6 @@
 """The folder of a run: refused when it holds something, written piece by piece, each piece whole or not there.
 
-config.yaml  metrics.jsonl  tensorboard/  model/  average/  report.json  report.png  certificate.json
+config.yaml  metrics.jsonl  tensorboard/  checkpoints/  model/  average/  report.json  report.png  certificate.json
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from l3ms.report import finite
 from l3ms.yaml_reader import ConfigError
 
 ARTEFACTS = (
-    "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "sft", "model", "average", "report.json", "report.png",
-    "certificate.json", "demo_inputs",
+    "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
+    "report.png", "certificate.json", "demo_inputs",
 )  # fmt: skip
 
 
@@ -42,10 +42,10 @@ def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, str] | N
             raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
 
 
-def prepare_output(folder: Path) -> None:
-    """Create the folder; what an earlier run left in it goes, other files stay."""
+def prepare_output(folder: Path, keep: Collection[str] = ()) -> None:
+    """Create the folder; what an earlier run left in it goes but for `keep`, other files stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ARTEFACTS:
+    for name in set(ARTEFACTS) - set(keep):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -56,7 +56,17 @@ def prepare_output(folder: Path) -> None:
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """`config.yaml` with every field resolved: `l3ms train FOLDER/config.yaml --output OTHER` is the same run again."""
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    write_whole(folder / "config.yaml", text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is what it was, or has `text`, whatever ends the process."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
@@ -74,11 +84,14 @@ def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
 class MetricsWriter(TrainerCallback):
     """`metrics.jsonl`: one object per iteration, `{"iteration", "seconds", "loss", "constraints/...", ...}`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, log: Sequence[Mapping[str, Any]] = ()):
+        """`log`: the log of a run that goes on, as its checkpoint has it; other lines of the file go, and the clock goes on."""
         self.path = path
         self.iterations = 0
         self._row: dict[str, Any] = {}
-        self._start = time.monotonic()
+        kept = _rewrite(path, log) if log else 0.0
+        self.seconds_before = kept
+        self._start = time.monotonic() - kept
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -87,6 +100,8 @@ class MetricsWriter(TrainerCallback):
             self.flush()
         seconds = round(time.monotonic() - self._start, 3)
         self._row |= {"iteration": state.global_step, "seconds": seconds, **logs}
+        if control.should_save:  # a line is in the file before the checkpoint that has it
+            self.flush()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.flush()
@@ -102,3 +117,22 @@ class MetricsWriter(TrainerCallback):
                 file.write(f"{line}\n")
             self.iterations = self._row["iteration"]
             self._row = {}
+
+
+def _rewrite(path: Path, log: Sequence[Mapping[str, Any]]) -> float:
+    """Make the lines of `metrics.jsonl` those of `log`, an entry per iteration, each at the time it had. -> the time of the last."""
+    times: dict[int, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            times[row["iteration"]] = row["seconds"]
+        except (ValueError, KeyError, TypeError):  # half a line, where the process was ended
+            continue
+    rows, seconds = [], 0.0
+    for entry in log:
+        if "loss" in entry:
+            seconds = times.get(entry["step"], seconds)
+            rest = {key: value for key, value in entry.items() if key != "step"}
+            rows.append({"iteration": entry["step"], "seconds": seconds, **rest})
+    write_whole(path, "".join(f"{json.dumps(finite(row), allow_nan=False)}\n" for row in rows))
+    return seconds

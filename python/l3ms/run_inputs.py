@@ -215,7 +215,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
     warmup = train.warmup if train.warmup is not None else min(10, train.iterations // 10)
     on_cpu = train.device == "cpu" or not torch.cuda.is_available()
     return L3MConfig(
-        output_dir=config.output,
+        output_dir=str(Path(config.output) / "checkpoints"),
         solver=train.solver,
         dual_rate=train.dual_rate,
         penalty=train.penalty,
@@ -247,7 +247,9 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         dataloader_pin_memory=not on_cpu,
         seed=config.seed,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no" if train.save_steps is None else "steps",
+        save_steps=train.save_steps or 1,
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
     )

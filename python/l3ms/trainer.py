@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from l3ms.batches import Collator
+from l3ms.checkpointing import CheckpointingTrainer
 from l3ms.constraint_step import constraint_backward
 from l3ms.constraints import Constraint, check_constraints
 from l3ms.data_constraints import DataNLL
@@ -28,6 +29,7 @@ from l3ms.resuming import PromptOrder, load_progress, save_progress
 from l3ms.rollouts import Rollout
 from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
 from l3ms.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
+from l3ms.state_trees import load_tree, save_tree
 from l3ms.watch import Watch
 
 
@@ -90,7 +92,7 @@ class L3MConfig(TrainingArguments):
         return made[self.solver]() if self.solver in made else self.solver
 
 
-class L3MTrainer(Trainer):
+class L3MTrainer(CheckpointingTrainer):
     """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
 
     Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
@@ -145,6 +147,7 @@ class L3MTrainer(Trainer):
             constraint.prepare(self.accelerator.unwrap_model(self.model))
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
         self._average: AveragedModel | None = None
+        self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
         self.add_callback(_HalfStep(self))
 
     # ---- the task half-step ----
@@ -220,6 +223,17 @@ class L3MTrainer(Trainer):
     # ---- weights, checkpoints and logs ----
 
     @property
+    def watches(self) -> list[Watch]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
+
+    def begin_watching(self) -> None:
+        before, self._watched_before = self._watched_before, []
+        for watch in self.watches:
+            watch.begin(self)
+        for watch, state in zip(self.watches, before, strict=False):
+            watch.restore(state)
+
+    @property
     def average_from(self) -> int:
         """The first iteration whose weights are in the average; one past the last where none are."""
         return math.floor(self.state.max_steps * (1 - self.args.average_fraction)) + 1  # type: ignore[attr-defined]
@@ -246,12 +260,16 @@ class L3MTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_progress(Path(output_dir), self.prompts, self._average, self.constraint_data)
+        if self.watches:
+            save_tree(Path(output_dir), f"watch{self.rank_suffix}", [watch.state() for watch in self.watches])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             model = self.accelerator.unwrap_model(self.model)
             self._average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
+            if (Path(checkpoint) / f"watch{self.rank_suffix}.json").exists():
+                self._watched_before = load_tree(Path(checkpoint), f"watch{self.rank_suffix}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
@@ -272,9 +290,7 @@ class _HalfStep(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, Watch):
-                callback.begin(self.trainer)
+        self.trainer.begin_watching()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":

@@ -70,7 +70,7 @@ class Watch(TrainerCallback):
         self.trainer: L3MTrainer | None = None
 
     def begin(self, trainer: L3MTrainer) -> None:
-        """The trainer calls it where training begins, a resumed one included: what was "the start" begins anew."""
+        """The trainer calls it where training begins; in one that is resumed it calls `restore` next."""
         self.trainer = trainer
         self._rules = RuleWatch(self.config)
         self._held_out = HeldOutWatch(self.config.held_out_gap)
@@ -87,6 +87,30 @@ class Watch(TrainerCallback):
             if self._sharded:
                 raise ValueError("watch.on_trip: rollback needs whole weights on each rank; use warn or stop with FSDP")
             self._snapshots.take(trainer)
+
+    def state(self) -> dict[str, Any]:
+        """What it knows, for a checkpoint, without the weights to go back to; the batches are this rank's."""
+        return {
+            "tripped": list(self.tripped),
+            "conflicts": list(self.conflicts),
+            "rollbacks": self.rollbacks,
+            "warned": sorted(self._warned),
+            "rules": self._rules.state(),
+            "held_out": self._held_out.state(),
+            "batches": list(self._batches),
+            "cosines": [] if self._cosines is None else self._cosines.grams,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """After `begin`: it goes on as the one whose `state` this is; the first weights to go back to are those of now."""
+        self.tripped, self.conflicts = state["tripped"], state["conflicts"]
+        self.rollbacks, self._warned = state["rollbacks"], set(state["warned"])
+        self._rules.restore(state["rules"])
+        self._held_out.restore(state["held_out"])
+        self._batches.extend(state["batches"])
+        for grams in state["cosines"]:
+            self._cosines = self._cosines or PairCosines(grams.shape[1])
+            self._cosines.add_grams(grams.unbind())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -163,7 +187,7 @@ class Watch(TrainerCallback):
         )  # fmt: skip
         if gradients is None:
             return
-        if self._cosines is None:
+        if self._cosines is None or self._cosines.count != len(names):
             self._cosines = PairCosines(len(names))
         self._cosines.add_grams(self._of_all_ranks([gram(gradients)]))
         metrics = trainer.l3m_optimizer.metrics()

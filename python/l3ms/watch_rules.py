@@ -10,7 +10,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from l3ms.config_watch import WatchConfig
 
@@ -88,6 +88,14 @@ class RuleWatch:
         """The last iterations did not happen; the start is still the start."""
         self._recent.clear()
 
+    def state(self) -> dict[str, Any]:
+        recent = {name: list(seen) for name, seen in self._recent.items()}
+        return {"start": dict(self.start), "armed": sorted(self._armed), "recent": recent}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.start, self._armed = state["start"], set(state["armed"])
+        self._recent = {name: deque(seen, maxlen=self.window) for name, seen in state["recent"].items()}
+
 
 class HeldOutWatch:
     """Compares rewards on held-out prompts with those of the last training batches; a gap is in standard errors, positive where the
@@ -110,3 +118,9 @@ class HeldOutWatch:
 
     def forget(self) -> None:
         self._beyond.clear()
+
+    def state(self) -> dict[str, int]:
+        return dict(self._beyond)
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._beyond = dict(state)

@@ -304,14 +304,16 @@ def test_interrupt_says_what_was_kept(project, monkeypatch, capsys):
 
 def test_full_disk_is_one_line_and_leaves_no_half(project, monkeypatch, capsys):
     def full(self, folder, **_):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    assert l3ms(project / "run.yaml", "--iterations", 1) == 5
-    assert "the disk is full" in one_line(capsys)
-    assert {path.name for path in (project / "out").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    for checkpoints, extra in (("1", {"checkpoints", "inputs.json"}), ("null", {"checkpoints", "inputs.json"})):
+        arguments = ("--iterations", 1, "--overwrite", "--train.save-steps", checkpoints)
+        assert l3ms(project / "run.yaml", *arguments) == 5
+        assert "the disk is full" in one_line(capsys)
+        assert {path.name for path in (project / "out").rglob("*")} == {"config.yaml", "metrics.jsonl", *extra}
 
 
 def test_help_and_version_are_quick_and_teach():

@@ -101,9 +101,11 @@ def test_a_checkpoint_of_other_prompts_or_of_before_begins_them_anew(make_model,
     _, recorder = train(make_model(), **options, prompts=rows(5, seed=9))
     assert "prompts were in another order" in caplog.text
     assert recorder.rollouts[0].prompts == first.rollouts[0].prompts
-    (folder / "l3m.json").unlink()
+    for name in ("l3m.json", "manifest.json"):
+        (folder / name).unlink()
     trainer, _ = train(make_model(), **options)
     assert "has no l3m.json" in caplog.text
+    assert "has no manifest.json: it cannot be verified" in caplog.text
     assert trainer.state.global_step == 3
 
 

@@ -1,0 +1,133 @@
+"""Checkpoints that are whole or not there: folders `checkpoint-N` with a manifest.
+
+A checkpoint is written under another name. When all is in it, its files are flushed to the disk, then `manifest.json`, with the size and
+the SHA-256 of each, is written and flushed, and last the folder gets its name. So whatever ends the process, and when: a folder with that
+name is whole, and what the disk has lost later is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+MANIFEST = "manifest.json"
+PARTIAL = ".checkpoint.partial"  # beside the checkpoints; what is found here is of a process that was ended
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def begin(place: Path) -> Path:
+    """An empty folder among the checkpoints in `place`, to be filled and then given to `seal`."""
+    partial = place / PARTIAL
+    discard(place)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def discard(place: Path) -> None:
+    """Remove what was begun in `place` and not sealed."""
+    shutil.rmtree(place / PARTIAL, ignore_errors=True)
+
+
+def seal(folder: Path, name: str) -> Path:
+    """Flush all of `folder/name`, where `folder` is from `begin`, write its manifest, and put it beside `folder`. -> where it is now.
+
+    A checkpoint of that name is replaced.
+    """
+    source, place = folder / name, folder.parent
+    files = {path.relative_to(source).as_posix(): path for path in _files(source)}
+    described = {key: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for key, path in sorted(files.items())}
+    for path in files.values():
+        _flush(path)
+    with (source / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({"version": 1, "files": described}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (source, *(path for path in source.rglob("*") if path.is_dir())):
+        _flush(path)
+    target = place / name
+    if target.exists():
+        target.rename(folder / "replaced")
+    source.rename(target)
+    _flush(place)
+    discard(place)
+    return target
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where every file is there, of the size and the contents that were written."""
+    try:
+        described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wanted = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in described.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was not finished, or is not one of ours"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    try:
+        found = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+        for name in sorted(wanted.keys() ^ found):
+            return f"{name} is missing" if name in wanted else f"{name} is not in its {MANIFEST}"
+        for name, (size, digest) in wanted.items():
+            path = folder / PurePosixPath(name)
+            if path.is_symlink() or path.stat().st_size != size or _sha256(path) != digest:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def checkpoints(place: Path) -> list[Path]:
+    """The checkpoints in `place`, the newest first, valid or not."""
+    if not place.is_dir():
+        return []
+    found = [
+        (int(match[1]), path) for path in place.iterdir() if (match := NAME.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(place: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest valid checkpoint in `place`, None where there is none; and what is wrong with those that are newer."""
+    damaged: dict[Path, str] = {}
+    for folder in checkpoints(place):
+        wrong = problem(folder)
+        if wrong is None:
+            return folder, damaged
+        damaged[folder] = wrong
+    return None, damaged
+
+
+def rotate(place: Path, limit: int | None, keep: Path | None = None) -> None:
+    """Remove all but the newest `limit` checkpoints (None or 0: none are) and `keep`."""
+    for folder in checkpoints(place)[limit:] if limit else []:
+        if folder != keep:
+            # Not under its name while it is being removed: half of it would be taken for a damaged one
+            gone = place / PARTIAL
+            discard(place)
+            folder.rename(gone)
+            discard(place)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """A file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""State in JSON and safetensors: trees of None, bool, int, float, str and tensors in lists, tuples and dicts. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def save_tree(folder: Path, name: str, tree: Any) -> None:
+    """`folder/name.json`, and its tensors in `folder/name.safetensors`; types, keys and values come back as they were, on the CPU.
+
+    Raises `TypeError` for anything else in `tree`.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode(tree, tensors))
+    if tensors:
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def load_tree(folder: Path, name: str) -> Any:
+    """What `save_tree` was given. Raises `ValueError` in one line for files that it did not write, `FileNotFoundError` without any."""
+    path = folder / f"{name}.safetensors"
+    try:
+        tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return _decode(tree, load_file(path) if path.exists() else {})
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder / name}.json is not a state that was saved: {error or type(error).__name__}"
+        ) from None
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[_encode(key, tensors), _encode(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, tensors) for item in value]
+        return items if isinstance(value, list) else {"tuple": items}
+    raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint")
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    [(kind, inner)] = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in inner)
+    if kind == "dict":
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of Python, NumPy, torch on the CPU, and the accelerator of this process."""
+    name, keys, *rest = np.random.get_state()
+    numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    state = {"python": random.getstate(), "numpy": (name, numbers, *rest), "cpu": torch.random.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """What `random_state` returned; an accelerator that it does not know keeps its own."""
+    random.setstate(state["python"])
+    name, numbers, *rest = state["numpy"]
+    np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
+    torch.random.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type])

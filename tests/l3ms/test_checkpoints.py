@@ -1,0 +1,266 @@
+"""Checkpoints are whole or not there, whatever ends the process that writes them, and what is damaged later is found out."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from l3ms import checkpoints
+
+FILES = {"model.safetensors": b"w" * 9000, "trainer_state.json": b'{"global_step": 2}', "deep/part.bin": b"", "a": b"1"}
+
+
+def write(place: Path, step: int, files=None) -> Path:
+    """As the trainer does."""
+    folder = checkpoints.begin(place)
+    for name, contents in (FILES if files is None else files).items():
+        path = folder / f"checkpoint-{step}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+    return checkpoints.seal(folder, f"checkpoint-{step}")
+
+
+def names(place):
+    return {path.name for path in place.iterdir()}
+
+
+def test_a_sealed_checkpoint_is_valid_and_nothing_else_is_left(tmp_path):
+    folder = write(tmp_path / "run", 2)
+    assert folder == tmp_path / "run" / "checkpoint-2"
+    assert checkpoints.problem(folder) is None
+    assert names(folder.parent) == {"checkpoint-2"}
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == {*FILES, "deep", "manifest.json"}
+    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_one_of_the_same_name_is_replaced(tmp_path):
+    write(tmp_path, 2, {"old": b"1"})
+    folder = write(tmp_path, 2)
+    assert checkpoints.problem(folder) is None
+    assert not (folder / "old").exists()
+    assert names(tmp_path) == {"checkpoint-2"}
+
+
+def flip(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: flip(f / "model.safetensors"), "model.safetensors is not what was written"),
+        (lambda f: os.truncate(f / "model.safetensors", 8999), "model.safetensors is not what was written"),
+        (lambda f: (f / "a").unlink(), "a is missing"),
+        (lambda f: (f / "deep" / "more.pt").write_bytes(b"x"), "deep/more.pt is not in its manifest.json"),
+        (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json: it was not finished, or is not one of ours"),
+        (lambda f: (f / "manifest.json").write_text('{"files":'), "its manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "its manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text('{"files": {"a": 3}}'), "its manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "its manifest.json cannot be read"),
+        (lambda f: ((f / "a").unlink(), (f / "a").symlink_to(f / "trainer_state.json")), "a is not what was written"),
+        (lambda f: ((f / "a").unlink(), (f / "a").symlink_to(f)), "a is not what was written"),
+        (lambda f: ((f / "a").unlink(), (f / "a").symlink_to("gone")), "a is not what was written"),
+    ],
+)  # fmt: skip
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path, damage, message):
+    old, new = write(tmp_path, 9), write(tmp_path, 10)
+    damage(new)
+    assert checkpoints.problem(new) == message
+    assert checkpoints.newest(tmp_path) == (old, {new: message})
+
+
+def test_a_link_with_the_right_contents_is_not_taken(tmp_path):
+    folder = write(tmp_path / "run", 1)
+    (folder / "a").rename(tmp_path / "elsewhere")
+    (folder / "a").symlink_to(tmp_path / "elsewhere")
+    assert checkpoints.problem(folder) == "a is not what was written"
+
+
+def test_a_manifest_that_leads_out_of_the_folder_is_not_followed(tmp_path):
+    folder = write(tmp_path / "run", 1)
+    (tmp_path / "run" / "secret").write_text("1")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../secret"] = manifest["files"]["a"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoints.problem(folder) == "../secret is missing"
+
+
+def test_the_newest_is_the_one_with_the_most_steps_and_other_names_are_none(tmp_path):
+    assert checkpoints.newest(tmp_path / "nowhere") == (None, {})
+    for step in (100, 9, 20):
+        write(tmp_path, step)
+    for name in ("checkpoint-best", "checkpoint-200.old", "xcheckpoint-300"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-400").write_text("a file")
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [
+        "checkpoint-100",
+        "checkpoint-20",
+        "checkpoint-9",
+    ]
+    assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoint-100", {})
+
+
+ALL = {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "left"), [(2, None, {3, 4}), (1, 2, {2, 4}), (None, None, ALL), (0, None, ALL), (9, None, ALL)]
+)
+def test_old_ones_are_removed(tmp_path, limit, keep, left):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, {"a": b"1"})
+    checkpoints.rotate(tmp_path, limit, keep=None if keep is None else tmp_path / f"checkpoint-{keep}")
+    assert names(tmp_path) == {f"checkpoint-{step}" for step in left}
+
+
+# ---- ended while it writes ----
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_checkpoints import checkpoints, write
+place, at = Path(sys.argv[2]), int(sys.argv[3])
+events = 0
+def count(event, arguments):
+    global events
+    if event.startswith(("open", "os.", "shutil.")):
+        events += 1
+        if events == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+write(place, 4)
+checkpoints.rotate(place, 2)
+print(events)
+"""
+
+
+def child(place: Path, at: int) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(place), str(at)], capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+
+
+def start(place: Path) -> Path:
+    shutil.rmtree(place, ignore_errors=True)
+    for step in (2, 3):
+        write(place, step)
+    return place
+
+
+def assert_whole(place: Path, wanted=(3, 4)) -> None:
+    """What has the name of a checkpoint is one, and the newest is the one before or the new one; the next writer clears the rest away."""
+    for folder in checkpoints.checkpoints(place):
+        assert checkpoints.problem(folder) is None, folder
+    found, damaged = checkpoints.newest(place)
+    assert found is not None
+    assert int(found.name.partition("-")[2]) in wanted
+    assert damaged == {}
+    write(place, 5)
+    checkpoints.rotate(place, 2)
+    assert names(place) == {found.name, "checkpoint-5"}
+
+
+def test_killed_at_every_step_of_the_writer(tmp_path):
+    """Each time that Python opens, renames, makes or removes something, the process is killed."""
+    done = child(start(tmp_path / "run"), 0)
+    assert done.returncode == 0, done.stderr
+    events = int(done.stdout)
+    assert events > 20
+    for at in range(1, events + 1):
+        place = start(tmp_path / "run")
+        assert child(place, at).returncode == -signal.SIGKILL
+        assert_whole(place)
+
+
+@pytest.mark.slow
+def test_killed_at_a_thousand_random_moments(tmp_path):
+    """The writer goes round and round in a process of its own: a new checkpoint every few milliseconds."""
+    loop = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from test_checkpoints import FILES, checkpoints, write\n"
+        "step = int(sys.argv[3])\n"
+        "while True:\n"
+        "    step += 1; write(Path(sys.argv[2]), step, FILES | {'model.safetensors': bytes([step % 256]) * 300_000})\n"
+        "    checkpoints.rotate(Path(sys.argv[2]), 2); print(step, flush=True)\n"
+    )
+    place, picks, newest = start(tmp_path / "run"), random.Random(0), 3
+    for _ in range(1000):
+        arguments = [sys.executable, "-c", loop, str(Path(__file__).parent), str(place), str(newest)]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            told = int(process.stdout.readline())  # it is at work
+            time.sleep(picks.uniform(0, 0.03))
+            process.kill()
+            told = max([told, *(int(line) for line in process.stdout.read().splitlines() if line)])
+        for folder in checkpoints.checkpoints(place):
+            assert checkpoints.problem(folder) is None, folder
+        found, _ = checkpoints.newest(place)
+        assert found is not None
+        newest = int(found.name.partition("-")[2])
+        assert newest >= told
+
+
+# ---- no room ----
+
+FULL = """
+import errno, os, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_checkpoints import FILES, checkpoints, write
+place = Path(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True)
+write(place, 2)
+files = FILES | {"model.safetensors": b"w" * 90_000}
+failed = 0
+for pages in range(64):
+    filler = place / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    os.truncate(filler, max(0, filler.stat().st_size - 4096 * pages))
+    try:
+        write(place, 3, files)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC, error
+        checkpoints.discard(place)
+        failed += 1
+    else:
+        break
+    assert checkpoints.newest(place) == (place / "checkpoint-2", {}), pages
+    assert {path.name for path in place.iterdir()} == {"checkpoint-2", "filler"}, pages
+    filler.unlink()
+assert checkpoints.newest(place) == (place / "checkpoint-3", {})
+print(failed)
+"""
+
+
+def in_a_namespace(*command: str) -> list[str]:
+    """The command where it may mount; skips where that is not allowed."""
+    prefix = ["unshare", "--map-root-user", "--mount"]
+    try:
+        allowed = subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, timeout=20)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if allowed.returncode:
+        pytest.skip(f"cannot mount a small file system: {allowed.stderr.decode().strip()}")
+    return [*prefix, *command]
+
+
+def test_a_disk_that_is_full_at_every_page_leaves_the_old_one_and_no_debris(tmp_path):
+    arguments = [sys.executable, "-c", FULL, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(in_a_namespace(*arguments), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
