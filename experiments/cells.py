@@ -103,11 +103,15 @@ def run_cells(
 
 def is_trained(cell: Cell, folder: Path) -> bool:
     """Whether the run folder has the report of a run of just this configuration."""
+    return _is_same(cell, folder) and (run_folder(folder, cell) / "report.json").exists()
+
+
+def _is_same(cell: Cell, folder: Path) -> bool:
+    """Whether what was begun there is of this configuration."""
     try:
-        same = read_yaml(cell_folder(folder, cell) / "config.yaml") == dict(cell.config)
+        return read_yaml(cell_folder(folder, cell) / "config.yaml") == dict(cell.config)
     except ConfigError:
         return False
-    return same and (run_folder(folder, cell) / "report.json").exists()
 
 
 def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, str], command: Command) -> Outcome:
@@ -122,11 +126,16 @@ def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, s
     log = place / "log.txt"
     if not trained:
         config = place / "config.yaml"
-        for left in (certificate, run / "report.json"):  # of another configuration: not to be taken for this one's
-            left.unlink(missing_ok=True)
+        begun = _is_same(cell, folder)  # and was ended: it goes on where it was
+        for left in (certificate, *(() if begun else (run / "report.json", run / "config.yaml"))):
+            left.unlink(missing_ok=True)  # of another configuration: not to be taken for this one's
         config.write_text(yaml.safe_dump(dict(cell.config), sort_keys=False, allow_unicode=True), encoding="utf-8")
         log.unlink(missing_ok=True)
-        status = command([*l3ms, "train", str(config), "--output", str(run), "--overwrite", *code], log, environment)
+        status = command(
+            [*l3ms, "train", str(config), "--output", str(run), "--resume" if begun else "--overwrite", *code],
+            log,
+            environment,
+        )
         if status:
             return Outcome(cell, f"l3ms train ended with exit code {status}: {_last_line(log)}")
     if cell.certify is not None:

@@ -46,7 +46,9 @@ def main(
     samples: Annotated[
         int | None, typer.Option(min=2, help="Of each certificate, instead of the experiment's.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that are finished, run the others.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the cells that are finished, go on with the others.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run every cell again.")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="Run nothing: table and picture of what is there.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Copy them to experiments/NAME/results.")] = False,

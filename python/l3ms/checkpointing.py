@@ -91,7 +91,6 @@ class CheckpointingTrainer(Trainer):
             save_tree(Path(output_dir), "scaler", scaler.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # another rank may be here before the first
         save_tree(Path(output_dir), f"random{self.rank_suffix}", random_state(self.args.device))
 
     # ---- loading ----

@@ -72,7 +72,8 @@ the divergence from the first weights, ready-made rewards.
     l3ms train short.yaml --train.learning-rate 3e-6 --train.lora.r 16
 
 [bold]The run folder[/bold] gets config.yaml (resolved), metrics.jsonl, tensorboard/, model/ (last iterate), average/ \
-(weights averaged over the last fifth: usually the ones you want), report.json and report.png.
+(weights averaged over the last fifth: usually the ones you want), report.json and report.png, and until it ends \
+checkpoints/, from which --resume goes on.
 """
 
 

@@ -33,7 +33,10 @@ def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, str] | N
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError("output", f"{folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError("output", f"{folder} is not empty; choose another, or --overwrite to replace the run in it")
+        resume = ", --resume to go on with the run in it" if (folder / "checkpoints").is_dir() else ""
+        raise ConfigError(
+            "output", f"{folder} is not empty; choose another{resume}, or --overwrite to replace the run in it"
+        )
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         raise ConfigError("output", f"{folder} cannot be created: {parent} is not a folder that can be written to")

@@ -21,6 +21,7 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(tree, tensors))
+    folder.mkdir(parents=True, exist_ok=True)  # a rank may be here before the one that writes the weights
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(text, encoding="utf-8")

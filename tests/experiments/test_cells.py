@@ -44,6 +44,10 @@ def test_resume(tmp_path, fake_command, console):
         ("certify", "b/seed-0"), ("train", "c/seed-0"), ("certify", "c/seed-0"), ("train", "a/seed-1"), ("certify", "a/seed-1"),
     ]  # fmt: skip
     assert [outcome.skipped for outcome in outcomes] == [True, False, False, False]
+    flags = {
+        name: "--resume" in (tmp_path / "cells" / name / "log.txt").read_text() for name in ("c/seed-0", "a/seed-1")
+    }
+    assert flags == {"c/seed-0": True, "a/seed-1": False}
 
 
 def test_a_changed_configuration_runs_again(tmp_path, fake_command, console):

@@ -1,6 +1,6 @@
 """One rank of `test_trainer_ranks.py`: a trainer with a `Watch`, started as torchrun does, by variables of the environment.
 
-python trainer_ranks.py MODEL FOLDER ON_TRIP; writes FOLDER/RANK.pt
+python trainer_ranks.py MODEL FOLDER ON_TRIP [STEPS CHECKPOINT]; writes FOLDER/RANK.pt, and resumes at a checkpoint that is there
 """
 
 import os
@@ -13,6 +13,7 @@ from training_runs import rows, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import l3ms
+from l3ms import checkpoints
 
 STEPS = 24
 
@@ -26,17 +27,21 @@ def watch(on_trip):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, folder, on_trip = sys.argv[1:]
+    model, folder, on_trip, *rest = sys.argv[1:]
+    steps, save_steps = map(int, rest) if rest else (STEPS, STEPS)
     watching = watch(on_trip)
     trainer, recorder = run(
         Path(folder) / "run", AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
         constraints=[NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
-        **{**HACKED, "max_steps": STEPS, "constraint_batch_size": 8, "learning_rate": 0.01},
+        **{**HACKED, "max_steps": steps, "constraint_batch_size": 8, "learning_rate": 0.01},
+        save_strategy="steps", save_steps=save_steps, average_fraction=0.5,
     )  # fmt: skip
     trainer.add_callback(watching)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=bool(checkpoints.checkpoints(Path(folder) / "run")))
     found = {
         "final": [parameter.detach() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()],
+        "average": [parameter.detach() for parameter in trainer.averaged_model().parameters()],
+        "taken": len(recorder.rollouts),
         "tripped": watching.tripped,
         "step": trainer.state.global_step,
         "completions": recorder.rollouts[0].completions,
