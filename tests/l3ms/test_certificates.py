@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import l3ms
+from l3ms.certificate_table import remarks
 from l3ms.certificates import FEW, Declared, confidence_bounds, declare, judge, known_range, together
 
 EXACT = Declared("exact", (0.0, 1.0), "")
@@ -164,6 +165,13 @@ def test_so_many_more_samples_would_do(declared):
     assert verdict(spread(10.0, 2.0, 100 + 2 * int(0.47 * more)), low=9.8, declared=declared).verdict == "INCONCLUSIVE"
     if declared is T:
         assert 100 + more == pytest.approx((1.96 * 2 / 0.2) ** 2, rel=0.03)
+
+
+@pytest.mark.parametrize(("used_up", "unit"), [(False, "more samples"), (True, "more different prompts")])
+def test_where_no_prompt_is_left_more_samples_of_the_same_are_not_advised(used_up, unit):
+    found = verdict(spread(10.0, 2.0, 100), low=9.9)
+    assert found.verdict == "INCONCLUSIVE"
+    assert any(line.endswith(unit) for line in remarks(found, used_up=used_up))
 
 
 def test_more_samples_of_an_indicator():

@@ -42,6 +42,7 @@ def broken(prompts, completions, **kwargs): raise RuntimeError("no luck")
 def later(prompts, completions, **kwargs): return [1.0] * (len(completions) if len(completions) < 8 else 3)
 constant = 3
 """
+QUITS = "raise SystemExit('usage: rewards.py FILE')"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,7 @@ def project(tmp_path, checkpoint):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "quits.py").write_text(QUITS)
     values = {
         "model": str(checkpoint), "output": "out", "data": {"train": "rows.jsonl"},
         "constraints": [{"type": "length", "min": 4, "max": 9}],
@@ -242,6 +244,10 @@ BAD = [
     (reward("number"), "constraints.0.function: "),
     (reward("broken"), "constraints.0.function: raised RuntimeError on a trial call: no luck"),
     (reward("vowel"), "constraints.0.function: "),
+    (
+        ["--constraints.0", '{type: function, name: mine, function: "quits.py:f", min: 0.5}', "--allow-code"],
+        "raised SystemExit: usage: rewards.py FILE",
+    ),
     (reward("constant"), "constraints.0.function: "),
 ]
 

@@ -178,6 +178,22 @@ def test_evaluate_measures_held_out_data_and_the_divergence(make_model, tokenize
     assert model.training is make_model().training
 
 
+def test_a_divergence_per_token_is_divided_by_the_mean_length_of_all_responses(make_model, tokenizer):
+    """Not by that of a batch of the evaluation: the mean of the values would depend on how they are cut."""
+    other = make_model(seed=1)
+    constraints = [
+        l3ms.KL(max=1.0, name=name, reference=other, per_token=name == "token") for name in ("whole", "token")
+    ]
+    found = evaluate(
+        make_model(), tokenizer, rows(10), max_new_tokens=12, seed=0, constraints=constraints, batch_size=3
+    )
+    means = {sum(found.lengths[start : start + 3]) for start in (0, 3, 6)}
+    assert len(means) > 1
+    length = sum(found.lengths) / 10
+    whole = [value for value in found.rewards["whole"] if value is not None]
+    assert found.rewards["token"] == pytest.approx([value / length for value in whole])
+
+
 # ---- divergence from a reference ----
 
 

@@ -7,7 +7,7 @@ import torch
 
 import l3ms
 from l3ms import probes
-from l3ms.probes import Side, Sketch, _inactive, _nll, _parts, _score, _trainable
+from l3ms.probes import Side, Sketch, _inactive, _nll, _parts, _score, _sides, _step, _trainable
 
 
 @pytest.fixture
@@ -80,6 +80,21 @@ def test_sketches_keep_products(monkeypatch):
     norms = flat(a).norm() * flat(b).norm()
     assert abs(sketch(a) @ sketch(b) - flat(a) @ flat(b)) < 4 * norms / 4096**0.5
     assert sketch(a) @ sketch(b) > 0.3 * norms
+
+
+@pytest.mark.parametrize(
+    ("bounds", "threshold", "step"),
+    [
+        ({"max": 0.93}, 10, 0.07), ({"min": 0.03}, 10, 0.002), ({"min": 0.97}, 10, 0.1), ({"max": 0.99}, 10, 0.01),
+        ({"max": 100}, None, 10.0), ({"min": 50}, None, 5.0),
+    ],
+)  # fmt: skip
+def test_a_share_is_not_relaxed_beyond_0_and_1(bounds, threshold, step):
+    item = l3ms.Length(threshold=threshold, **bounds)
+    [side] = _sides(item)
+    assert _step(side) == pytest.approx(step)
+    relaxed = side.limit + side.sign * _step(side)
+    assert threshold is None or 0 <= relaxed <= 1
 
 
 @pytest.mark.parametrize(

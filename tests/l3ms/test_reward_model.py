@@ -1,6 +1,7 @@
 """Scores of a sequence classifier against the same model called on one text at a time, whatever the batch."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -51,6 +52,18 @@ def test_a_score_does_not_depend_on_the_batch(tokenizer, kind, pad, batch_size):
     assert found == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 1e-2
     assert model.config.pad_token_id == pad  # as it was
+
+
+def test_the_context_of_roberta_is_shorter_than_its_table_of_positions(tokenizer):
+    """Positions are counted from behind the padding's: one with 16 and a padding token of 3 takes 12 tokens."""
+    model = classifier("Roberta", pad_token_id=3, max_position_embeddings=16)
+    texts = ["a b c d " * count for count in (2, 3, 9)]
+    found = l3ms.RewardModel("r", model, tokenizer=tokenizer, min=0.0).values(texts, [""] * 3, [1] * 3)
+    assert all(value is not None and math.isfinite(value) for value in found)
+    at_limit = l3ms.RewardModel("r", model, tokenizer=tokenizer, min=0.0, max_length=12)
+    assert at_limit.values(texts, [""] * 3, [1] * 3) == found
+    with pytest.raises(RewardModelError, match="at most the model's context of 12 tokens, got 13"):
+        l3ms.RewardModel("r", model, tokenizer=tokenizer, min=0.0, max_length=13).values(texts, [""] * 3, [1] * 3)
 
 
 def test_padding_is_on_the_right_whatever_the_tokenizer_does(tokenizer):

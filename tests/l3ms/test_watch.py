@@ -1,5 +1,7 @@
 """`Watch` in whole runs on tiny models: planted hacking trips, a healthy run is the run it would have been, stop and rollback."""
 
+import types
+
 import pytest
 import torch
 from training_runs import rows, run
@@ -120,6 +122,21 @@ def test_rewards_hacked_by_way_of_the_training_prompts_trip_on_held_out_ones(wat
     watch = l3ms.Watch(held_out=held_out, held_out_every=2, held_out_samples=12, every=0)
     watched(watch, [l3ms.Constraint("memorised", memorised, min=0.5)], max_steps=4)
     assert [(item["rule"], item["iteration"]) for item in watch.tripped] == [("held-out memorised", 4)]
+
+
+@pytest.mark.parametrize(
+    ("rows_of_all", "samples", "shares"), [(1, 64, [0, 0]), (9, 2, [1, 1]), (9, 64, [5, 4]), (0, 64, [0, 0])]
+)
+def test_held_out_rows_are_shared_by_ranks_or_left_by_all_of_them(rows_of_all, samples, shares):
+    """A rank without a row would not take part, and the others would wait for it."""
+    taken = []
+    for rank in range(2):
+        watch = l3ms.Watch(held_out=rows(rows_of_all), held_out_samples=samples)
+        args = types.SimpleNamespace(seed=0, process_index=rank, world_size=2)
+        watch.trainer, watch._ranks = types.SimpleNamespace(args=args), 2  # type: ignore[assignment]
+        taken.append(watch._held_out_rows())
+    assert [len(part) for part in taken] == shares
+    assert len({row["prompt"] for part in taken for row in part}) == sum(shares)
 
 
 def test_without_constraints_or_responses_there_is_nothing_to_watch(watched):
