@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback, TrainingArguments
 
-from l3ms.batches import Collator
+from l3ms.batches import CountingCollator
 from l3ms.checkpointing import CheckpointingTrainer
 from l3ms.constraint_step import constraint_backward
 from l3ms.constraints import Constraint, check_constraints
@@ -133,7 +133,7 @@ class L3MTrainer(CheckpointingTrainer):
         tokenizer = kwargs.get("processing_class")
         if kwargs.get("data_collator") is None:
             pad = None if tokenizer is None else tokenizer.pad_token_id
-            kwargs["data_collator"] = Collator(0 if pad is None else pad)
+            kwargs["data_collator"] = CountingCollator(0 if pad is None else pad)
         super().__init__(model, args, **kwargs)
         # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -156,6 +156,8 @@ class L3MTrainer(CheckpointingTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         seq_weight = task_weights(scored_lengths(shift(inputs["labels"])))
+        if isinstance(model, nn.DataParallel):  # would give the count of the whole batch to each of its parts
+            inputs = {name: value for name, value in inputs.items() if name != "scored"}
         outputs = model(**inputs, seq_weight=seq_weight, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 

@@ -192,7 +192,7 @@ def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_mod
     assert not torch.equal(*(recorder.weights[n]["lm_head.weight"] for n in (0, 1)))  # the other half was applied
 
 
-def test_the_constraint_half_step_gives_the_count_of_scored_tokens(make_model, train, monkeypatch):
+def test_both_half_steps_give_the_count_of_scored_tokens(make_model, train, monkeypatch):
     seen, real = [], l3ms.heads.weighted_log_likelihood
 
     def watched(hidden, weight, targets, *rest, scored=None, **options):
@@ -202,7 +202,7 @@ def test_the_constraint_half_step_gives_the_count_of_scored_tokens(make_model, t
     monkeypatch.setattr(l3ms.heads, "weighted_log_likelihood", watched)
     train(make_model())
     given = [pair for pair in seen if pair[0] is not None]
-    assert len(given) == 3 * 2  # 6 responses in parts of 4 and 2, three times
+    assert len(given) == 3 * (1 + 2)  # a task batch, and 6 responses in parts of 4 and 2, three times
     assert all(scored == counted for scored, counted in given)
 
 
