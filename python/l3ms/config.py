@@ -225,7 +225,10 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
             return text
         full = path if path.is_absolute() else base / path
         looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
-        return str(full.resolve()) if always or looks_local or full.exists() else text
+        try:
+            return str(full.resolve()) if always or looks_local or full.exists() else text
+        except OSError:  # a name that no file system takes
+            return text
 
     values["output"] = resolve(values.get("output"), always=True)
     values["model"] = resolve(values.get("model"))

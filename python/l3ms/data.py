@@ -9,6 +9,7 @@ Further columns that every row has are passed on to reward functions.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def _jsonl_rows(name: str, path: Path) -> Iterator[tuple[str, Any]]:
 def _dataset_rows(config: DataConfig, name: str, source: str, split: str) -> Iterable[tuple[str, Any]]:
     """The rows of a `datasets` data set, local (folder, csv, parquet) or from the hub."""
     path = Path(source)
-    if path.is_absolute() and not path.exists():
+    if path.is_absolute() and not os.path.exists(path):  # false where pathlib raises: a name that is too long
         raise ConfigError(name, f"no such file or folder: {path}")
     import datasets
 

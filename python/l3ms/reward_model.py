@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -160,7 +161,7 @@ class Score:
         from transformers import AutoModelForSequenceClassification
 
         assert self.source is not None
-        if Path(self.source).is_absolute() and not Path(self.source).is_dir():
+        if os.path.isabs(self.source) and not os.path.isdir(self.source):  # false where pathlib raises
             raise RewardModelError("model", f"must be a checkpoint, no such folder: {self.source}")
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(

@@ -30,6 +30,16 @@ def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, str] | N
 
     `inputs` maps fields to paths the run reads: one that `--overwrite` would remove is refused.
     """
+    try:
+        _check_folder(folder, overwrite)
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise ConfigError("output", f"{folder}: {error.strerror}") from None
+    for field, path in (inputs or {}).items():
+        if any(Path(path).is_relative_to(folder / name) for name in ARTEFACTS):
+            raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError("output", f"{folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -40,9 +50,6 @@ def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, str] | N
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         raise ConfigError("output", f"{folder} cannot be created: {parent} is not a folder that can be written to")
-    for field, path in (inputs or {}).items():
-        if any(Path(path).is_relative_to(folder / name) for name in ARTEFACTS):
-            raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
 
 
 def prepare_output(folder: Path, keep: Collection[str] = ()) -> None:

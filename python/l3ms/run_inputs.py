@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any
 def load_model(config: RunConfig, console: Console) -> tuple[Any, Any]:
     """Tokenizer and model, with adapters when asked for. Raises `ConfigError("model", ...)` in one line."""
     source = config.model
-    if Path(source).is_absolute() and not Path(source).is_dir():
+    if os.path.isabs(source) and not os.path.isdir(source):  # false where pathlib raises: a name that is too long
         raise ConfigError("model", f"no such folder: {source}")
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     try:

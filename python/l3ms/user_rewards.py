@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_reward(field: str, spec: str) -> tuple[Reward, str]:
 
 
 def _import_file(field: str, path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # false where pathlib raises: a name that is too long
         raise ConfigError(field, f"no such file: {path}")
     name = f"l3ms_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
