@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from namespaces import in_a_namespace
 
 from l3ms import checkpoints
 
@@ -245,18 +246,6 @@ for pages in range(64):
 assert checkpoints.newest(place) == (place / "checkpoint-3", {})
 print(failed)
 """
-
-
-def in_a_namespace(*command: str) -> list[str]:
-    """The command where it may mount; skips where that is not allowed."""
-    prefix = ["unshare", "--map-root-user", "--mount"]
-    try:
-        allowed = subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, timeout=20)
-    except FileNotFoundError:
-        pytest.skip("no unshare here")
-    if allowed.returncode:
-        pytest.skip(f"cannot mount a small file system: {allowed.stderr.decode().strip()}")
-    return [*prefix, *command]
 
 
 def test_a_disk_that_is_full_at_every_page_leaves_the_old_one_and_no_debris(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from namespaces import in_a_namespace
 from resumed_runs import assert_same, interrupted, project, report, rows, train
 
 from l3ms import checkpoints, run
@@ -282,3 +283,26 @@ def test_what_the_watch_saw_before_is_in_the_report(tmp_path, tokenizer, make_mo
     interrupted(configs[1], 9)
     assert train(configs[1], "--resume") == 0
     assert_same(configs[1].parent / "out", configs[0].parent / "out")
+
+
+def test_a_disk_that_gets_full_leaves_a_checkpoint_to_go_on_from(whole, tmp_path, capfd):
+    """On a file system with room for a checkpoint and a half: one line, exit 5, and after tidying up the run goes on."""
+    config, expected = whole
+    script = (
+        'mount -t tmpfs -o size="$5" tmpfs "$1" && "$2" -m l3ms.cli train "$3" --output "$1/out"; '
+        'echo $? > "$4/code"; cp -r "$1/out" "$4/out"'
+    )
+    interrupted(config, 5, "--output", tmp_path / "measured")
+    files = [path for path in (tmp_path / "measured").rglob("*") if path.is_file()]
+    room = 3 * sum(-(-path.stat().st_size // 4096) * 4096 for path in files) // 2
+    (tmp_path / "small").mkdir()
+    command = ["sh", "-c", script, "sh", *map(str, (tmp_path / "small", sys.executable, config, tmp_path, room))]
+    done = subprocess.run(in_a_namespace(*command), capture_output=True, text=True, timeout=120, env=SAME_THREADS)
+    assert (tmp_path / "code").read_text() == "5\n", done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the disk is full" in done.stderr
+    out = tmp_path / "out"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-3", "inputs.json"]
+    assert train(config, "--output", out, "--resume") == 0
+    assert f"Resuming at iteration 3, from {out}" in capfd.readouterr().out
+    assert_same(out, expected)
