@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import time
@@ -82,6 +83,10 @@ def execute(
     start = time.monotonic()
     console = console or Console()
     folder = Path(config.output)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would write to the one folder
+        raise ConfigError(
+            "WORLD_SIZE", "l3ms train is one process; for several use l3ms.L3MTrainer in a script under torchrun or accelerate"
+        )  # fmt: skip
     going_on = resume and resuming_runs.is_run(folder)
     if going_on:
         resuming_runs.check_same(config, folder)

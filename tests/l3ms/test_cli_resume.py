@@ -58,6 +58,7 @@ CONFIGS = {
     "adapters": {"train": {"lora": {"r": 2, "dropout": 0.1}}},
     "dual_ascent": {"train": {"solver": "dual_ascent", "schedule": "cosine"}},
     "augmented_lagrangian": {"train": {"solver": "augmented_lagrangian"}},
+    "penalty": {"train": {"solver": "penalty", "clipping": "separate", "mu": "paper"}},
     "none": {"constraints": [], "train": {"solver": "none"}},
 }  # fmt: skip
 
@@ -252,6 +253,14 @@ def test_a_folder_of_something_else_is_refused(stopped, tmp_path, capsys):
     (out / "config.yaml").write_text(yaml.safe_dump({}))
     assert train(stopped, "--resume") == 2
     assert "resume:" in one_line(capsys)
+
+
+def test_one_of_several_processes_is_refused(whole, tmp_path, monkeypatch, capsys):
+    """Each of them would write to the one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(whole[0], "--output", tmp_path / "out") == 2
+    assert "WORLD_SIZE: l3ms train is one process; for several use l3ms.L3MTrainer" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupt_says_that_it_can_be_resumed(whole, tmp_path, monkeypatch, capsys):
