@@ -194,6 +194,20 @@ def test_barrier_loss_refuses_unknown_names():
 # ---- what the optimizer refuses ----
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weights_are_divided_by_the_mean_length_or_by_each_response_s(count):
+    """Whatever the number of constraints and of values: three responses of 2, 4 and 9 tokens, one of them without a value."""
+    lengths = torch.tensor([2, 4, 9])
+    constraints = [l3ms.Constraint(f"r{i}", max=1.0) for i in range(count)]
+    values = {f"r{i}": [1.0 + i, 3.0, 5.0 if i else None] for i in range(count)}
+    found = {
+        norm: observe(make(*constraints, length_norm=norm), values, lengths) for norm in ("none", "mean", "sequence")
+    }
+    assert found["none"].abs().min() > 0 or count == 1
+    torch.testing.assert_close(found["mean"], found["none"] / 5, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found["sequence"], found["none"] / lengths, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

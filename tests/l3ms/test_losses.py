@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import l3ms
+from l3ms.batches import CountingCollator
 from l3ms.losses import scored_lengths, shift, task_weights
 
 V, D = 11, 6
@@ -146,3 +147,13 @@ def test_errors_of_the_op_come_through():
         l3ms.task_loss(torch.zeros(1, 3, D), torch.zeros(V, D), torch.tensor([[0, 0, V]]))
     with pytest.raises(ValueError, match="weight must be"):
         l3ms.task_loss(torch.zeros(1, 3, D), torch.zeros(V, D + 1), torch.tensor([[0, 0, 1]]))
+
+
+def test_rows_become_a_padded_batch_with_the_count_of_what_is_scored():
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    found = CountingCollator(9)(rows)
+    assert {name: value.tolist() for name, value in found.items() if name != "scored"} == {
+        "input_ids": [[5, 6, 7], [8, 9, 9]], "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[-100, 6, 7], [8, -100, -100]],
+    }  # fmt: skip
+    assert found["scored"] == 2  # what nothing comes before is not predicted

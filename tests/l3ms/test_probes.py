@@ -7,6 +7,7 @@ import torch
 
 import l3ms
 from l3ms import probes
+from l3ms.config import ConfigError
 from l3ms.probes import Side, Sketch, _inactive, _nll, _parts, _score, _sides, _step, _trainable
 
 
@@ -113,3 +114,23 @@ def test_which_bounds_bind(bounds, mean, active):
     item = l3ms.Length(**bounds)
     sides = [Side(item, sign, limit) for sign, limit in ((-1.0, item.min), (1.0, item.max)) if limit is not None]
     assert tuple(side.name for side in sides if not _inactive(side, mean, 0.0)) == active
+
+
+def test_too_few_held_out_rows_are_refused_by_name_and_those_of_a_monitor_not_counted():
+    def row(count):
+        return [{"input_ids": [1, 2], "labels": [-100, 2]}] * count
+
+    def subject(task, data, monitor=False):
+        bounds = {"monitor": True} if monitor else {"max": 1.0}
+        old = l3ms.DataNLL("old", row(5), held_out=row(data), **bounds)
+        return types.SimpleNamespace(
+            held_out=types.SimpleNamespace(rows=row(task)), constraints=[l3ms.Length(max=3), old]
+        )
+
+    enough = 2 * probes.BATCHES
+    probes.check_prices(subject(enough, enough))
+    probes.check_prices(subject(enough, 2, monitor=True))
+    with pytest.raises(ConfigError, match=f"--prices: need at least {enough} held-out rows, got {enough - 1}"):
+        probes.check_prices(subject(enough - 1, enough))
+    with pytest.raises(ConfigError, match=f"--prices: need at least {enough} held-out rows of 'old', got {enough - 1}"):
+        probes.check_prices(subject(enough, enough - 1))

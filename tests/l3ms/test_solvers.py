@@ -1,6 +1,7 @@
 """The methods that the barrier is compared with: on problems whose multipliers are known, and with the machinery they share with it."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -148,6 +149,8 @@ def test_the_barrier_is_one_rule_among_others():
     [
         (lambda: as_solver("adam"), "solver must be one of barrier, dual_ascent"),
         (lambda: as_solver(3), "solver must be one of barrier, dual_ascent"),  # type: ignore[arg-type]
+        (lambda: as_solver(types.SimpleNamespace(multipliers=print)), "solver must be one of"),  # type: ignore[arg-type]
+        (lambda: as_solver(types.SimpleNamespace(advance=print)), "solver must be one of"),  # type: ignore[arg-type]
         (lambda: l3ms.DualAscent(0.0), "solver: rate must be positive"),
         (lambda: l3ms.AugmentedLagrangian(0.5, float("nan")), "solver: penalty must be positive"),
         (lambda: l3ms.Penalty(-1.0), "solver: weight must be positive"),
