@@ -1,6 +1,7 @@
 """Probe gradients: those of the score function and of the loss, as autograd has them; sketches keep products."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +121,8 @@ def test_too_few_held_out_rows_are_refused_by_name_and_those_of_a_monitor_not_co
     def row(count):
         return [{"input_ids": [1, 2], "labels": [-100, 2]}] * count
 
-    def subject(task, data, monitor=False):
-        bounds = {"monitor": True} if monitor else {"max": 1.0}
+    def subject(task, data, monitor=False) -> Any:
+        bounds: dict[str, Any] = {"monitor": True} if monitor else {"max": 1.0}
         old = l3ms.DataNLL("old", row(5), held_out=row(data), **bounds)
         return types.SimpleNamespace(
             held_out=types.SimpleNamespace(rows=row(task)), constraints=[l3ms.Length(max=3), old]

@@ -171,3 +171,22 @@ def test_the_averaged_model_generates_and_is_saved(make_model, train, tokenizer,
     for folder, model in (("average", average), ("last", trainer.model)):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         assert torch.equal(again(out.input_ids).logits, model.eval()(out.input_ids).logits)
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(make_model, train, tmp_path):
+    """Its path is where it ended up, not where it was written."""
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 1,
+    }
+    options |= {"max_steps": 5, "load_best_model_at_end": True, "learning_rate": 0.5, "held_out": rows(8, seed=5)}
+    trainer, recorder = train(make_model(), **options)
+    found = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(found, key=lambda step: found[step])
+    assert best < 5
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} <= {f"checkpoint-{best}", "checkpoint-5"}
+    assert_same_weights(trainer.model, recorder.weights[best - 1], 0.0)

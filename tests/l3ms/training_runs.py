@@ -49,7 +49,17 @@ class Recorder(TrainerCallback):
 
 
 def run(
-    folder, tokenizer, model, *, constraints=CONSTRAINTS, data=None, prompts=None, start=True, resume=None, **options
+    folder,
+    tokenizer,
+    model,
+    *,
+    constraints=CONSTRAINTS,
+    data=None,
+    prompts=None,
+    held_out=None,
+    start=True,
+    resume=None,
+    **options,
 ):
     """-> the trainer, after training unless `start` is False, and its recorder."""
     settings = {
@@ -74,6 +84,7 @@ def run(
         constraints=constraints,
         train_dataset=rows() if data is None else data,
         prompts=prompts,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[recorder],
     )
