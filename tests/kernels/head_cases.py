@@ -302,12 +302,17 @@ def assert_close_to_oracle(
     for name, value in found.items():
         truth, unit = oracle[name], ulp(scales[name] + underflow, operands if name.startswith("d_") else compute)
         error = (value.double() - truth).abs()
+        # Where all rows are one row, equal terms are rounded alike when they are added up, and their errors add up too: in the order
+        # of one op more than in that of another
+        equal = case.view == "expanded" and name.startswith("d_")
         if compute == torch.float64:
-            allowed = FLOAT64_UNITS * unit
+            allowed = max(FLOAT64_UNITS, equal * (case.vocabulary + inputs.targets.numel()) / 16) * unit
         else:
             units = ((baseline[name].double() - truth).abs() / unit).max().item() if truth.numel() else 0.0
             if case.view == "expanded" and name in ("token", "sequence", "loss"):
                 units = max(units, unfused_logit_units(case, inputs, compute))
+            if equal and name != "d_hidden":
+                units = max(units, inputs.targets.numel() ** 0.5 / 4)
             allowed = (1.5 * units + 2) * unit
         if value.dtype.itemsize == 2:
             allowed = allowed + 0.5 * ulp(truth.abs() + allowed, value.dtype)
