@@ -96,6 +96,7 @@ struct Path {
   const Kernels* kernels;
   bool brgemm_float;     // oneDNN's small products of fp32 tiles; otherwise the BLAS's
   bool brgemm_bfloat16;  // and of bf16 tiles (AVX512_BF16 or AMX); otherwise they are widened to fp32
+  bool amx;              // the latter on AMX
   const char* name;      // "generic", "avx2", "avx512", "avx512_bf16", "amx"
 };
 

@@ -29,7 +29,7 @@ bool has_brgemm(bool pairs) {
 }
 
 Path choose() {
-  Path best{&generic::table(), false, false, "generic"};
+  Path best{&generic::table(), false, false, false, "generic"};
   const char* wanted = std::getenv("L3M_CPU");
   if (wanted && !*wanted) wanted = nullptr;
   std::string able = "generic";
@@ -41,14 +41,14 @@ Path choose() {
 #ifdef L3M_X86
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  offer(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), {&avx2::table(), false, false, "avx2"});
+  offer(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), {&avx2::table(), false, false, false, "avx2"});
   const bool tiles = avx512 && has_brgemm<float>(false);
-  offer(avx512, {&avx512::table(), tiles, false, "avx512"});
+  offer(avx512, {&avx512::table(), tiles, false, false, "avx512"});
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
   const bool avx512_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
   offer(tiles && (amx || avx512_bf16) && has_brgemm<at::BFloat16>(true),
-        {&avx512::table(), true, true, amx ? "amx" : "avx512_bf16"});
+        {&avx512::table(), true, true, amx, amx ? "amx" : "avx512_bf16"});
 #endif
   if (wanted && std::strcmp(wanted, best.name)) {
     throw std::runtime_error(std::string("L3M_CPU must be one of ") + able + " on this machine, got " + wanted);

@@ -20,7 +20,7 @@ namespace l3m::cpu {
 template <typename Number, typename Acc>
 class Product {
  public:
-  explicit Product(bool brgemm) : brgemm_(brgemm) {}
+  Product(bool brgemm, bool amx) : brgemm_(brgemm), amx_(amx) {}
 
   void operator()(int64_t m, int64_t n, int64_t k, const Number* a, int64_t lda, const Number* b, int64_t ldb, Acc* c,
                   int64_t ldc, bool add) const {
@@ -30,7 +30,7 @@ class Product {
       return;
     }
     if constexpr (std::is_same_v<Number, BFloat16>) {
-      in_parts<256>(k, [&](int64_t at, int64_t size) {
+      in_parts(amx_ ? k : 256, k, [&](int64_t at, int64_t size) {
         at::native::cpublas::brgemm(m, n, size, lda, ldb, ldc, add || at > 0,
                                     reinterpret_cast<const at::BFloat16*>(a) + at,
                                     reinterpret_cast<const at::BFloat16*>(b) + at * ldb, c, true);
@@ -38,7 +38,7 @@ class Product {
       return;
     } else if constexpr (std::is_same_v<Number, float>) {
       if (brgemm_) {
-        in_parts<128>(k, [&](int64_t at, int64_t size) {
+        in_parts(128, k, [&](int64_t at, int64_t size) {
           at::native::cpublas::brgemm(m, n, size, lda, ldb, ldc, add || at > 0, a + at, b + at * ldb, c, false);
         });
         return;
@@ -61,15 +61,17 @@ class Product {
   // brgemm adds up all of k in one register. Its error is that of a chain of k sums: at k = 4096, where logits are
   // large, 7 to 9 times that of torch's product, which cuts it. So are the sums here, into equal parts of at most
   // `most`, each from 0 and then added to C: 0.7 to 1.1 times that error, and 5 to 12% faster (python
-  // bench/accuracy.py).
-  template <int64_t most, typename Part>
-  static void in_parts(int64_t k, const Part& part) {
+  // bench/accuracy.py). On AMX parts were not measured, and k is one
+  // chain.
+  template <typename Part>
+  static void in_parts(int64_t most, int64_t k, const Part& part) {
     const int64_t count = (k + most - 1) / most;
     const int64_t size = ((k + count - 1) / count + 31) / 32 * 32;
     for (int64_t at = 0; at < k; at += size) part(at, std::min(size, k - at));
   }
 
   bool brgemm_;
+  bool amx_;
 };
 
 // What a thread needs around its products.

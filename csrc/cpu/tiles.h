@@ -46,7 +46,7 @@ class Tiles {
         V_(problem.vocabulary),
         threads(at::get_num_threads()),
         kernels(*path().kernels),
-        product(path().brgemm_float),
+        product(path().brgemm_float, path().amx),
         tiling(D_, sizeof(Mul), sizeof(Acc)),
         ld_sums(D_ + 64 / int64_t(sizeof(Acc))),
         transform{Acc(p_.softcap), Acc(p_.softcap ? 1 / p_.softcap : 0), Acc(1 / p_.temperature)},

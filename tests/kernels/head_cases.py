@@ -311,8 +311,9 @@ def assert_close_to_oracle(
             units = ((baseline[name].double() - truth).abs() / unit).max().item() if truth.numel() else 0.0
             if case.view == "expanded" and name in ("token", "sequence", "loss"):
                 units = max(units, unfused_logit_units(case, inputs, compute))
-            if equal and name != "d_hidden":
-                units = max(units, inputs.targets.numel() ** 0.5 / 4)
+            if equal:
+                terms = case.vocabulary if name == "d_hidden" else inputs.targets.numel()
+                units = max(units, terms**0.5 / 4)
             allowed = (1.5 * units + 2) * unit
         if value.dtype.itemsize == 2:
             allowed = allowed + 0.5 * ulp(truth.abs() + allowed, value.dtype)
