@@ -49,12 +49,16 @@ def histogram(lengths: Iterable[int]) -> list[int]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (NaN and infinity become null); a reader sees the old file or the new one, never half."""
+    """Write strict JSON (NaN and infinity become null), whole or not at all."""
+    write_whole(path, f"{json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False)}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whatever ends the process, a reader sees the old file or the new one, never half."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(finite(value), file, indent=2, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from l3ms import checkpoints
 from l3ms.config import RunConfig, load_config
-from l3ms.run_folder import write_whole
+from l3ms.report import write_json
 from l3ms.yaml_reader import ConfigError
 
 INPUTS = "inputs.json"
@@ -108,7 +108,7 @@ def check_inputs(folder: Path, found: Mapping[str, str]) -> None:
 
 def write_inputs(folder: Path, found: Mapping[str, str]) -> None:
     (folder / "checkpoints").mkdir(exist_ok=True)
-    write_whole(folder / "checkpoints" / INPUTS, json.dumps(dict(found), indent=1))
+    write_json(folder / "checkpoints" / INPUTS, found)
 
 
 def _of_rows(rows: list[dict[str, Any]]) -> str:

@@ -159,7 +159,7 @@ def _finished(folder: Path, console: Console) -> dict[str, Any]:
 
 def _kept(folder: Path, metrics: MetricsWriter) -> str:
     """What an interrupted run leaves."""
-    found, _ = checkpoints.newest(folder / "checkpoints")
+    found = next(iter(checkpoints.checkpoints(folder / "checkpoints")), None)  # --resume verifies it
     weights = [str(folder / name) for name in ("model", "average") if (folder / name).is_dir()]
     parts = [f"{metrics.iterations} iterations in {metrics.path}", " and ".join(weights) or "no weights yet"]
     return f"kept: {', '.join(parts)}; " + ("no checkpoint" if found is None else f"--resume goes on from {found}")

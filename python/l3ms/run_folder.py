@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
-from l3ms.report import finite
+from l3ms.report import finite, write_whole
 from l3ms.yaml_reader import ConfigError
 
 ARTEFACTS = (
@@ -67,16 +67,6 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """`config.yaml` with every field resolved: `l3ms train FOLDER/config.yaml --output OTHER` is the same run again."""
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is what it was, or has `text`, whatever ends the process."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
