@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from l3ms.rollouts import encode_prompt
-from l3ms.sampling import sample
+from l3ms.rollouts.sampling import encode_prompt
+from l3ms.rollouts.shrinking import sample
 
 
 def main() -> None:

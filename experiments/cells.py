@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.grid import Cell
-from l3ms.yaml_reader import ConfigError, read_yaml
+from l3ms.config.yaml_reader import ConfigError, read_yaml
 
 VERDICTS = {0: "satisfied", 3: "violated", 4: "inconclusive"}  # exit codes of `l3ms certify` that are no failure
 CERTIFICATE = "certificate.json"
@@ -120,7 +120,7 @@ def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, s
     trained = is_trained(cell, folder)
     if trained and (cell.certify is None or certificate.exists()):
         return Outcome(cell, skipped=True)
-    l3ms = [sys.executable, "-m", "l3ms.cli"]
+    l3ms = [sys.executable, "-m", "l3ms"]
     code = ["--allow-code"] if allow_code else []
     place.mkdir(parents=True, exist_ok=True)
     log = place / "log.txt"

@@ -21,8 +21,8 @@ from experiments import inputs
 from experiments.cells import Outcome, run_cells
 from experiments.grid import Cell, Experiment, assign, expand, fill, read_experiment
 from experiments.results import Result, failed_lines, read_results, write_results
-from l3ms.config import load_config, parse_override
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.run_config import load_config, parse_override
+from l3ms.config.yaml_reader import ConfigError
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ("table.md", "figure.png", "results.json")

@@ -30,8 +30,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from l3ms.config_sections import Count, Section, Text
-from l3ms.yaml_reader import ConfigError, read_yaml
+from l3ms.config.sections import Count, Section, Text
+from l3ms.config.yaml_reader import ConfigError, read_yaml
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.,+-]*$")]
 Overrides = dict[str, Any]  # dotted field -> value

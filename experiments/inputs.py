@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
+from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo.run import prepare_base
-from l3ms.yaml_reader import ConfigError
 
 MAX_TOKENS = 128  # prompt and response; the rows that are longer (1%) are left out: a batch costs its longest row
 HELD_OUT_SHARE = 0.1

@@ -11,14 +11,14 @@ from typing import Any
 
 from experiments.cells import CERTIFICATE, is_trained, run_folder
 from experiments.grid import Cell
-from l3ms.report import read_metrics
+from l3ms.runs.report import read_metrics
 
 WEIGHTS = "average"  # the model that is reported and certified: the weights averaged over the last part of the run
 
 
 @dataclass(frozen=True)
 class Result:
-    """One cell of one seed. `summary` is the report's, of fresh samples on held-out prompts (`l3ms.report`)."""
+    """One cell of one seed. `summary` is the report's, of fresh samples on held-out prompts (`l3ms.runs.report`)."""
 
     name: str
     labels: tuple[str, ...]

@@ -76,7 +76,7 @@ def test_kernels_alone() -> None:
 
 
 def test_yaml_is_a_configuration() -> None:
-    from l3ms.config import RunConfig
+    from l3ms.config.run_config import RunConfig
 
     text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert text

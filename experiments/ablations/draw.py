@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments import presenting
 from experiments.presenting import by_cell
 from experiments.results import Result
-from l3ms.figure import series
+from l3ms.runs.figure import series
 
 COLUMNS = {
     "mu-paper": "mu to 1e-6", "smoothing-0.1": "smoothing 0.1", "smoothing-1": "no smoothing",

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from experiments import presenting
 from experiments.presenting import COLOURS, by_cell, solver_name
 from experiments.results import Result
-from l3ms.figure import iterations, series, shade, smooth, style
+from l3ms.runs.figure import iterations, series, shade, smooth, style
 
 
 def table(results: Sequence[Result]) -> str:

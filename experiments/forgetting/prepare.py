@@ -13,10 +13,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import inputs
-from l3ms.config import load_config
-from l3ms.data import Example, encode
-from l3ms.evaluation import task_perplexity
-from l3ms.run import execute
+from l3ms.config.run_config import load_config
+from l3ms.measuring.evaluation import task_perplexity
+from l3ms.runs.data import Example, encode
+from l3ms.runs.executing import execute
 
 ALLOWED = 0.1  # nats per token, of forgetting
 ITERATIONS = 150  # of the first fine-tuning

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from experiments import presenting
 from experiments.presenting import COLOURS, by_cell, solver_name
 from experiments.results import Result
-from l3ms.figure import shade, style
+from l3ms.runs.figure import shade, style
 
 REWARD, SECOND, DISTINCT = "harmlessness", "second_opinion", "distinct_2"
 

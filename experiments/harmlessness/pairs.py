@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
 
 WHERE_FROM = (
     'a JSONL or JSONL.gz file of {"chosen", "rejected"} conversations, for instance harmless-base/test.jsonl.gz of the public '

@@ -33,7 +33,7 @@ from experiments.harmlessness.pairs import (
 from experiments.harmlessness.train_reward_model import Settings, summary, train_reward_model
 from experiments.inputs import Arguments, read_done, write_done, write_rows
 from l3ms.demo import base, corpus
-from l3ms.progress import progress_bar
+from l3ms.runs.progress import progress_bar
 
 HELD_OUT = 0.3  # of the conversations: a certificate counts prompts
 # Characters at most: of the task (a batch costs its longest row), and of what the reward models learn. With replies of up to 600 instead of

@@ -34,8 +34,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.harmlessness.pairs import Pair, conversation, data_path, read_pairs, shorten, split, without
-from l3ms.progress import progress_bar
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.progress import progress_bar
 
 Z95 = 1.959964
 

@@ -7,47 +7,50 @@ when they are first used, so that the command line answers at once.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from l3ms.extras import missing
+
 if TYPE_CHECKING:
-    from l3ms import rewards
-    from l3ms.certificates import Verdict, declare, judge
-    from l3ms.certifying import CertifyOptions, certify
-    from l3ms.constraints import Constraint, Length
-    from l3ms.data_constraints import KL, DataNLL, sequence_nll
-    from l3ms.heads import fuse_head
-    from l3ms.losses import task_loss
-    from l3ms.optimizer import ConstraintLoss, L3MOptimizer
-    from l3ms.reward_model import RewardModel
-    from l3ms.rollouts import Rollout, rollout
-    from l3ms.schedules import ExponentialDecay, NoiseFloorDecay
-    from l3ms.solvers import AugmentedLagrangian, DualAscent, Penalty
-    from l3ms.trainer import L3MConfig, L3MTrainer
-    from l3ms.watch import Watch
+    from l3ms import rewards as rewards
+    from l3ms.barrier.optimizer import ConstraintLoss, L3MOptimizer
+    from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
+    from l3ms.barrier.solvers import AugmentedLagrangian, DualAscent, Penalty
+    from l3ms.constraints.constraint import Constraint, Length
+    from l3ms.constraints.data_nll import KL, DataNLL, sequence_nll
+    from l3ms.constraints.reward_model import RewardModel
+    from l3ms.model.heads import fuse_head
+    from l3ms.model.losses import task_loss
+    from l3ms.rollouts.sampling import Rollout, rollout
+    from l3ms.training.trainer import L3MConfig, L3MTrainer
+    from l3ms.verdicts.certificates import Verdict, declare, judge
+    from l3ms.verdicts.certifying import CertifyOptions, certify
+    from l3ms.watching.watch import Watch
 
 _MODULES = {
-    "Verdict": "certificates",
-    "declare": "certificates",
-    "judge": "certificates",
-    "CertifyOptions": "certifying",
-    "certify": "certifying",
-    "Constraint": "constraints",
-    "Length": "constraints",
-    "DataNLL": "data_constraints",
-    "KL": "data_constraints",
-    "sequence_nll": "data_constraints",
-    "fuse_head": "heads",
-    "task_loss": "losses",
-    "ConstraintLoss": "optimizer",
-    "L3MOptimizer": "optimizer",
-    "RewardModel": "reward_model",
-    "Rollout": "rollouts",
-    "ExponentialDecay": "schedules",
-    "NoiseFloorDecay": "schedules",
-    "AugmentedLagrangian": "solvers",
-    "DualAscent": "solvers",
-    "Penalty": "solvers",
-    "L3MConfig": "trainer",
-    "L3MTrainer": "trainer",
-    "Watch": "watch",
+    "Verdict": "verdicts.certificates",
+    "declare": "verdicts.certificates",
+    "judge": "verdicts.certificates",
+    "CertifyOptions": "verdicts.certifying",
+    "certify": "verdicts.certifying",
+    "Constraint": "constraints.constraint",
+    "Length": "constraints.constraint",
+    "DataNLL": "constraints.data_nll",
+    "KL": "constraints.data_nll",
+    "sequence_nll": "constraints.data_nll",
+    "fuse_head": "model.heads",
+    "task_loss": "model.losses",
+    "ConstraintLoss": "barrier.optimizer",
+    "L3MOptimizer": "barrier.optimizer",
+    "RewardModel": "constraints.reward_model",
+    "Rollout": "rollouts.sampling",
+    "rollout": "rollouts.sampling",
+    "ExponentialDecay": "barrier.schedules",
+    "NoiseFloorDecay": "barrier.schedules",
+    "AugmentedLagrangian": "barrier.solvers",
+    "DualAscent": "barrier.solvers",
+    "Penalty": "barrier.solvers",
+    "L3MConfig": "training.trainer",
+    "L3MTrainer": "training.trainer",
+    "Watch": "watching.watch",
 }
 
 __all__ = [
@@ -82,13 +85,17 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "rollout":
-        return importlib.import_module("l3ms.rollouts").rollout
+        return importlib.import_module("l3ms.rollouts.sampling").rollout
     if name == "rewards":
-        return importlib.import_module("l3ms.rewards")
+        return importlib.import_module("l3ms.constraints.rewards")
     if name == "__version__":
         return importlib.import_module("l3m_kernels").__version__
     if name in _MODULES:
-        return getattr(importlib.import_module(f"l3ms.{_MODULES[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"l3ms.{_MODULES[name]}"), name)
+        except ModuleNotFoundError as error:
+            line = missing(f"l3ms.{name}", error)
+            raise error if line is None else ImportError(line) from error
     raise AttributeError(f"module 'l3ms' has no attribute {name!r}")
 
 

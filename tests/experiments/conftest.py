@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from experiments.cells import cell_folder, run_folder
-from l3ms.report import histogram
+from l3ms.runs.report import histogram
 
 
 def leave_run(
@@ -67,7 +67,7 @@ class FakeCommand:
 
     def __call__(self, words, log, environment):
         self.environments.append(environment)
-        command = words[words.index("l3ms.cli") + 1]
+        command = words[words.index("l3ms") + 1]
         folder = Path(words[words.index("--output") + 1] if command == "train" else words[words.index("certify") + 1])
         cell = "/".join(folder.parts[-3:-1])
         self.calls.append((command, cell))

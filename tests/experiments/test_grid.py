@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from experiments.grid import Experiment, assign, expand, fill, read_experiment
-from l3ms.config import load_config
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.run_config import load_config
+from l3ms.config.yaml_reader import ConfigError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 VALUES = {"start": 2.0, "bound": 2.1} | {

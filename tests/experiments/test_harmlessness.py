@@ -22,7 +22,7 @@ from experiments.harmlessness.train_reward_model import (
     standardise,
     train_reward_model,
 )
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
 
 WORDS = ("what", "is", "it", "why", "yes", "no", "please", "well", "sure", "maybe")
 HH = {
@@ -266,7 +266,7 @@ def test_standardised_scores_have_mean_0_and_spread_1_and_keep_their_order(train
 
 def test_l3ms_reward_model_gives_the_same_scores(trained):
     """The text that a constraint scores is the one that the model has learned from."""
-    reward_model = pytest.importorskip("l3ms.reward_model")
+    reward_model = pytest.importorskip("l3ms.constraints.reward_model")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder, _, held_out = trained

@@ -11,8 +11,8 @@ from experiments.harmlessness import draw, prepare
 from experiments.harmlessness.train_reward_model import Settings
 from experiments.inputs import Arguments
 from experiments.results import Result
+from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo import base
-from l3ms.yaml_reader import ConfigError
 
 HERE = Path(prepare.__file__).parent
 

@@ -10,7 +10,7 @@ from experiments import command, inputs
 from experiments.grid import Cell
 from experiments.presenting import interval, pooled, verdict
 from experiments.results import read_results
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
 
 
 def cell(name: str, labels: tuple[str, ...] | None = None, seed: int = 0, certify: int | None = 16) -> Cell:

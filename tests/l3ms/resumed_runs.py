@@ -7,8 +7,8 @@ import pytest
 from run_folders import write_project
 from safetensors.torch import load_file
 
-from l3ms import run
-from l3ms.cli import main
+from l3ms.commands.command_line import main
+from l3ms.runs import executing as run
 
 TRAIN = {"iterations": 10, "batch_size": 4, "constraint_batch_size": 4, "learning_rate": 1e-2, "max_new_tokens": 8,
          "device": "cpu", "save_steps": 3, "average_fraction": 0.6}  # fmt: skip

@@ -57,8 +57,8 @@ def write_project(folder: Path, tokenizer, model, *, rows=300, **changes) -> Pat
 
 def write_run(folder: Path, tokenizer, last, average, **changes) -> Path:
     """A run folder `folder/out` with the weights of two models. -> out"""
-    from l3ms.config import load_config
-    from l3ms.run_folder import save_weights, write_config
+    from l3ms.config.run_config import load_config
+    from l3ms.runs.folder import save_weights, write_config
 
     config = load_config(write_project(folder, tokenizer, last, **changes))
     out = Path(config.output)

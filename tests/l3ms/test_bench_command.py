@@ -10,7 +10,7 @@ import pytest
 
 from l3ms.benchmark import run
 from l3ms.benchmark.results import read
-from l3ms.cli import main
+from l3ms.commands.command_line import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--shape", "64,16,200", "--dtype", "fp32", "--rounds", "2", "--threads", "1")

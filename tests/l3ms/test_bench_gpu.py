@@ -16,7 +16,7 @@ from l3ms.benchmark.race import Race
 from l3ms.benchmark.results import CaseResult, Measurement, Results, read, write
 from l3ms.benchmark.shapes import GPU_FULL, GPU_SHAPES, Case, Shape, select_cases
 from l3ms.benchmark.tables import case_grid, machine, markdown, report
-from l3ms.cli import main
+from l3ms.commands.command_line import main
 
 SHAPE = Shape(64, 24, 300)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -10,7 +10,7 @@ from l3ms.benchmark.figure import groups, save
 from l3ms.benchmark.readme import BEGIN, END, NOT_MEASURED, rewrite, section
 from l3ms.benchmark.results import CaseResult, Measurement, Results, Scaling, ScalingPoint, read, write
 from l3ms.benchmark.tables import bytes_text, case_grid, markdown, report, scaling_grid, seconds_text
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = Environment(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import l3ms
-from l3ms.certificate_table import remarks
-from l3ms.certificates import FEW, Declared, confidence_bounds, declare, judge, known_range, together
+from l3ms.verdicts.certificate_table import remarks
+from l3ms.verdicts.certificates import FEW, Declared, confidence_bounds, declare, judge, known_range, together
 
 EXACT = Declared("exact", (0.0, 1.0), "")
 UNIT = Declared("bernstein", (0.0, 1.0), "")

@@ -8,9 +8,9 @@ import torch
 import yaml
 from run_folders import strict_json, write_project, write_run
 
-from l3ms.certifying import draw, repeats, stream
-from l3ms.cli import main
-from l3ms.run_folder import prepare_output
+from l3ms.commands.command_line import main
+from l3ms.runs.folder import prepare_output
+from l3ms.verdicts.certifying import draw, repeats, stream
 
 
 @pytest.fixture

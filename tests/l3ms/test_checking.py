@@ -8,9 +8,9 @@ import yaml
 from run_folders import strict_json, write_project
 
 import l3ms
-from l3ms.checking import Start, duration, size
-from l3ms.cli import main
-from l3ms.quantiles import normal_cdf
+from l3ms.commands.command_line import main
+from l3ms.verdicts.checking import Start, duration, size
+from l3ms.verdicts.quantiles import normal_cdf
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from namespaces import in_a_namespace
 
-from l3ms import checkpoints
+from l3ms.training import checkpoints
 
 FILES = {"model.safetensors": b"w" * 9000, "trainer_state.json": b'{"global_step": 2}', "deep/part.bin": b"", "a": b"1"}
 

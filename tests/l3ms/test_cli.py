@@ -14,8 +14,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from l3ms import run, run_folder
-from l3ms.cli import main
+from l3ms.commands.command_line import main
+from l3ms.runs import executing as run
+from l3ms.runs import folder as run_folder
 
 WORDS = ["alpha", "beta", "gamma", "delta", "eta", "theta", "iota", "kappa"]
 TEMPLATE = (
@@ -324,7 +325,8 @@ def test_full_disk_is_one_line_and_leaves_no_half(project, monkeypatch, capsys):
 
 def test_help_and_version_are_quick_and_teach():
     code = (
-        "import sys; from l3ms.cli import main; codes = [main([*words, '--help']) for words in ([], ['train'], ['demo'])];"
+        "import sys; from l3ms.commands.command_line import main;"
+        " codes = [main([*words, '--help']) for words in ([], ['train'], ['demo'])];"
         "codes += [main([]), main(['--version'])];"
         "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'datasets'} & set(sys.modules);"
         "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"

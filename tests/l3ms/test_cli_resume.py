@@ -16,7 +16,8 @@ import yaml
 from namespaces import in_a_namespace
 from resumed_runs import assert_same, interrupted, project, report, rows, train
 
-from l3ms import checkpoints, run
+from l3ms.runs import executing as run
+from l3ms.training import checkpoints
 
 SAME_THREADS = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of another split have other bits
 
@@ -77,8 +78,9 @@ def test_every_kind_of_run_goes_on(tmp_path, tokenizer, make_model, name):
 
 KILLED = """
 import os, signal, sys
-from l3ms import checkpoints, report, run
-from l3ms.cli import main
+from l3ms.training import checkpoints
+from l3ms.runs import report, executing as run
+from l3ms.commands.command_line import main
 owner, name, at = {
     "step": (run.L3MTrainer, "average_weights", 8), "first": (checkpoints, "_flush", 5), "seal": (checkpoints, "_flush", 20),
     "average": (run, "save_weights", 2), "report": (run, "write_report", 1), "picture": (report, "plot_run", 1),
@@ -120,7 +122,7 @@ def test_a_killed_run_goes_on(whole, tmp_path, capsys, where, said):
 def test_a_run_killed_thirty_times_is_the_run_that_was_not(whole, tmp_path):
     """At random moments, each time gone on with; a run of its own after each that has come to its end."""
     config, expected = whole
-    command = [sys.executable, "-m", "l3ms.cli", "train", str(config), "--resume", "--output"]
+    command = [sys.executable, "-m", "l3ms", "train", str(config), "--resume", "--output"]
     start = time.monotonic()
     subprocess.run([*command, str(tmp_path / "timed")], check=True, capture_output=True, env=SAME_THREADS)
     needed, picks, kills, runs = time.monotonic() - start, random.Random(0), 0, 0
@@ -298,7 +300,7 @@ def test_a_disk_that_gets_full_leaves_a_checkpoint_to_go_on_from(whole, tmp_path
     """On a file system with room for a checkpoint and a half: one line, exit 5, and after tidying up the run goes on."""
     config, expected = whole
     script = (
-        'mount -t tmpfs -o size="$5" tmpfs "$1" && "$2" -m l3ms.cli train "$3" --output "$1/out"; '
+        'mount -t tmpfs -o size="$5" tmpfs "$1" && "$2" -m l3ms train "$3" --output "$1/out"; '
         'echo $? > "$4/code"; cp -r "$1/out" "$4/out"'
     )
     interrupted(config, 5, "--output", tmp_path / "measured")

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import l3ms
-from l3ms import clipping, step_reports
+from l3ms.barrier import clipping, step_reports
 
 FUSED = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from l3ms.config import ConfigError, RunConfig, load_config, parse_override
+from l3ms.config.run_config import ConfigError, RunConfig, load_config, parse_override
 
 GOOD = {
     "model": "./base",

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from l3ms.config import ConfigError, load_config, parse_override
-from l3ms.config_data import DataConfig
-from l3ms.data import load_examples
+from l3ms.config.data import DataConfig
+from l3ms.config.run_config import ConfigError, load_config, parse_override
+from l3ms.runs.data import load_examples
 
 FULL: dict[str, Any] = {
     "model": "./base",

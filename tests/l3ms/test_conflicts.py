@@ -2,7 +2,7 @@
 
 import math
 
-from l3ms.conflicts import ConflictWatch
+from l3ms.barrier.conflicts import ConflictWatch
 
 STEPS = ConflictWatch.patience + 2  # one says which are violated, one how much, and then it counts
 

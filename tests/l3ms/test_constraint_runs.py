@@ -96,7 +96,7 @@ def test_a_run_with_data_alone_samples_nothing(project, monkeypatch, capsys):  #
     def refuse(*_, **__):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("l3ms.constraint_step.rollout", refuse)
+    monkeypatch.setattr("l3ms.training.constraint_step.rollout", refuse)
     assert l3ms(write(project, data), "--iterations", 3) == 0, capsys.readouterr().err
     rows = logged(project)
     assert "l3m/truncated" not in rows[0]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import l3ms
-from l3ms.constraints import check_constraints
+from l3ms.constraints.constraint import check_constraints
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import l3ms
-from l3ms.conflicts import ConflictWatch
+from l3ms.barrier.conflicts import ConflictWatch
 
 
 def solve(opt, x, task, values, steps, settle, lr):

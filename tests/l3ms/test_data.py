@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from l3ms.config import DataConfig
-from l3ms.data import Example, encode, hold_out, load_examples
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.run_config import DataConfig
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.data import Example, encode, hold_out, load_examples
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}"

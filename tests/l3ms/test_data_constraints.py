@@ -10,8 +10,8 @@ from training_runs import assert_same_weights, rows
 from transformers import AutoModelForCausalLM
 
 import l3ms
-from l3ms.batches import Collator
-from l3ms.evaluation import evaluate
+from l3ms.measuring.evaluation import evaluate
+from l3ms.model.batches import Collator
 
 
 def nll(model, data):

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from l3ms.certifying import CertifyOptions, certify
-from l3ms.config import load_config
+from l3ms.config.run_config import load_config
+from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo import base
 from l3ms.demo.run import Settings, main
-from l3ms.yaml_reader import ConfigError
+from l3ms.verdicts.certifying import CertifyOptions, certify
 
 RECIPE = base.Recipe(
     vocab_size=400,

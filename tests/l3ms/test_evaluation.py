@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from l3ms.evaluation import evaluate, half_width, length_statistics, task_perplexity
+from l3ms.measuring.evaluation import evaluate, half_width, length_statistics, task_perplexity
 
 
 @pytest.fixture

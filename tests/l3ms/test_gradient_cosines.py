@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import l3ms
-from l3ms.gradient_cosines import SKETCH, PairCosines, group_weights, reward_gradients, sketch
+from l3ms.watching.gradient_cosines import SKETCH, PairCosines, group_weights, reward_gradients, sketch
 
 
 def generator(seed):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import l3ms
-from l3ms.held_out import gap
+from l3ms.watching.held_out import gap
 
 
 def values(mean, count=400, seed=0, spread=1.0):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import l3ms
 from l3m_kernels import relaxed_log_barrier
-from l3ms.batches import Collator
+from l3ms.model.batches import Collator
 
 TEXTS = ["a", "a b", "c d", "e e e", "f ( )", "def name a b c"]
 LENGTHS = [1, 2, 2, 3, 3, 5]

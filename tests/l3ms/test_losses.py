@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import l3ms
-from l3ms.batches import CountingCollator
-from l3ms.losses import scored_lengths, shift, task_weights
+from l3ms.model.batches import CountingCollator
+from l3ms.model.losses import scored_lengths, shift, task_weights
 
 V, D = 11, 6
 

@@ -10,11 +10,11 @@ from run_folders import strict_json, write_project, write_run
 from training_runs import rows
 
 import l3ms
-from l3ms.certificates import Declared, judge
-from l3ms.checking import Start
-from l3ms.cli import main
-from l3ms.config import ConfigError, load_config
-from l3ms.figure import draw
+from l3ms.commands.command_line import main
+from l3ms.config.run_config import ConfigError, load_config
+from l3ms.runs.figure import draw
+from l3ms.verdicts.certificates import Declared, judge
+from l3ms.verdicts.checking import Start
 
 LENGTH = l3ms.Length(min=3, max=6)
 

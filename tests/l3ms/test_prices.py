@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from l3ms.prices import Price, Prices, cross_gram, nonnegative_least_squares, round_step, solve
+from l3ms.verdicts.prices import Price, Prices, cross_gram, nonnegative_least_squares, round_step, solve
 
 # ---- the quadratic programme ----
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import l3ms
-from l3ms import probes
-from l3ms.config import ConfigError
-from l3ms.probes import Side, Sketch, _inactive, _nll, _parts, _score, _sides, _step, _trainable
+from l3ms.config.run_config import ConfigError
+from l3ms.verdicts import probes
+from l3ms.verdicts.probes import Side, Sketch, _inactive, _nll, _parts, _score, _sides, _step, _trainable
 
 
 @pytest.fixture

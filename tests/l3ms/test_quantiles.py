@@ -5,7 +5,7 @@ import math
 import mpmath
 import pytest
 
-from l3ms.quantiles import beta_cdf, beta_quantile, normal_cdf, student_t_quantile
+from l3ms.verdicts.quantiles import beta_cdf, beta_quantile, normal_cdf, student_t_quantile
 
 # Of any printed table of the t distribution: (one-sided level, degrees of freedom, quantile)
 T_TABLE = [

@@ -7,8 +7,9 @@ import math
 import pytest
 from rich.console import Console
 
-from l3ms.progress import status
-from l3ms.report import (
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.progress import status
+from l3ms.runs.report import (
     bounds_text,
     examples_table,
     histogram,
@@ -18,7 +19,6 @@ from l3ms.report import (
     summary_table,
     write_report,
 )
-from l3ms.yaml_reader import ConfigError
 
 
 def summary(mean, **extra):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from l3ms.response_statistics import distinct, response_statistics, response_tokens
-from l3ms.rollouts import Rollout
+from l3ms.rollouts.sampling import Rollout
+from l3ms.watching.response_statistics import distinct, response_statistics, response_tokens
 
 END = 1
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import l3ms
-from l3ms.reward_model import RewardModelError
+from l3ms.constraints.reward_model import RewardModelError
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
 PROMPTS = ["a b", "def name ( )", "c", "a b c d e f"]

@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 
 import l3ms
-from l3ms.config_constraints import ReadyRewardConfig
-from l3ms.rewards import READY, make, options_of
+from l3ms.config.constraints import ReadyRewardConfig
+from l3ms.constraints.rewards import READY, make, options_of
 
 R = l3ms.rewards
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from l3ms import sampling
+from l3ms.rollouts import shrinking
 
 MODELS = {
     "Llama": {},
@@ -31,7 +31,7 @@ def batches():
 
 def greedy(model, shrink, end=(1, 3, 5), most=24, prompts=PROMPTS):
     config = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=list(end), pad_token_id=0)
-    return sampling.sample(model.eval(), prompts, 0, end, config, shrink=shrink)
+    return shrinking.sample(model.eval(), prompts, 0, end, config, shrink=shrink)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -50,7 +50,7 @@ def test_every_response_is_closed_or_full(make_model):
     model, most = make_model("Llama", gain=2.0), 12
     config = GenerationConfig(do_sample=True, max_new_tokens=most, eos_token_id=[1, 3], pad_token_id=0)
     torch.manual_seed(0)
-    for response in sampling.sample(model.eval(), PROMPTS * 4, 0, [1, 3], config):
+    for response in shrinking.sample(model.eval(), PROMPTS * 4, 0, [1, 3], config):
         assert len(response) == most or response[-1] in (1, 3)
         assert not set(response[:-1]) & {1, 3}
 

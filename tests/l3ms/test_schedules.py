@@ -8,7 +8,7 @@ import torch
 
 import l3ms
 from l3m_kernels import barrier_multiplier
-from l3ms.schedules import as_schedule, noise_floor
+from l3ms.barrier.schedules import as_schedule, noise_floor
 
 QUIET = torch.tensor(0.0, dtype=torch.float64)
 

@@ -9,7 +9,7 @@ import torch
 
 import l3ms
 from l3m_kernels import Bounds
-from l3ms import shifts
+from l3ms.barrier import shifts
 
 
 def f64(*values):

@@ -3,7 +3,7 @@
 import torch
 from training_runs import assert_moved
 
-from l3ms.snapshots import Snapshot, Snapshots, halve_learning_rate
+from l3ms.watching.snapshots import Snapshot, Snapshots, halve_learning_rate
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "constant"}
 

@@ -8,7 +8,7 @@ import torch
 
 import l3ms
 from l3m_kernels import Bounds, barrier_multiplier, barrier_weights, initial_state, multiplier_weights
-from l3ms.solvers import SOLVERS, as_solver
+from l3ms.barrier.solvers import SOLVERS, as_solver
 
 
 def optimizer(x, solver, lr=0.02, **bounds):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import trainer_ranks
 
-from l3ms import checkpoints
+from l3ms.training import checkpoints
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from training_runs import rows, run
 from transformers import TrainerCallback
 
 import l3ms
-from l3ms.config_watch import WatchConfig
+from l3ms.config.watch import WatchConfig
 
 # Without clipping the constraint drowns the task, as a hacked reward does in the end.
 HACKED = {

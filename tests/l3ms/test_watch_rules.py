@@ -2,8 +2,8 @@
 
 import pytest
 
-from l3ms.config_watch import WatchConfig
-from l3ms.watch_rules import HeldOutWatch, RuleWatch, rules_of
+from l3ms.config.watch import WatchConfig
+from l3ms.watching.rules import HeldOutWatch, RuleWatch, rules_of
 
 HEALTHY = {"ended": 0.9, "truncated": 0.1, "length/p50": 20.0, "length/spread": 15.0, "distinct_2": 0.8}
 

@@ -13,7 +13,7 @@ from training_runs import rows, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import l3ms
-from l3ms import checkpoints
+from l3ms.training import checkpoints
 
 STEPS = 24
 

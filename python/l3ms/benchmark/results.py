@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from l3ms.benchmark.environment import Environment
 from l3ms.benchmark.race import Race
 from l3ms.benchmark.shapes import Case, Shape
-from l3ms.report import write_json
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.report import write_json
 
 
 class Measurement(BaseModel):

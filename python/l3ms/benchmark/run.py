@@ -21,7 +21,7 @@ from l3ms.benchmark.environment import describe
 from l3ms.benchmark.race import Race
 from l3ms.benchmark.results import CaseResult, Results, gather, read, write
 from l3ms.benchmark.shapes import QUICK, SCALING_CONSTRAINTS, SCALING_ROWS, Case
-from l3ms.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError
 
 # Times a case's equal share of a budget that it may take: those that come first matter most, and give back what they do not need.
 GENEROUS = 2.5

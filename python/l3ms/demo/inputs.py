@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from l3ms.demo.base import Base
 from l3ms.demo.corpus import Pair
-from l3ms.run_folder import save_weights, write_config
+from l3ms.runs.folder import save_weights, write_config
 
 if TYPE_CHECKING:
     from l3ms.demo.run import Settings

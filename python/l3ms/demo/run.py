@@ -16,17 +16,17 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from l3ms.constraints import Length
-from l3ms.data import Example, encode
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.constraints.constraint import Length
 from l3ms.demo import base
 from l3ms.demo.corpus import Pair
 from l3ms.demo.inputs import write_inputs
-from l3ms.evaluation import Evaluation, evaluate
-from l3ms.progress import ProgressCallback, progress_bar
-from l3ms.report import examples_table, summary_table, write_report
-from l3ms.run_folder import MetricsWriter, check_output, prepare_output, save_weights
-from l3ms.trainer import L3MConfig, L3MTrainer
-from l3ms.yaml_reader import ConfigError
+from l3ms.measuring.evaluation import Evaluation, evaluate
+from l3ms.runs.data import Example, encode
+from l3ms.runs.folder import MetricsWriter, check_output, prepare_output, save_weights
+from l3ms.runs.progress import ProgressCallback, progress_bar
+from l3ms.runs.report import examples_table, summary_table, write_report
+from l3ms.training.trainer import L3MConfig, L3MTrainer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,319 @@
+"""From rewards to multipliers: the running estimates of the constraints and what one constraint step adds to them.
+
+Sums of rewards are combined over micro-batches and ranks in float64 before the moving average and the multipliers, so that every rank
+and every split of a batch finds the same multipliers. Nothing here is committed until the optimizer has applied the step.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
+from l3ms.barrier import shifts
+from l3ms.barrier.solvers import Solver
+from l3ms.constraints.constraint import Constraint
+
+Values = Mapping[str, Sequence[float | None] | Tensor]
+
+# A later part of a half-step is weighted by lambda / S with the S of the first. Past this ratio it drowns the first, and fp32 overflows.
+LARGEST_RATIO = 1e8
+
+
+class Estimates:
+    """Moving averages of R rewards, K one-sided bounds on them, and the half-step that is being prepared."""
+
+    def __init__(
+        self,
+        constraints: Sequence[Constraint],
+        *,
+        device: torch.device,
+        smoothing: float,
+        leave_one_out: bool,
+        drop_nonfinite: bool,
+        process_group: Any = None,
+        backend: str | None = None,
+        solver: Solver | None = None,
+    ):
+        self.solver = solver  # None: the barrier
+        self.constraints = tuple(constraints)
+        self.device, self.smoothing, self.leave_one_out = device, smoothing, leave_one_out
+        self.drop_nonfinite, self.process_group, self.backend = drop_nonfinite, process_group, backend
+        self.index = {constraint.name: i for i, constraint in enumerate(self.constraints)}
+        rows = [row for i, constraint in enumerate(self.constraints) for row in constraint.rows(i)]
+        self.owner = [row[0] for row in rows]  # constraint of each one-sided bound
+        self.bounds = Bounds.of(rows, device)
+        # A range is narrow as a rule: then its two slopes add up, and so does what noise does to the multipliers.
+        per_unit = [len(constraint.rows(0)) / constraint.unit for constraint in self.constraints]
+        self._per_unit = torch.tensor(per_unit, dtype=torch.float64, device=device)
+        widths = [self.constraints[owner].width for owner in self.owner]
+        self._widths = torch.tensor(widths, dtype=torch.float64, device=device)  # of each bound's range, native units
+        self.state = initial_state(len(self.constraints), device)
+        self.integral = shifts.Integral.start(len(rows), device)  # of the violations, what shifts the bounds
+        self.memory = torch.zeros(len(rows), dtype=torch.float64, device=device)  # the solver's, of each bound
+        self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
+        self.dropped = torch.zeros_like(self.missing)  # values that were not finite
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)  # applied constraint steps
+        self._last: BarrierWeights | None = None
+        self.discard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which cannot follow a group of processes: that of all is found again."""
+        kept = vars(self).copy()
+        if self.process_group is not None:
+            if self.process_group is not dist.group.WORLD:
+                raise TypeError("an L3MOptimizer with a process_group of its own is not copied; keep its state_dict()")
+            kept["process_group"] = "world"
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.process_group == "world":
+            self.process_group = dist.group.WORLD
+
+    # ---- the half-step that is being prepared ----
+
+    def discard(self) -> None:
+        """Forget what was observed since the last applied step."""
+        self.pending: BarrierWeights | None = None
+        self.total: Tensor | None = None  # S of this half-step, fixed by its first part
+        self._responses = 0
+        self._sums = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
+
+    def commit(self, applied: Tensor) -> None:
+        """The step was `applied` () bool: the moving averages advance, once. Or it was not, and what was observed is forgotten."""
+        assert self.pending is not None
+        new = self.pending._replace(seq_weight=self.pending.seq_weight.new_empty(0))
+        old = new if self._last is None else self._last
+        self._last = BarrierWeights(
+            *(torch.where(applied, after, before) for after, before in zip(new, old, strict=True))
+        )
+        self.state = torch.where(applied, new.state, self.state)
+        if self.solver is not None:
+            advanced = self.solver.advance(self._batch_violation(), self.memory)
+            self.memory = torch.where(applied, advanced, self.memory)
+        self.steps = self.steps + applied
+        self.missing += (self._sums[:-1, 0] == 0) & applied
+        self.discard()
+
+    def observe(self, values: Values, lengths: Tensor | None, normalisation: str, mu: Tensor) -> Tensor:
+        """Rewards of n responses -> (n,) fp32 weights; `lengths` (n,) are the responses' tokens, for the normalisation."""
+        with self.errors_on_all_ranks():
+            rewards = self._table(values)
+            count = len(rewards)
+            if lengths is not None and lengths.shape != (count,):
+                raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+            if self.leave_one_out and (self._responses + count) * self._world == 1:
+                raise ValueError(
+                    "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
+                    'give more, or use L3MOptimizer(baseline="estimate")'
+                )
+        bounded = self._bounded(values)
+        tokens = torch.ones(count, dtype=torch.float64, device=self.device)
+        if lengths is not None:
+            tokens = lengths.to(self.device, torch.float64)
+        responses = torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])
+        local = torch.cat([reward_sums(rewards), (responses * bool(bounded))[None]])  # nothing is weighed for monitors
+        part, sums = self._add(local)
+        self._responses += count * bool(bounded)
+        norm = torch.ones_like(tokens)
+        if lengths is not None and normalisation == "mean":
+            norm = norm * (sums[-1, 1] / sums[-1, 0].clamp(min=1)).clamp(min=1)
+        elif lengths is not None and normalisation == "sequence":
+            norm = tokens.clamp(min=1)
+        weights = self._weights(rewards, norm, sums, mu, bool(bounded))
+        if not bounded:
+            return weights.seq_weight.float()  # 0
+        # The op divides by the values of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
+        all_values, own = (torch.stack([table[i, 0] for i in bounded]).sum() for table in (sums, part))
+        own_mean = all_values / own.clamp(min=1)
+        return (weights.seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
+
+    def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
+        """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
+        local = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
+        with self.errors_on_all_ranks():
+            self._check_names(values)
+            for name, value in values.items():
+                column = self._finite(name, value.detach().reshape(-1))
+                local[self.index[name]] = reward_sums(column[:, None])[0]
+        part, sums = self._add(local)
+        empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
+        weights = self._weights(empty, empty[:, 0], sums, mu, bool(self._bounded(values)))
+        share = weights.multiplier / weights.total * self._ratio(weights)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for k, (owner, row) in enumerate(zip(self.owner, self.bounds.table, strict=True)):
+            name = self.constraints[owner].name
+            if name in values:
+                sign, _, scale = row[:3]
+                of_all = self._world * local[owner, 0] / part[owner, 0].clamp(min=1)  # ranks average gradients: undo it
+                value = values[name].double().mean() * of_all
+                # C_k of this batch's value: that of the estimate, moved
+                loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
+        return loss
+
+    @property
+    def last(self) -> BarrierWeights | None:
+        """Of the last applied step, without the weights of its responses; None before the first. Waits for the device."""
+        return self._last if self.steps > 0 else None
+
+    def metrics(self) -> dict[str, float]:
+        """`constraints/<name>/...` of the last applied step, see `L3MOptimizer.metrics`."""
+        values: dict[str, float] = {}
+        last = self.last
+        for i, constraint in enumerate(self.constraints):
+            prefix = f"constraints/{constraint.name}"
+            for counter, counts in (("missing", self.missing), ("dropped", self.dropped)):
+                if counts[i]:
+                    values[f"{prefix}/{counter}"] = float(counts[i])
+            if last is not None:
+                sides = [k for k, owner in enumerate(self.owner) if owner == i]
+                values[f"{prefix}/estimate"] = float(last.estimate[i])
+                values[f"{prefix}/stderr"] = float(last.stderr[i])
+                if sides:
+                    values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
+                    values[f"{prefix}/slack"] = float(-last.violation[sides].max())
+        return values
+
+    def noise(self, weights: BarrierWeights) -> Tensor:
+        """(R,) float64 standard errors of the dimensionless constraints, twice those of ranges; 0 where nothing was observed."""
+        return (weights.stderr * self._per_unit).where(weights.state[:, 0] > 0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load` takes: moving averages, what the solver and the shifts remember, counters, the last step's numbers."""
+        return {
+            "estimates": self.state.clone(),
+            "memory": self.memory.clone(),
+            "integral": [tensor.clone() for tensor in self.integral],
+            "missing": self.missing.clone(),
+            "dropped": self.dropped.clone(),
+            "last": [tensor.clone() for tensor in self.last or ()],
+            "constraint_steps": int(self.steps),
+        }
+
+    def load(self, kept: Mapping[str, Any]) -> None:
+        """What `L3MOptimizer.state_dict` kept of this object."""
+        self.state = kept["estimates"].to(self.state)
+        self.memory = kept["memory"].to(self.memory)
+        self.integral = shifts.Integral(*(tensor.to(self.state) for tensor in kept["integral"]))
+        self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
+        self.steps = torch.full_like(self.steps, kept["constraint_steps"])
+        self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
+        self.discard()
+
+    # ---- parts ----
+
+    def _bounded(self, names: Iterable[str]) -> list[int]:
+        """The numbers of those that are no monitors."""
+        return [self.index[name] for name in names if not self.constraints[self.index[name]].monitor]
+
+    def _weights(self, rewards: Tensor, norm: Tensor, sums: Tensor, mu: Tensor, bounded: bool) -> BarrierWeights:
+        """`bounded`: this part is of constraints, and the first of those fixes S; monitors do not."""
+        options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
+        options["sums"] = sums[:-1].contiguous()
+        if self.solver is None:
+            moved = self.bounds._replace(table=shifts.shifted(self.bounds.table, self.integral.shift))
+            weights = barrier_weights(rewards, self.state, moved, mu, backend=self.backend, **options)
+            weights = weights._replace(violation=weights.violation - self.integral.shift)
+        else:
+            rule = partial(self.solver.multipliers, memory=self.memory)
+            weights = multiplier_weights(rewards, self.state, self.bounds, rule, **options)
+        self.pending = weights
+        self.total = weights.total if self.total is None and bounded else self.total
+        return weights
+
+    def integrate(self, weights: BarrierWeights, applied: Tensor) -> None:
+        """The shifts of the bounds after a step that was `applied` () bool, see `shifts`."""
+        scale = self.bounds.table[:, 2]
+        noise = weights.stderr[self.bounds.reward_index] / scale
+        advanced = shifts.advance(self.integral, weights.violation, noise, self._widths / scale)
+        kept = zip(advanced, self.integral, strict=True)
+        self.integral = shifts.Integral(*(torch.where(applied, new, old) for new, old in kept))
+
+    def _batch_violation(self) -> Tensor:
+        """(K,) C by this half-step's samples alone, with the margin of the moving averages; NaN where there are none."""
+        assert self.pending is not None
+        index, (sign, _, scale) = self.bounds.reward_index, self.bounds.table[:, :3].unbind(1)
+        mean = self._sums[:-1, 1] / self._sums[:-1, 0]
+        return self.pending.violation + sign * (mean - self.pending.estimate)[index] / scale
+
+    def _ratio(self, weights: BarrierWeights) -> Tensor:
+        """Turns lambda / S of this part into lambda / S of the half-step."""
+        total = weights.total if self.total is None else self.total
+        return (weights.total / total).clamp(max=LARGEST_RATIO)
+
+    @contextmanager
+    def errors_on_all_ranks(self) -> Iterator[None]:
+        """Around what comes before an observation: an error in it is one on the other ranks too, where they wait for this one's sums."""
+        try:
+            yield
+        except Exception:
+            if self.process_group is not None:
+                failed = torch.zeros_like(self._sums)
+                failed[-1, 2] = 1.0
+                dist.all_reduce(failed, group=self.process_group)
+            raise
+
+    def _add(self, local: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses, their tokens, ranks that failed."""
+        part = local.clone()
+        if self.process_group is not None:
+            dist.all_reduce(part, group=self.process_group)
+            if part[-1, 2] > 0:  # on a GPU this waits
+                raise ValueError(
+                    "observe: another rank refused its values or could not compute them; its error says why"
+                )
+        self._sums = self._sums + part
+        return part, self._sums
+
+    @property
+    def _world(self) -> int:
+        """Data-parallel wrappers average gradients over the ranks; the weights already divide by the responses of all of them."""
+        return dist.get_world_size(self.process_group) if self.process_group is not None else 1
+
+    def _check_names(self, values: Mapping[str, Any]) -> None:
+        unknown = sorted(set(values) - set(self.index))
+        if unknown or not values:
+            raise ValueError(
+                f"observe: wanted values for constraints among {sorted(self.index)}, got {unknown or 'none'}"
+            )
+
+    def _table(self, values: Values) -> Tensor:
+        """(n, R) float64, NaN where missing."""
+        self._check_names(values)
+        columns: dict[str, Tensor] = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                columns[name] = self._finite(name, value.detach())
+            else:
+                given = torch.tensor([math.nan if v is None else float(v) for v in value], dtype=torch.float64)
+                absent = torch.tensor([v is None for v in value], dtype=torch.bool)
+                columns[name] = self._finite(name, given, absent)
+        sizes = {name: len(column) for name, column in columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"observe: every constraint needs one value per response, got {sizes}")
+        missing = torch.full((next(iter(sizes.values())),), math.nan, dtype=torch.float64, device=self.device)
+        return torch.stack([columns.get(constraint.name, missing) for constraint in self.constraints], dim=1)
+
+    def _finite(self, name: str, column: Tensor, absent: Tensor | None = None) -> Tensor:
+        """(n,) float64 on the estimates' device; a NaN or inf is an error, or dropped and counted where that was asked for."""
+        if column.ndim != 1:
+            raise ValueError(
+                f"observe: values of constraint {name!r} must be (n,), one per response, got {tuple(column.shape)}"
+            )
+        bad = ~column.isfinite() if absent is None else ~column.isfinite() & ~absent
+        if self.drop_nonfinite:
+            self.dropped[self.index[name]] += bad.sum().to(self.device)
+            column = column.double().masked_fill(bad, math.nan)
+        elif bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"observe: {self.constraints[self.index[name]].where}: row {row} is {column[row].item()}; "
+                'pass None to exclude a response, or use L3MOptimizer(nonfinite="drop")'
+            )
+        return column.to(self.device, torch.float64)

@@ -1,0 +1,127 @@
+"""`l3ms certify` and `l3ms check`: their options. torch is imported when they have been read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Allow importing the reward functions that the configuration names.")
+]
+
+CERTIFY_HELP = """Say whether a run meets its constraints: from fresh responses to held-out prompts, with a stated probability of error.
+
+Each bound gets a one-sided confidence bound of the mean, and with all of them together no verdict is wrong with probability 1 - delta.
+
+\b
+    SATISFIED     the confidence bound is within the bound   exit 0, if all are
+    VIOLATED      the opposite one is beyond it              exit 3, if any is
+    INCONCLUSIVE  neither: it says how many more samples     exit 4
+
+\b
+    l3ms certify out/short
+    l3ms certify out/short --samples 4096 --delta 0.01 --prompts more.jsonl
+    l3ms certify out/short --prices             # and what each bound costs the task
+
+[bold]How bounds are made[/bold] is fixed before sampling: Clopper-Pearson for values of 0 and 1 (chance constraints), empirical Bernstein \
+where the range of the values is known and narrow enough for the number of samples, Student's t otherwise. The first two hold for any \
+number of samples, the last one as it grows. The range of a length is [1, train.max_new_tokens]; --range declares that of a reward.
+
+More samples than held-out prompts are several responses per prompt; they do not count as independent.
+"""
+
+CHECK_HELP = """Try CONFIG without training: load everything, sample a few responses, time one iteration. Nothing is written.
+
+For each constraint: the range of its rewards, values that are missing or not finite, where the untrained model stands, the probability \
+that it is feasible already, and the share of responses that are within the bounds singly. Then the time and memory that the run will take.
+
+\b
+    l3ms check short.yaml
+    l3ms check short.yaml --samples 256 --json check.json
+
+Exit code 2, and the field, for whatever would stop [bold]l3ms train[/bold].
+"""
+
+
+def certify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="average or last.")] = "average",
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Responses; default: one to each held-out prompt, at most 1024.", show_default=False),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Probability that any verdict is wrong, at most.")] = 0.05,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Prompts, instead of the run's held-out rows.", show_default=False),
+    ] = None,
+    method: Annotated[str, typer.Option(help="auto, bernstein or t.")] = "auto",
+    reward_range: Annotated[
+        list[str] | None,
+        typer.Option("--range", metavar="NAME=LOW,HIGH", help="Range of a constraint's values; may be repeated."),
+    ] = None,
+    prices: Annotated[
+        bool, typer.Option("--prices", help="What each bound costs the task, from probe gradients.")
+    ] = False,
+    probes: Annotated[int, typer.Option(min=32, help="Responses, and task rows, for the prices.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The certificate; default: RUN/certificate.json.", show_default=False),
+    ] = None,
+    allow_code: AllowCode = False,
+    debug: Debug = False,
+) -> int:
+    """Options to `CertifyOptions`; the exit code says the verdict."""
+    from l3ms.verdicts.certifying import EXIT_CODES, CertifyOptions
+    from l3ms.verdicts.certifying import certify as execute
+
+    options = CertifyOptions(
+        weights=weights, samples=samples, delta=delta, prompts=prompts, seed=seed, method=method,
+        ranges=dict(map(_range, reward_range or [])), json=json, allow_code=allow_code, prices=prices, probes=probes,
+    )  # fmt: skip
+    return EXIT_CODES[execute(run, options, console=_console())["verdict"]]
+
+
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", show_default=False)],
+    samples: Annotated[int, typer.Option(min=2, help="Responses of the untrained model.")] = 64,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was found.", show_default=False)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="As in train: an earlier run in the output folder is no obstacle.")
+    ] = False,
+    allow_code: AllowCode = False,
+    debug: Debug = False,
+) -> None:
+    from l3ms.config.run_config import load_config
+    from l3ms.config.yaml_reader import ConfigError
+    from l3ms.verdicts.checking import check as execute
+
+    if json is not None and not json.parent.is_dir():
+        raise ConfigError("--json", f"no such folder: {json.parent}")
+    settings = load_config(config)
+    execute(settings, samples=samples, json=json, overwrite=overwrite, allow_code=allow_code, console=_console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _range(text: str) -> tuple[str, tuple[float, float]]:
+    from l3ms.config.yaml_reader import ConfigError
+
+    name, _, values = text.partition("=")
+    try:
+        low, high = (float(value) for value in values.split(","))
+    except ValueError:
+        raise ConfigError("--range", f"wanted NAME=LOW,HIGH, got {text!r}") from None
+    if not (name and math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError("--range", f"wanted NAME=LOW,HIGH with LOW below HIGH, got {text!r}")
+    return name, (low, high)

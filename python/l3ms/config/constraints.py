@@ -1,0 +1,139 @@
+"""The `constraints:` of a configuration, one section per kind; `type` says which."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from l3ms.config.data import DataConfig
+from l3ms.config.sections import Count, Name, NonNegative, Positive, Section, Text
+from l3ms.constraints import rewards
+from l3ms.constraints.constraint import BOUNDING
+
+
+class Bounded(Section):
+    """Bounds on the mean of a reward, in its own units (tokens, points, nats); at least one of `min`, `max`."""
+
+    min: float | None = None
+    max: float | None = None
+    scale: Positive | None = None  # native units per 1.0 of the barrier; default: mid-range, or max(|bound|, 1)
+    margin: NonNegative | None = None  # kept inside the bound; default: 2 standard errors of the estimate
+    monitor: bool = False  # only measured: no bounds, and no part in the training
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Bounded:
+        if self.monitor:
+            for option in BOUNDING:
+                if getattr(self, option) is not None:
+                    raise ValueError(f"{option} is for a constraint, and a monitor bounds nothing")
+        elif self.min is None and self.max is None:
+            raise ValueError("give min, max or both: a constraint without a bound constrains nothing")
+        if self.min is not None and self.max is not None and not self.min < self.max:
+            raise ValueError(f"min must be below max, got min {self.min:g} and max {self.max:g}")
+        return self
+
+
+class Sampled(Bounded):
+    """On the model's own responses. With `threshold` the bounds are on the share of responses whose reward is at least that."""
+
+    threshold: float | None = None
+
+    @model_validator(mode="after")
+    def _check_probabilities(self) -> Sampled:
+        for side in ("min", "max"):
+            bound = getattr(self, side)
+            if self.threshold is not None and bound is not None and not 0 <= bound <= 1:
+                raise ValueError(f"{side} must be in [0, 1], since with a threshold it is a probability, got {bound:g}")
+        return self
+
+
+class LengthConfig(Sampled):
+    """Mean response length in tokens, the end-of-sequence token included."""
+
+    type: Literal["length"]
+    name: Name = "length"
+
+    @model_validator(mode="after")
+    def _check_reachable(self) -> LengthConfig:
+        if self.threshold is None and self.max is not None and self.max <= 1:
+            raise ValueError(f"max must be above 1 token (a response has at least its end token), got {self.max:g}")
+        return self
+
+
+class FunctionConfig(Sampled):
+    """Mean of a reward function of your own, `f(prompts, completions, **kwargs) -> list[float]`, as in TRL."""
+
+    type: Literal["function"]
+    name: Name
+    function: Text  # "file.py:name" or "module:name"; imported only with --allow-code
+
+    @model_validator(mode="after")
+    def _check_function(self) -> FunctionConfig:
+        source, _, name = self.function.rpartition(":")
+        if not source or not name.isidentifier():
+            raise ValueError(f'function must be "file.py:name" or "module:name", got {self.function!r}')
+        return self
+
+
+class RewardModelConfig(Sampled):
+    """Mean score of a sequence classifier. Code that comes with a checkpoint is never run."""
+
+    type: Literal["reward_model"]
+    name: Name
+    model: Text  # folder, or hub id
+    head: Annotated[int, Field(ge=0)] = 0  # which output is the score
+    squash: Literal["tanh", "sigmoid"] | None = None  # of the score
+    batch_size: Count = 16
+    max_length: Annotated[int, Field(ge=2)] | None = None  # tokens; longer texts lose their beginning
+    chat_template: Literal["auto", True, False] = "auto"
+
+
+class DataNLLConfig(Bounded):
+    """Mean loss on a second data set, nats per token: no sampling."""
+
+    type: Literal["data_nll"]
+    name: Name
+    data: DataConfig
+    batch_size: Count = 8  # rows per constraint half-step
+
+
+class KLConfig(Sampled):
+    """Divergence from a frozen reference, nats per response."""
+
+    type: Literal["kl"]
+    name: Name = "kl"
+    reference: Text | None = None  # folder, or hub id; default: the model that the run starts from
+    per_token: bool = False
+    batch_size: Count = 16
+
+
+class ReadyRewardConfig(Sampled):
+    """Mean of a ready-made reward of `l3ms.rewards`, with the options that it has."""
+
+    type: Literal["reward"]
+    name: Name
+    reward: Literal["avoids", "contains", "distinct_n", "ends_with", "ends_with_eos", "matches", "readability"]
+    words: Annotated[list[Text], Field(min_length=1)] | None = None  # contains, avoids
+    text: Text | None = None  # ends_with
+    pattern: Text | None = None  # matches: a regular expression
+    full: bool | None = None  # matches: all of the response
+    n: Count | None = None  # distinct_n
+    unit: Literal["words", "tokens"] | None = None  # distinct_n
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the reward that were given."""
+        names = set(type(self).model_fields) - set(Sampled.model_fields) - {"type", "name", "reward"}
+        return {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _check_options(self) -> ReadyRewardConfig:
+        rewards.make(self.reward, self.options)
+        return self
+
+
+ConstraintConfig = Annotated[
+    LengthConfig | FunctionConfig | RewardModelConfig | DataNLLConfig | KLConfig | ReadyRewardConfig,
+    Field(discriminator="type"),
+]

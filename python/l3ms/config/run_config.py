@@ -1,0 +1,251 @@
+"""The YAML of `l3ms train`, as frozen pydantic models.
+
+`load_config(path, overrides)` reads the file, applies `--train.learning-rate 1e-5` style overrides, resolves paths and
+returns a `RunConfig`. Whatever is wrong comes out as one `ConfigError` that names the full dotted field. Paths written
+in the file are relative to the file's folder; paths given by a flag are relative to the current folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from l3ms.config.constraints import ConstraintConfig, FunctionConfig, LengthConfig
+from l3ms.config.data import DataConfig
+from l3ms.config.errors import explain, models_in, type_of
+from l3ms.config.sections import Count, NonNegative, Positive, Section, Share, Text
+from l3ms.config.watch import WatchConfig
+from l3ms.config.yaml_reader import ConfigError, parse_yaml, read_yaml
+
+__all__ = ["ConfigError", "DataConfig", "RunConfig", "load_config"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of the full weights (needs `peft`)."""
+
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[Text] = "all-linear"
+
+
+class TrainConfig(Section):
+    """How the constrained problem is solved; one iteration is a task half-step and a constraint half-step."""
+
+    # none: plain supervised fine-tuning; the others are what the barrier is compared with
+    solver: Literal["barrier", "dual_ascent", "augmented_lagrangian", "penalty", "none"] = "barrier"
+    dual_rate: Positive = 0.5  # of dual_ascent and augmented_lagrangian: multiplier per step and unit of violation
+    penalty: Positive = 5.0  # weight of penalty; multiplier per unit of violation of augmented_lagrangian
+    iterations: Count = 200
+    batch_size: Count = 8  # task sequences per backward pass
+    gradient_accumulation: Count = 1  # backward passes per task half-step
+    constraint_batch_size: Annotated[int, Field(ge=2)] = 32  # sampled responses per constraint half-step
+    learning_rate: Positive = 1e-5
+    # a momentum of 0.9 makes the constraints' pressure late, and the mean swings (experiments/ablations)
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.5, 0.95)
+    weight_decay: NonNegative = 0.0
+    warmup: Annotated[int, Field(ge=0)] | None = None  # iterations; default: a tenth of the run, at most 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of learning_rate, at the end
+    max_grad_norm: Positive = 1.0
+    max_new_tokens: Annotated[int, Field(ge=2)] = 256
+    temperature: Positive = 1.0
+    mu: Literal["auto", "paper"] = "auto"  # auto: a decay to the noise floor of the estimates
+    mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
+    half_steps: Literal["alternating", "joint"] = "alternating"  # joint: one step on the sum, clipped as a whole
+    clipping: Literal["adaptive", "separate"] = "adaptive"  # adaptive: the task steps less while a bound is violated
+    length_norm: Literal["mean", "sequence", "none"] = "mean"
+    nonfinite: Literal["raise", "drop"] = (
+        "raise"  # a reward that is NaN or inf: stop, or leave the response out and count it
+    )
+    save_steps: Count | None = 50  # iterations between checkpoints, the newest two of which are kept until the run ends
+    average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    autocast: bool = False  # bfloat16 activations over float32 weights (GPU)
+    activation_checkpointing: bool = False  # less memory, a second forward
+    device: Literal["auto", "cpu"] = "auto"
+    lora: LoraConfig | None = None
+
+
+class EvaluateConfig(Section):
+    """Fresh samples on held-out prompts, after training (and before, with `initial`)."""
+
+    samples: Annotated[int, Field(ge=2)] = 512
+    batch_size: Count = 64
+    initial: bool = True
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """Everything that fixes a run."""
+
+    model: Text  # folder, or hub id of a causal language model
+    output: Text  # run folder
+    data: DataConfig
+    constraints: list[ConstraintConfig] = Field([])
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    watch: WatchConfig | None = WatchConfig()  # null: the run is not watched
+    logging: LoggingConfig = LoggingConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trust_remote_code: bool = False
+
+    @property
+    def runs_code(self) -> dict[str, str]:
+        """Field -> what it would import: everything in this file that runs somebody's code, for `--allow-code`."""
+        items = enumerate(self.constraints)
+        code = {f"constraints.{i}.function": item.function for i, item in items if isinstance(item, FunctionConfig)}
+        return code | ({"trust_remote_code": f"the code of {self.model}"} if self.trust_remote_code else {})
+
+
+def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None) -> RunConfig:
+    """Read, override, resolve and validate; `overrides` are (dotted field, value) pairs, as from `parse_override`.
+
+    Raises `ConfigError` naming the field (or the file).
+    """
+    path = Path(path)
+    values = _resolve_paths(read_yaml(path), path.resolve().parent)
+    for field, value in overrides or []:
+        _assign(values, field, value)
+    values = _resolve_paths(values, Path.cwd())
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, RunConfig) from None
+    _check_across(config)
+    return config
+
+
+def parse_override(flag: str, text: str) -> tuple[str, Any]:
+    """`--train.learning-rate`, `1e-5` -> (`train.learning_rate`, 1e-05): YAML if it can be read so, else text."""
+    field = flag.removeprefix("--").replace("-", "_")
+    try:
+        return field, parse_yaml(text)
+    except ConfigError:
+        return field, text
+
+
+def list_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted field, default) of every field, as flags and file know them; a constraint's section is `constraints.N`, with the types
+    that have the field where not all do."""
+    for name, info in model.model_fields.items():
+        sections = list(models_in(info.annotation))
+        if name == "constraints":
+            yield from _constraint_fields(sections)
+        else:
+            for section in sections[:1]:
+                yield from list_fields(section, f"{prefix}{name}.")
+        if not sections:
+            default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True)
+            yield f"{prefix}{name}", default.removesuffix("...\n").strip()
+
+
+def _constraint_fields(sections: list[type[BaseModel]]) -> Iterator[tuple[str, str]]:
+    found: dict[str, dict[str, list[str]]] = {}  # field -> default -> types
+    for section in sections:
+        for field, default in list_fields(section):
+            found.setdefault(field, {}).setdefault(default, []).append(type_of(section))
+    for field, defaults in found.items():
+        everywhere = [len(types) == len(sections) for types in defaults.values()] == [True]
+        texts = [f"{default} ({', '.join(types)})" for default, types in defaults.items()]
+        yield f"constraints.N.{field}", next(iter(defaults)) if everywhere else "; ".join(texts)
+
+
+def _check_across(config: RunConfig) -> None:
+    """Rules that involve two sections."""
+    if config.train.solver != "none" and all(item.monitor for item in config.constraints):
+        only = " that is no monitor" if config.constraints else ""
+        raise ConfigError(
+            "constraints",
+            f"solver {config.train.solver!r} needs at least one constraint{only}; or set train.solver: none",
+        )
+    if config.train.warmup is not None and config.train.warmup >= config.train.iterations:
+        raise ConfigError(
+            "train.warmup", f"must be below train.iterations ({config.train.iterations}), got {config.train.warmup}"
+        )
+    seen: set[str] = set()
+    for index, item in enumerate(config.constraints):
+        if item.name in seen:
+            raise ConfigError(f"constraints.{index}.name", f"{item.name!r} is used twice; names must differ")
+        seen.add(item.name)
+        if isinstance(item, LengthConfig):
+            option = "min" if item.threshold is None else "threshold"
+            value, longest = getattr(item, option), config.train.max_new_tokens
+            # Of those that are cut at the limit a share can be bounded; a mean of all at the limit cannot
+            if value is not None and (value > longest or (option == "min" and value == longest)):
+                wanted = "below" if option == "min" else "at most"
+                raise ConfigError(
+                    f"constraints.{index}.{option}",
+                    f"must be {wanted} train.max_new_tokens ({longest}), got {value:g}: no response can be that long",
+                )
+
+
+def _assign(values: dict[str, Any], field: str, value: Any) -> None:
+    """Set `values` at the dotted path, creating sections; an index one past the end appends a constraint."""
+    parts = field.split(".")
+    here: Any = values
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[: depth + 1])
+        last = depth == len(parts) - 1
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) > len(here):
+                raise ConfigError(where, f"wanted an index from 0 to {len(here)}")
+            if int(part) == len(here):
+                here.append({})
+            key: Any = int(part)
+        elif isinstance(here, dict):
+            key = part
+            if not last and here.get(key) is None:
+                here[key] = [] if parts[depth + 1].isdecimal() else {}
+        else:
+            raise ConfigError(where, f"cannot set a field inside {here!r}")
+        if last:
+            here[key] = value
+        else:
+            here = here[key]
+
+
+def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the paths in `values` absolute: `output` always, the others when they exist or look like a path."""
+
+    def resolve(text: Any, *, always: bool = False) -> Any:
+        if not isinstance(text, str) or not text or "\0" in text:
+            return text
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError:  # ~somebody who is not there
+            return text
+        full = path if path.is_absolute() else base / path
+        looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
+        try:
+            return str(full.resolve()) if always or looks_local or full.exists() else text
+        except OSError:  # a name that no file system takes
+            return text
+
+    values["output"] = resolve(values.get("output"), always=True)
+    values["model"] = resolve(values.get("model"))
+    values = {key: value for key, value in values.items() if value is not None or key not in {"output", "model"}}
+    data = values.get("data")
+    if isinstance(data, dict):
+        values["data"] = data | {key: resolve(data[key]) for key in ("train", "evaluation") if key in data}
+    constraints = values.get("constraints")
+    for item in constraints if isinstance(constraints, list) else []:
+        if not isinstance(item, dict):
+            continue
+        item.update({key: resolve(item[key]) for key in ("model", "reference") if key in item})
+        if isinstance(item.get("data"), dict):
+            item["data"].update(
+                {key: resolve(item["data"][key]) for key in ("train", "evaluation") if key in item["data"]}
+            )
+        if isinstance(item.get("function"), str) and ":" in item["function"]:
+            source, _, name = item["function"].rpartition(":")
+            item["function"] = f"{resolve(source)}:{name}" if source.endswith(".py") else item["function"]
+    return values

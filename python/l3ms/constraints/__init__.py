@@ -1,0 +1,4 @@
+"""What the model's behaviour must satisfy, a kind of constraint a file; `constraint` has what all of them share.
+
+Functions and ready-made `rewards`, a `reward_model`, the loss on other data (`data_nll`), a `divergence` from a frozen `reference_model`.
+"""

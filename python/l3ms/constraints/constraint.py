@@ -1,0 +1,255 @@
+"""What the model's own behaviour must satisfy, in native units (tokens, reward points).
+
+A kind of constraint says where its values come from: `call` (prompts and completions, as in TRL), or `ask` where it needs the rollout and
+the model. What is common to all stands here: the bounds, the checks of what came back, and the indicator of a chance constraint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from l3ms.constraints.async_rewards import begin, wait
+
+if TYPE_CHECKING:
+    from l3ms.rollouts.sampling import Rollout
+
+Rewards = Sequence[float | None]
+Reward = Callable[..., Rewards | Awaitable[Rewards]]
+
+BOUNDING = ("min", "max", "scale", "margin")  # the options that a monitor has no use for
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Bounds on the mean of a reward over the model's own responses: `min <= E[r] <= max`.
+
+    Args:
+        name: how it appears in metrics (`constraints/<name>/...`) and in errors.
+        function: TRL's reward signature, `(prompts, completions, **columns) -> list[float]`, one value per response; `None` in the list
+            excludes that response. May be asynchronous (return an awaitable): those of a rollout run at the same time. Without
+            `**columns` it gets the ones it names. Without a function the values come through `L3MOptimizer.observe` or `.barrier_loss`.
+        min, max: bounds in native units; at least one.
+        threshold: makes it a chance constraint, `min <= P(r >= threshold) <= max`: the reward is replaced by 1 where it is at least the
+            threshold and 0 elsewhere, and the bounds are probabilities.
+        scale: native units per 1.0 of the dimensionless constraint; by default the middle of [min, max], or max(|bound|, 1) for one
+            bound, and 1 for a probability. It sets how a violation here weighs against one of another constraint.
+        margin: how far inside the bound to settle, in native units; by default 2 standard errors of the estimate, at most a quarter of
+            the range, since a barrier whose mu has decayed settles at the bound itself.
+        monitor: only measure it: its estimate is logged beside those of the constraints, and it has no part in the training. It takes no
+            min, max, scale or margin.
+
+    Raises:
+        ValueError: no bound, or one of a monitor, min > max, a bound that is not finite, scale <= 0, a margin that leaves no room; a
+            threshold with a bound that is no probability, or where there is no function to apply it to.
+    """
+
+    name: str
+    function: Reward | None = None
+    min: float | None = field(default=None, kw_only=True)
+    max: float | None = field(default=None, kw_only=True)
+    scale: float | None = field(default=None, kw_only=True)
+    margin: float | None = field(default=None, kw_only=True)
+    threshold: float | None = field(default=None, kw_only=True)
+    monitor: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        where = f"constraint {self.name!r}"
+        if not self.name or "/" in self.name:
+            raise ValueError(f"{where}: name must be a non-empty text without '/'")
+        if self.monitor:
+            for option in BOUNDING:
+                if getattr(self, option) is not None:
+                    raise ValueError(f"{where}: {option} is for a constraint, and a monitor bounds nothing")
+        elif self.min is None and self.max is None:
+            raise ValueError(f"{where}: give min, max or both")
+        for option in ("min", "max", "scale", "margin", "threshold"):
+            value = getattr(self, option)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{where}: {option} must be a finite number, got {value}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"{where}: min must be at most max, got min {self.min:g} > max {self.max:g}")
+        if self.threshold is not None:
+            for side, bound in (("min", self.min), ("max", self.max)):
+                if bound is not None and not 0 <= bound <= 1:
+                    raise ValueError(f"{where}: {side} is a probability with a threshold, in [0, 1], got {bound:g}")
+            if not self.samples:
+                raise ValueError(f"{where}: threshold needs a function, or a kind that samples responses")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"{where}: scale must be positive, got {self.scale:g}")
+        if self.margin is not None and (self.margin < 0 or (self.margin > 0 and 2 * self.margin >= self.width)):
+            raise ValueError(f"{where}: margin must be >= 0 and less than half of the range, got {self.margin:g}")
+
+    @property
+    def width(self) -> float:
+        """max - min in native units, inf for a one-sided constraint."""
+        return math.inf if self.min is None or self.max is None else self.max - self.min
+
+    @property
+    def unit(self) -> float:
+        """Native units per 1.0 of the dimensionless constraint."""
+        if self.scale is not None:
+            return self.scale
+        if self.threshold is not None or self.monitor:
+            return 1.0
+        if self.min is not None and self.max is not None:
+            # A range around 0 has no middle to speak of: its half-width then.
+            return max(abs(self.min + self.max) / 2, self.width / 2) or 1.0
+        return max(abs(self.max if self.min is None else self.min), 1.0)  # type: ignore[arg-type]
+
+    def rows(self, reward: int) -> list[tuple[int, float, float, float, float, float, float]]:
+        """One-sided constraints on reward number `reward`, lower bound first: the rows of `l3m_kernels.Bounds`."""
+        margins = (0.0, 2.0, self.width / 4) if self.margin is None else (self.margin, 0.0, math.inf)
+        sides = ((-1.0, self.min), (1.0, self.max))
+        return [(reward, sign, float(bound), self.unit, *margins) for sign, bound in sides if bound is not None]
+
+    @property
+    def samples(self) -> bool:
+        """Whether its values come from the model's responses by themselves (a function, or the length)."""
+        return self.function is not None
+
+    @property
+    def data(self) -> bool:
+        """Whether its values are a loss on a data set of its own, which needs no responses."""
+        return False
+
+    @property
+    def where(self) -> str:
+        """How errors name it: with its function, where there is one."""
+        function = (
+            "" if self.function is None else f": {getattr(self.function, '__name__', type(self.function).__name__)}"
+        )
+        return f"constraint {self.name!r}{function}"
+
+    def prepare(self, model: Any) -> None:
+        """Called once with the model before it is trained; kinds that compare with it keep what they need."""
+
+    # ---- where the values come from: what a kind overrides ----
+
+    def call(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> Rewards | Awaitable[Rewards]:
+        """What the function returns, not checked: n values, or an awaitable of them."""
+        if self.function is None:
+            raise ValueError(
+                f"constraint {self.name!r} has no function; give its values to observe() or barrier_loss()"
+            )
+        return self.function(prompts=prompts, completions=completions, **_accepted(self.function, columns))
+
+    def ask(self, rollout: Rollout, model: Any = None) -> Rewards | Awaitable[Rewards]:
+        """As `call`, of a rollout; `model` is the policy that it was sampled from."""
+        return self.call(rollout.prompts, rollout.completions, rollout.host_lengths, **rollout.reward_columns())
+
+    # ---- the values ----
+
+    def measure(self, rollout: Rollout, model: Any = None) -> list[float | None]:
+        """One value per response of a rollout, NaN and inf let through; 0 or 1 with a threshold.
+
+        Raises:
+            ValueError: a wrong number of values, or a value that is no number: names the function and row.
+        """
+        return self.indicator(self.checked(wait(begin(self.ask(rollout, model))), len(rollout)))
+
+    def rewards(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        """The reward of each response (1 or 0 with a threshold), checked.
+
+        Raises:
+            ValueError: no function, a wrong number of values, a value that is no number or not finite: names the function and row.
+        """
+        values = self.values(prompts, completions, lengths, **columns)
+        for row, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{self.where}: row {row} is {value}; return None to exclude a response")
+        return self.indicator(values)
+
+    def values(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        """The rewards themselves, before a threshold, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
+        return self.checked(wait(begin(self.call(prompts, completions, lengths, **columns))), len(completions))
+
+    def indicator(self, values: Sequence[float | None]) -> list[float | None]:
+        """1 where a value is at least the threshold, else 0; as they are without a threshold, and where missing or not finite."""
+        if self.threshold is None:
+            return list(values)
+        return [v if v is None or not math.isfinite(v) else float(v >= self.threshold) for v in values]
+
+    def checked(self, values: Any, count: int) -> list[float | None]:
+        """What a function returned, as a list of `count` numbers.
+
+        Raises:
+            ValueError: no list, a wrong number of values, or a value that is no number: names the function and row.
+        """
+        what = self.where
+        try:
+            values = list(values)
+        except TypeError:
+            raise ValueError(f"{what} must return a list of {count} numbers, got {type(values).__name__}") from None
+        if len(values) != count:
+            raise ValueError(f"{what} must return one number per response, wanted {count}, got {len(values)}")
+        return [_number(what, row, value) for row, value in enumerate(values)]
+
+
+def _number(what: str, row: int, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}: row {row} is {value!r}, wanted a number or None") from None
+
+
+def _accepted(function: Reward, columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a function takes: all of them, or those it names where it has no `**columns`."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables in C have no signature
+        return columns
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return columns
+    named = {parameter.name for parameter in parameters}
+    return {name: value for name, value in columns.items() if name in named}
+
+
+class Length(Constraint):
+    """Bounds on the mean response length in tokens, the closing EOS included; with a threshold on the share of responses of at least
+    that many tokens."""
+
+    def __init__(
+        self,
+        min: float | None = None,
+        max: float | None = None,
+        *,
+        scale: float | None = None,
+        margin: float | None = None,
+        threshold: float | None = None,
+        monitor: bool = False,
+        name: str = "length",
+    ):
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    def call(
+        self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        return [float(length) for length in lengths]
+
+
+def check_constraints(constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
+    """The constraints as a tuple; ValueError for a wrong type or a name used twice."""
+    seen: set[str] = set()
+    for item in constraints:
+        if not isinstance(item, Constraint):
+            raise ValueError(f"constraints must be l3ms.Constraint objects, got {type(item).__name__}")
+        if item.name in seen:
+            raise ValueError(f"constraints: the name {item.name!r} is used twice")
+        seen.add(item.name)
+    return tuple(constraints)

@@ -1,0 +1,280 @@
+"""Constraints that compare the model with something else: its loss on other data (`DataNLL`), and a frozen reference (`KL`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.reference_model import Reference
+from l3ms.model.batches import Collator
+from l3ms.model.heads import fuse_head
+from l3ms.model.losses import scored_lengths, shift, task_weights
+from l3ms.training.resuming import BatchOrder, PromptOrder
+
+if TYPE_CHECKING:
+    from l3ms.rollouts.sampling import Rollout
+
+Batch = dict[str, Tensor]
+Data = Sequence[dict[str, Any]] | Iterable[Batch]
+
+
+class Batches(Protocol):
+    """The batches of a `DataNLL` in the order of a run, and where in it the run is."""
+
+    def take(self) -> Batch: ...
+
+    def state(self) -> dict[str, int]: ...
+
+    def restore(self, state: dict[str, int]) -> None: ...
+
+
+class DataNLL(Constraint):
+    """Bounds on the mean loss on a second data set, `min <= E[-(1/|y|) log pi(y|x)] <= max`, nats per token: no sampling.
+
+    "Do not forget" is `DataNLL("general", rows, max=...)`, the bound a little above the loss of the model that one starts from.
+    `L3MTrainer` takes the next batch in each constraint half-step; in a loop of one's own give `sequence_nll(model, batch)` to
+    `barrier_loss`.
+
+    Args:
+        name: of the constraint.
+        loader: a list of rows {"input_ids", "labels"} (labels not shifted, -100 where not scored), taken `batch_size` at a time in a new
+            random order each time around; or an iterable of batches {"input_ids", "labels", "attention_mask"}, each (N, L), in its own
+            order, gone through again and again.
+        batch_size: rows per constraint half-step.
+        pad_token_id: fills up shorter rows of a batch; masked.
+        held_out: data of the same form that `evaluate` measures; by default that of `loader`.
+        min, max, scale, margin, monitor: as in `Constraint`, nats per token.
+
+    Raises:
+        ValueError: no rows, a row without a scored token, an iterable that can be gone through only once; or as `Constraint`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loader: Data,
+        *,
+        min: float | None = None,
+        max: float | None = None,
+        scale: float | None = None,
+        margin: float | None = None,
+        monitor: bool = False,
+        batch_size: int = 8,
+        pad_token_id: int = 0,
+        held_out: Data | None = None,
+    ):
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin, monitor=monitor)
+        if batch_size < 1:
+            raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
+        for argument, data in (("loader", loader), ("held_out", held_out)):
+            if data is not None:
+                _check_data(f"constraint {name!r}: {argument}", data)
+        own: dict[str, Any] = {"loader": loader, "held_out": loader if held_out is None else held_out}
+        for attribute, value in (own | {"batch_size": batch_size, "pad_token_id": pad_token_id}).items():
+            object.__setattr__(self, attribute, value)
+
+    loader: Data
+    held_out: Data
+    batch_size: int
+    pad_token_id: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataNLL:
+        return self  # nothing in it changes, and the data may be large
+
+    @property
+    def samples(self) -> bool:
+        return False
+
+    @property
+    def data(self) -> bool:
+        return True
+
+    def batches(self, *, seed: int = 0, rank: int = 0, world: int = 1) -> Batches:
+        """The batches of a run, from the beginning. Rows are shared among ranks; a loader's batches are taken to be this rank's."""
+        if not _is_rows(self.loader):
+            return BatchOrder(self.loader)
+        rows = PromptOrder(self.loader, seed=seed, rank=rank, world=world)
+        return _RowBatches(rows, self.batch_size, Collator(self.pad_token_id))
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> list[float]:
+        """The mean nll of each held-out sequence, nats per token, in eval mode."""
+        data, size = self.held_out, self.batch_size
+        collate = Collator(self.pad_token_id)
+        parts: Any = data
+        if _is_rows(data):
+            rows: Any = data
+            parts = (
+                collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+                for start in range(0, len(rows), size)
+            )
+        training = model.training
+        model.eval()
+        try:
+            return [value for batch in parts for value in sequence_nll(model, batch).tolist()]
+        finally:
+            model.train(training)
+
+
+class _RowBatches:
+    """Batches of rows in the order of `PromptOrder`."""
+
+    def __init__(self, rows: PromptOrder, size: int, collate: Collator):
+        self.rows, self.size, self.collate = rows, size, collate
+
+    def take(self) -> Batch:
+        return self.collate(self.rows.take(self.size))
+
+    def state(self) -> dict[str, int]:
+        return self.rows.state()
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.rows.restore(state)
+
+
+def sequence_nll(model: Any, batch: Batch) -> Tensor:
+    """-(1/|y|) log pi(y|x) of each sequence of a batch that has something scored: (n,) fp32, nats per token, for `barrier_loss`.
+
+    The fused head forms one gradient, that of the batch's mean, so only the mean of what is returned is differentiable rightly: each
+    value is its own, plus a zero that carries the mean's gradient.
+
+    Args:
+        model: with a fused head, see `fuse_head`.
+        batch: {"input_ids", "labels"} (N, L), labels not shifted, -100 where not scored; "attention_mask" (N, L).
+
+    Raises:
+        ValueError: nothing in the batch is scored.
+    """
+    length = scored_lengths(shift(batch["labels"]))
+    scored = int(length.sum())  # before the batch is moved: a GPU is not waited for
+    if not scored:
+        raise ValueError("sequence_nll: no label of the batch is scored")
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels") if name in batch}
+    count = None if isinstance(model, torch.nn.DataParallel) else scored
+    out = model(**inputs, seq_weight=task_weights(length).to(device), scored=count, use_cache=False)
+    kept = (length > 0).to(device)
+    values = (-out.sequence / length.to(device).clamp(min=1))[kept].detach()
+    return values if out.loss is None else values + (out.loss - out.loss.detach())
+
+
+class KL(Constraint):
+    """Bounds on the divergence of the policy from a frozen reference, `E_y~pi[log pi(y|x) - log pi_ref(y|x)] <= max`, nats per response.
+
+    The reward of a response is its log-likelihood ratio, at the temperature of the sampling, from the fused head. The reward depends on
+    the policy itself, which changes nothing: the gradient of E[r] is `E[(r - b) grad log pi] + E[grad r]`, and
+    `E[grad r] = E[grad log pi] = 0`.
+
+    Args:
+        max, min: nats per response, or per token; the divergence is never negative.
+        name: of the constraint.
+        reference: a transformers causal LM, or a folder or hub id of one; None is the model as it is when the training starts: with PEFT
+            the model with its adapters disabled, otherwise a copy. The trainer takes care of that; in a loop of one's own call
+            `prepare(model)` first.
+        per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
+            is not lowered by longer responses.
+        batch_size: responses scored at a time.
+        scale, margin, threshold, monitor: as in `Constraint`.
+
+    Raises:
+        ValueError: as `Constraint`; when it is measured without a model or a reference, or a reference cannot be loaded or has another
+            vocabulary.
+    """
+
+    def __init__(
+        self,
+        max: float | None = None,
+        *,
+        min: float | None = None,
+        name: str = "kl",
+        reference: Any = None,
+        per_token: bool = False,
+        batch_size: int = 16,
+        scale: float | None = None,
+        margin: float | None = None,
+        threshold: float | None = None,
+        monitor: bool = False,
+    ):
+        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
+        if batch_size < 1:
+            raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
+        object.__setattr__(self, "per_token", per_token)
+        object.__setattr__(self, "batch_size", batch_size)
+        object.__setattr__(self, "_reference", Reference(f"constraint {name!r}", reference))
+
+    per_token: bool
+    batch_size: int
+    _reference: Reference
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    def prepare(self, model: Any) -> None:
+        self._reference.prepare(model)
+
+    def call(self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any) -> Any:
+        raise ValueError(f"{self.where} needs the model: measure it with rollout.rewards(constraints, model)")
+
+    @torch.no_grad()
+    def ask(self, rollout: Rollout, model: Any = None) -> list[float]:
+        if model is None:
+            raise ValueError(f"{self.where} needs the model: rollout.rewards(constraints, model)")
+        policy = self._log_likelihood(model, rollout)
+        reference, block = self._reference.of(model)
+        with block:
+            ratio = policy - self._log_likelihood(reference, rollout)
+        return (ratio / (rollout.lengths.double().mean().to(ratio) if self.per_token else 1.0)).tolist()
+
+    def _log_likelihood(self, model: Any, rollout: Rollout) -> Tensor:
+        """(N,) float64, of the responses, in eval mode: as they were sampled."""
+        fuse_head(model)
+        widths = rollout.attention_mask.sum(1).tolist()
+        training = model.training
+        model.eval()
+        parts = []
+        for start in range(0, len(rollout), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            width = max(widths[part])
+            out = model(
+                input_ids=rollout.input_ids[part, :width],
+                attention_mask=rollout.attention_mask[part, :width],
+                labels=rollout.labels[part, :width],
+                seq_weight=torch.zeros(len(widths[part]), device=rollout.input_ids.device),
+                temperature=rollout.temperature,
+                scored=rollout.scored_in(part),
+                use_cache=False,
+            )
+            parts.append(out.sequence.double())
+        model.train(training)
+        return torch.cat(parts)
+
+
+def _is_rows(data: Any) -> bool:
+    """Rows of token lists, not batches (N, L)."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and getattr(data[0]["labels"], "ndim", 1) == 1
+
+
+def _check_data(where: str, data: Any) -> None:
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise ValueError(f"{where} must be rows or an iterable of batches, got {type(data).__name__}")
+    if isinstance(data, Iterator):
+        raise ValueError(f"{where} must be something that can be gone through again, got {type(data).__name__}")
+    if hasattr(data, "__len__") and not len(data):  # type: ignore[arg-type]
+        raise ValueError(f"{where} is empty")
+    if not hasattr(data, "__getitem__"):
+        return
+    for number, row in enumerate(data):
+        if not isinstance(row, dict) or not {"input_ids", "labels"} <= row.keys():
+            raise ValueError(f"{where}: row {number} must hold input_ids and labels")
+        if getattr(row["labels"], "ndim", 1) > 1:
+            return  # batches
+        if len(row["input_ids"]) != len(row["labels"]):
+            sizes = f"{len(row['input_ids'])} input_ids and {len(row['labels'])} labels"
+            raise ValueError(f"{where}: row {number} must have one label per token, got {sizes}")
+        if not any(label != -100 for label in row["labels"][1:]):
+            raise ValueError(f"{where}: row {number} has no scored token")

@@ -1,0 +1,21 @@
+"""What `pip install .` leaves out: a name or a command that needs more says in one line which extra brings it."""
+
+from __future__ import annotations
+
+# Top-level modules of the packages of the extra `train`, as pyproject.toml lists them.
+TRAIN = {
+    *("accelerate", "datasets", "matplotlib", "numpy", "peft", "pydantic", "rich", "safetensors", "tensorboard"),
+    *("tokenizers", "transformers", "typer", "yaml"),
+}
+
+
+def missing(what: str, error: BaseException | None) -> str | None:
+    """The line for an import that failed, or for one that it was raised from; None where that is no package of an extra."""
+    while error is not None:
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package in TRAIN:
+            return (
+                f'{what} needs {package}, which is not installed: pip install ".[train]" in the source tree brings it'
+            )
+        error = error.__cause__
+    return None

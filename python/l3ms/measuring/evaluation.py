@@ -1,0 +1,173 @@
+"""What a model does on held-out prompts: fresh samples and task perplexity, never the running estimates of its training."""
+
+import json
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.data_nll import DataNLL
+from l3ms.model.batches import Collator, further_columns, prompt_part
+from l3ms.model.heads import fuse_head
+from l3ms.model.losses import scored_lengths, shift
+from l3ms.rollouts.sampling import rollout
+
+Z95 = 1.959964  # of the normal distribution, two-sided 95%
+
+Progress = Callable[[int, int], None]  # (responses done, responses in all)
+
+
+class Evaluation(NamedTuple):
+    """One fresh response per row, and what they come to."""
+
+    summary: dict[
+        str, Any
+    ]  # {"length": {"mean", "ci95": [lo, hi], "p5", "p50", "p95"}, "ended", "perplexity", "samples"}
+    lengths: list[int]  # response tokens, the closing EOS included
+    completions: list[Any]
+    ended: list[bool]  # closed by EOS; a truncated response is not
+    rewards: dict[
+        str, list[float | None]
+    ]  # by constraint, one value per response; of a DataNLL per held-out row of its own
+
+
+def prompt_key(row: Mapping[str, Any]) -> str:
+    """Equal where the prompts are."""
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
+def half_width(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
+    """Half of the normal 95% interval of a mean; values of one group, such as responses to one prompt, may depend on each other."""
+    x = torch.tensor(values, dtype=torch.float64)
+    index: dict[Hashable, int] = {}
+    keys = [index.setdefault(key, len(index)) for key in (range(len(x)) if groups is None else groups)]
+    if len(index) == 1:  # of this prompt alone
+        keys = list(range(len(x)))
+    count = max(keys, default=0) + 1
+    if count < 2:
+        return math.inf
+    # n / N of each group's sum of deviations: independent, and their mean is that of all (the cluster-robust variance)
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, torch.tensor(keys), x - x.mean())
+    return Z95 * float((sums * count / len(x)).std()) / math.sqrt(count)
+
+
+def length_statistics(
+    lengths: Sequence[int] | Tensor, ended: Sequence[bool] | Tensor, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """Of n responses: mean length with its normal 95% interval, percentiles, and the share that ended with EOS. Tokens.
+
+    Args:
+        groups: n keys, equal where responses have the same prompt; default: no two have.
+
+    Raises:
+        ValueError: no response.
+    """
+    values = torch.as_tensor(lengths, dtype=torch.float64)
+    if not len(values):
+        raise ValueError("length_statistics: no responses")
+    mean = float(values.mean())
+    half = half_width(values.tolist(), groups)
+    percentiles = {f"p{p}": float(values.quantile(p / 100)) for p in (5, 50, 95)}
+    share = float(torch.as_tensor(ended, dtype=torch.float64).mean())
+    return {
+        "length": {"mean": mean, "ci95": [mean - half, mean + half], **percentiles},
+        "ended": share,
+        "samples": len(values),
+    }
+
+
+@torch.no_grad()
+def task_perplexity(
+    model: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 64, pad_token_id: int = 0
+) -> float:
+    """exp of the mean over rows of -(1/|y|) log pi(y|x): the length-normalised task loss, exponentiated.
+
+    Args:
+        rows: {"input_ids", "labels"}, labels not shifted, -100 where not scored.
+
+    Raises:
+        ValueError: no row has anything scored.
+    """
+    inner, collate = fuse_head(model), Collator(pad_token_id)
+    training = model.training
+    model.eval()
+    sequences, lengths = [torch.empty(0)], [torch.empty(0)]
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size])
+        lengths.append(scored_lengths(shift(batch["labels"])))  # on the host: where they were made
+        batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
+        nothing = torch.zeros(len(lengths[-1]), device=inner.device)  # weights 0: likelihoods alone
+        options = {"seq_weight": nothing, "scored": int(lengths[-1].sum()), "use_cache": False}
+        sequences.append(model(**batch, **options).sequence)
+    model.train(training)
+    length = torch.cat(lengths)
+    values = (-torch.cat([part.double().cpu() for part in sequences]) / length)[length > 0]
+    if not len(values):
+        raise ValueError("task_perplexity: no row has a scored token")
+    return math.exp(float(values.mean()))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    constraints: Sequence[Constraint] = (),
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Sample one response to the prompt of each row, measure it, and score the row's own response.
+
+    Args:
+        rows: {"input_ids", "labels", "prompt"} as the trainer takes them.
+        seed: of the samples; the global random state is left as it was.
+        batch_size: responses sampled at a time.
+        constraints: whose rewards the responses get, NaN and inf let through; those without a function are left out. A `DataNLL` is
+            measured on its held-out data, nats per token.
+    """
+    lengths: list[int] = []
+    ended: list[bool] = []
+    completions: list[Any] = []
+    rewards: dict[str, list[float | None]] = {}
+    per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            responses = rollout(
+                model,
+                tokenizer,
+                [row["prompt"] for row in part],
+                prompt_ids=[prompt_part(row) for row in part],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                columns=further_columns(part),
+            )
+            lengths += responses.lengths.tolist()
+            ended += responses.ended.tolist()
+            completions += responses.completions
+            for name, values in responses.rewards(constraints, model).items():
+                # divided by the mean length of the batch: by that of all responses, below
+                factor = float(responses.lengths.double().mean()) if name in per_token else None
+                rewards.setdefault(name, []).extend(
+                    values if factor is None else [None if value is None else value * factor for value in values]
+                )
+            if progress is not None:
+                progress(len(lengths), len(rows))
+        for constraint in constraints:
+            if isinstance(constraint, DataNLL):
+                fuse_head(model)
+                rewards[constraint.name] = list(constraint.evaluate(model))
+    for name in per_token:
+        mean = math.fsum(lengths) / len(lengths)
+        rewards[name] = [None if value is None else value / mean for value in rewards.get(name, [])]
+    summary = length_statistics(lengths, ended, [prompt_key(row) for row in rows])
+    summary["perplexity"] = task_perplexity(model, rows, pad_token_id=tokenizer.pad_token_id or 0)
+    return Evaluation(summary, lengths, completions, ended, rewards)

@@ -1,0 +1,4 @@
+"""A run from a YAML file: `loading` makes it of a configuration, `executing` takes it from there to a report in its `folder`.
+
+`data` and `user_rewards` are what it reads, `resuming` where it goes on, `report`, `figure` and `progress` what a person sees of it.
+"""

@@ -1,0 +1,138 @@
+"""The folder of a run: refused when it holds something, written piece by piece, each piece whole or not there.
+
+config.yaml  metrics.jsonl  tensorboard/  checkpoints/  model/  average/  report.json  report.png  certificate.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.report import finite, write_whole
+
+ARTEFACTS = (
+    "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
+    "report.png", "certificate.json", "demo_inputs",
+)  # fmt: skip
+
+
+def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, str] | None = None) -> None:
+    """Raise `ConfigError` unless a run may be written to `folder`; writes nothing.
+
+    `inputs` maps fields to paths the run reads: one that `--overwrite` would remove is refused.
+    """
+    try:
+        _check_folder(folder, overwrite)
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise ConfigError("output", f"{folder}: {error.strerror}") from None
+    for field, path in (inputs or {}).items():
+        if any(Path(path).is_relative_to(folder / name) for name in ARTEFACTS):
+            raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError("output", f"{folder} is not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        resume = ", --resume to go on with the run in it" if (folder / "checkpoints").is_dir() else ""
+        raise ConfigError(
+            "output", f"{folder} is not empty; choose another{resume}, or --overwrite to replace the run in it"
+        )
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        raise ConfigError("output", f"{folder} cannot be created: {parent} is not a folder that can be written to")
+
+
+def prepare_output(folder: Path, keep: Collection[str] = ()) -> None:
+    """Create the folder; what an earlier run left in it goes but for `keep`, other files stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in set(ARTEFACTS) - set(keep):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """`config.yaml` with every field resolved: `l3ms train FOLDER/config.yaml --output OTHER` is the same run again."""
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    write_whole(folder / "config.yaml", text)
+
+
+def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
+    """`folder/name` with safetensors weights and tokenizer; a full disk leaves no half of it."""
+    partial = folder / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class MetricsWriter(TrainerCallback):
+    """`metrics.jsonl`: one object per iteration, `{"iteration", "seconds", "loss", "constraints/...", ...}`."""
+
+    def __init__(self, path: Path, *, log: Sequence[Mapping[str, Any]] = ()):
+        """`log`: the log of a run that goes on, as its checkpoint has it; other lines of the file go, and the clock goes on."""
+        self.path = path
+        self.iterations = 0
+        self._row: dict[str, Any] = {}
+        kept = _rewrite(path, log) if log else 0.0
+        self.seconds_before = kept
+        self._start = time.monotonic() - kept
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        if self._row and self._row["iteration"] != state.global_step:
+            self.flush()
+        seconds = round(time.monotonic() - self._start, 3)
+        self._row |= {"iteration": state.global_step, "seconds": seconds, **logs}
+        if control.should_save:  # a line is in the file before the checkpoint that has it
+            self.flush()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.flush()
+
+    def flush(self) -> None:
+        """Append the iteration that was collected."""
+        if self._row:
+            line = json.dumps(finite(self._row), allow_nan=False)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+            self.iterations = self._row["iteration"]
+            self._row = {}
+
+
+def _rewrite(path: Path, log: Sequence[Mapping[str, Any]]) -> float:
+    """Make the lines of `metrics.jsonl` those of `log`, an entry per iteration, each at the time it had. -> the time of the last."""
+    times: dict[int, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            times[row["iteration"]] = row["seconds"]
+        except (ValueError, KeyError, TypeError):  # half a line, where the process was ended
+            continue
+    rows, seconds = [], 0.0
+    for entry in log:
+        if "loss" in entry:
+            seconds = times.get(entry["step"], seconds)
+            rest = {key: value for key, value in entry.items() if key != "step"}
+            rows.append({"iteration": entry["step"], "seconds": seconds, **rest})
+    write_whole(path, "".join(f"{json.dumps(finite(row), allow_nan=False)}\n" for row in rows))
+    return seconds

@@ -1,0 +1,234 @@
+"""What a run leaves to look at: `report.json`, `report.png`, and the tables in the terminal.
+
+A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, type, min, max, threshold}]`, `skipped_steps`,
+`mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
+`{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples"}`. The picture is drawn from
+`metrics.jsonl` (one object per iteration) and `report.json` alone, so `l3ms plot` can draw it again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l3ms.config.yaml_reader import ConfigError, read_yaml
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODELS = ("sft", "initial", "last", "average")
+
+
+def write_report(
+    folder: str | Path, report: Mapping[str, Any], lengths: Mapping[str, Iterable[int]] | None = None
+) -> Path:
+    """Write `report.json` and draw `report.png` in `folder`; returns the picture's path.
+
+    `lengths` maps a model's key ("sft", "average", ...) to the token counts of its sampled responses; they are kept in
+    the report as `length.histogram`, a list whose entry n is the number of responses of n tokens.
+    """
+    folder = Path(folder)
+    written = finite(report)
+    for key, values in (lengths or {}).items():
+        written.setdefault(key, {}).setdefault("length", {})["histogram"] = histogram(values)
+    write_json(folder / "report.json", written)
+    return plot_run(folder)
+
+
+def histogram(lengths: Iterable[int]) -> list[int]:
+    """`[number of responses of 0 tokens, of 1 token, ...]`, up to the longest."""
+    values = [int(length) for length in lengths]
+    counts = [0] * (max(values, default=-1) + 1)
+    for value in values:
+        counts[value] += 1
+    return counts
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (NaN and infinity become null), whole or not at all."""
+    write_whole(path, f"{json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False)}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whatever ends the process, a reader sees the old file or the new one, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """`value` with plain Python numbers, and None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "item"):  # numpy and torch scalars
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The iterations of a `metrics.jsonl`; a torn last line (a killed run) is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ConfigError(str(path), f"line {number} is not JSON") from None
+    return rows
+
+
+def plot_run(folder: str | Path) -> Path:
+    """Draw `report.png` from the folder's `metrics.jsonl` and `report.json` (an interrupted run has no report yet).
+
+    An optional `sft.jsonl` adds the baseline's task loss. Raises `ConfigError` when there is nothing to draw.
+    """
+    from l3ms.runs.figure import draw
+
+    folder = Path(folder)
+    try:
+        metrics = read_metrics(folder / "metrics.jsonl")
+    except FileNotFoundError:
+        raise ConfigError(str(folder), "is not a run folder: it has no metrics.jsonl") from None
+    if not metrics:
+        raise ConfigError(str(folder / "metrics.jsonl"), "holds no iterations yet")
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        report = {"constraints": _configured_bounds(folder / "config.yaml")}
+    except json.JSONDecodeError as error:
+        raise ConfigError(str(folder / "report.json"), f"is not JSON: {error.msg} at line {error.lineno}") from None
+    baseline = read_metrics(folder / "sft.jsonl") if (folder / "sft.jsonl").exists() else []
+    target = folder / "report.png"
+    partial = folder / ".report.partial.png"
+    try:
+        draw(metrics, report, baseline).savefig(partial, dpi=100)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _configured_bounds(path: Path) -> list[dict[str, Any]]:
+    """`{name, min, max}` of the constraints a run was started with, for the picture of one that did not end."""
+    items = read_yaml(path).get("constraints", []) if path.exists() else []
+    return [{key: item.get(key) for key in ("name", "type", "min", "max", "threshold")} for item in items]
+
+
+def is_mean_length(item: Mapping[str, Any]) -> bool:
+    """Whether a constraint is on the mean response length in tokens; `item` as in a report, one of the demo's without a type."""
+    kind = item.get("type") or ("length" if item["name"] == "length" else None)
+    return kind == "length" and item.get("threshold") is None
+
+
+def summary_table(report: Mapping[str, Any]) -> Table:
+    """The models of a report side by side: length with its 95% interval, percentiles, share ended, task perplexity."""
+    from rich import box
+    from rich.table import Table
+
+    style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
+    table = Table(title=_title(report), box=box.SIMPLE_HEAD, pad_edge=False, **style)
+    table.add_column("model", no_wrap=True)
+    for heading in ("length", "95% interval", "p5", "p50", "p95", "ended", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    items = report.get("constraints", [])
+    shown = next((item for item in items if is_mean_length(item)), None)  # in the columns of the length
+    extra = [item["name"] for item in items if item is not shown]
+    for name in extra:
+        table.add_column(name, justify="right")
+    bounds = report.get("bounds") or {}
+    for key in MODELS:
+        summary = report.get(key)
+        if not summary:
+            continue
+        length = summary["length"]
+        low, high = length["ci95"]
+        form = ".2f" if high < 100 else ".1f"
+        inside = _inside(length["mean"], bounds)
+        mean = f"{length['mean']:.2f}" if inside is None else f"[{'green' if inside else 'red'}]{length['mean']:.2f}[/]"
+        cells = [
+            model_label(key, report),
+            mean,
+            f"{low:{form}} to {high:{form}}",
+            *(f"{length[name]:.0f}" for name in ("p5", "p50", "p95")),
+        ]
+        cells += [f"{100 * summary['ended']:.1f}%", _number(summary.get("perplexity"), ".3f")]
+        rewards = summary.get("constraints", {})
+        cells += [_number((rewards.get(name) or {}).get("mean"), ".3g") for name in extra]
+        table.add_row(*cells)
+    samples = next((report[key]["samples"] for key in MODELS if report.get(key)), None)
+    if samples:
+        table.caption = f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
+    return table
+
+
+def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
+    """Responses to the same prompts side by side: `{"prompt", <model key>: response, ...}` per example."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(examples)
+    keys = [key for key in MODELS if any(key in row for row in rows)]
+    table = Table(title="Examples", title_style="bold", header_style="bold", show_lines=True, title_justify="left")
+    for heading in ("prompt", *(model_label(key) for key in keys)):
+        table.add_column(heading, overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(*(Text(_clip(row.get(key, ""))) for key in ("prompt", *keys)))
+    return table
+
+
+def model_label(key: str, report: Mapping[str, Any] | None = None) -> str:
+    """How a model of a report is called in tables and pictures."""
+    solver = solver_label(report)
+    return {"sft": "SFT", "initial": "before", "last": f"{solver} last", "average": f"{solver} averaged"}[key]
+
+
+def solver_label(report: Mapping[str, Any] | None = None) -> str:
+    """SFT, L3M, or the name of the solver that the barrier is compared with."""
+    solver = (report or {}).get("solver") or "barrier"
+    return {"none": "SFT", "barrier": "L3M"}.get(solver, solver.replace("_", " "))
+
+
+def bounds_text(minimum: float | None, maximum: float | None) -> str:
+    """`in [12, 16]`, `>= 12` or `<= 16`; empty without bounds."""
+    if minimum is not None and maximum is not None:
+        return f"in [{minimum:g}, {maximum:g}]"
+    if minimum is not None:
+        return f">= {minimum:g}"
+    return f"<= {maximum:g}" if maximum is not None else ""
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    constraints = report.get("constraints") or [{"name": "length", **(report.get("bounds") or {})}]
+    bounds = {item["name"]: bounds_text(item.get("min"), item.get("max")) for item in constraints}
+    wanted = [f"{name} {text}" for name, text in bounds.items() if text]
+    return f"Wanted: {', '.join(wanted) or 'the task alone'}".replace("[", r"\[")
+
+
+def _inside(value: float, bounds: Mapping[str, float | None]) -> bool | None:
+    low, high = bounds.get("min"), bounds.get("max")
+    if low is None and high is None:
+        return None
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _clip(text: str, limit: int = 400) -> str:
+    """For the terminal: not too long, and without the control characters (escape sequences) a model may have produced."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "·" for letter in text[:limit])
+    return text if len(text) < limit else f"{text[: limit - 1]}…"

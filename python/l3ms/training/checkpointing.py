@@ -1,0 +1,151 @@
+"""transformers' Trainer with checkpoints that are whole or not there, and hold no pickles.
+
+The files are transformers' own (weights and tokenizer as `from_pretrained` reads them, `trainer_state.json`), but for the state of
+optimizer, scheduler, gradient scaler and random numbers, which it would pickle: here they are JSON and safetensors. With FSDP and
+DeepSpeed optimizer and weights are in their formats, and whole or not there as well.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from l3ms.training import checkpoints
+from l3ms.training.state_trees import load_tree, random_state, save_tree, set_random_state
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointingTrainer(Trainer):
+    """`train(resume_from_checkpoint=True)` goes on from the newest valid checkpoint in `args.output_dir`, and says which are not valid.
+
+    A path is refused where its manifest does not fit; without a manifest (another trainer's) it is taken as it is.
+    """
+
+    _partial: Path | None = None  # where a checkpoint is being written
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(Path(self._get_output_dir(None))))
+        elif resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            if (folder / checkpoints.MANIFEST).exists():
+                wrong = checkpoints.problem(folder)
+                if wrong is not None:
+                    raise ValueError(f"{folder} is damaged: {wrong}")
+            else:
+                logger.warning("%s has no %s: it cannot be verified", folder, checkpoints.MANIFEST)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = Path(self._get_output_dir(trial))
+        name, state = f"checkpoint-{self.state.global_step}", self.state
+        best = None if state.best_global_step is None else place / f"checkpoint-{state.best_global_step}"
+        if self.args.should_save:
+            checkpoints.begin(place)
+        self.accelerator.wait_for_everyone()
+        self._partial = place / checkpoints.PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                written = self._partial / name
+                (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                (written / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+                if best is not None and (best.exists() or best.name == name):
+                    state.best_model_checkpoint = str(best)
+                    state.save_to_json(str(written / "trainer_state.json"))
+                checkpoints.seal(self._partial, name)
+                checkpoints.rotate(place, self.args.save_total_limit, keep=best)
+        except BaseException:
+            if self.args.should_save:
+                checkpoints.discard(place)
+            raise
+        finally:
+            self._partial = None
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(place / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not while it is being written: `_save_checkpoint` does it afterwards."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            for name, part in self._stateful.items():
+                save_tree(Path(output_dir), name, part.state_dict())
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler: Any = self.accelerator.scaler
+        if scaler is not None and self.args.should_save:
+            save_tree(Path(output_dir), "scaler", scaler.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_tree(Path(output_dir), f"random{self.rank_suffix}", random_state(self.args.device))
+
+    # ---- loading ----
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif (Path(checkpoint) / "optimizer.json").exists():
+            for name, part in self._stateful.items():
+                part.load_state_dict(load_tree(Path(checkpoint), name))
+        else:
+            logger.warning("%s has no state of the optimizer: it begins anew", checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler: Any = self.accelerator.scaler
+        if scaler is not None and checkpoint is not None and (Path(checkpoint) / "scaler.json").exists():
+            scaler.load_state_dict(load_tree(Path(checkpoint), "scaler"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        name = f"random{self.rank_suffix}"
+        if (Path(checkpoint) / f"{name}.json").exists():
+            set_random_state(load_tree(Path(checkpoint), name), self.args.device)
+        else:
+            rank = self.args.process_index
+            logger.warning("%s has no random state of rank %d: what follows is another run", checkpoint, rank)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # of a run that had ended; the Trainer would take one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    @property
+    def rank_suffix(self) -> str:
+        """Of the names of files of which each rank has its own."""
+        return "" if self.args.world_size <= 1 else f"_{self.args.process_index}"
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+
+def newest_checkpoint(place: Path) -> Path:
+    """The newest valid checkpoint in `place`; of newer ones that are not, a warning says why. Raises `ValueError` where there is none."""
+    found, damaged = checkpoints.newest(place)
+    for folder, wrong in damaged.items():
+        logger.warning("%s is not used: %s", folder, wrong)
+    if found is None:
+        raise ValueError(f"no valid checkpoint in {place}")
+    return found

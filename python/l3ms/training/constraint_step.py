@@ -1,0 +1,87 @@
+"""The gradient of the constraints, from fresh responses and from their data: what `L3MTrainer` puts into `.grad` before a constraint
+half-step. All of them are observed before the one step and share its S."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from l3ms.constraints.data_nll import sequence_nll
+from l3ms.model.batches import further_columns, prompt_part
+from l3ms.rollouts.sampling import Rollout, rollout
+
+if TYPE_CHECKING:
+    from l3ms.training.trainer import L3MTrainer
+
+
+def constraint_backward(trainer: L3MTrainer) -> Rollout | None:
+    """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
+    responses = _sampled(trainer) if any(constraint.samples for constraint in trainer.constraints) else None
+    _data(trainer)
+    return responses
+
+
+def _data(trainer: L3MTrainer) -> None:
+    """The next batch of each data constraint: its loss, weighted by its multiplier. That of a monitor is only measured."""
+    optimizer = trainer.l3m_optimizer
+    model: Any = trainer.model_wrapped
+    assert optimizer is not None
+    monitors = {constraint.name for constraint in trainer.constraints if constraint.monitor}
+    for name, batches in trainer.constraint_data.items():
+        if name in monitors:
+            model.eval()  # and no random number drawn
+            with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager(), torch.no_grad():
+                nll = sequence_nll(model, batches.take())
+            optimizer.barrier_loss({name: nll})
+            continue
+        model.train()
+        with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager():
+            nll = sequence_nll(model, batches.take())
+        loss = optimizer.barrier_loss({name: nll})
+        trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+
+
+def _sampled(trainer: L3MTrainer) -> Rollout:
+    """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches."""
+    optimizer, args = trainer.l3m_optimizer, trainer.args
+    model: Any = trainer.model_wrapped
+    assert optimizer is not None
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    rows = trainer.prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
+    responses = rollout(
+        policy,
+        trainer.processing_class,
+        [row["prompt"] for row in rows],
+        prompt_ids=[prompt_part(row) for row in rows],
+        max_new_tokens=args.max_new_tokens,  # type: ignore[attr-defined]
+        temperature=args.temperature,  # type: ignore[attr-defined]
+        columns=further_columns(rows),
+    )
+    with optimizer.estimates.errors_on_all_ranks():
+        rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy)
+    weights = optimizer.observe(rewards, responses.lengths)
+    if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
+        return responses
+    size = args.per_device_train_batch_size
+    # Of all parts before the first: between them the host would wait for the device.
+    widths = responses.attention_mask.sum(1).tolist()
+    model.train()
+    for start in range(0, len(responses), size):
+        part = slice(start, start + size)
+        width = max(widths[part])
+        with trainer.compute_loss_context_manager():
+            loss = model(
+                input_ids=responses.input_ids[part, :width],
+                attention_mask=responses.attention_mask[part, :width],
+                labels=responses.labels[part, :width],
+                seq_weight=weights[part],
+                temperature=args.temperature,  # type: ignore[attr-defined]
+                # nn.DataParallel gives each replica some of the rows, and the whole count
+                scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
+                use_cache=False,
+            ).loss
+        # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
+        trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+    return responses

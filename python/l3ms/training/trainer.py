@@ -1,0 +1,304 @@
+"""`L3MTrainer`: transformers' Trainer with a constraint half-step after each task half-step.
+
+One training step of the Trainer is one iteration: its own forward, backward and `optimizer.step()` on a task batch, then (in the callback
+between that step and the learning-rate scheduler's) responses to fresh prompts, rewards, backward, and a second `optimizer.step()`. The
+scheduler ticks once. Callbacks, trackers, PEFT, accelerate come with the Trainer. `solver="none"` leaves the constraints out: plain SFT.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import TrainerCallback, TrainingArguments
+
+from l3ms.barrier.optimizer import L3MOptimizer
+from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
+from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
+from l3ms.constraints.constraint import Constraint, check_constraints
+from l3ms.constraints.data_nll import DataNLL
+from l3ms.model.batches import CountingCollator
+from l3ms.model.heads import fuse_head
+from l3ms.model.losses import scored_lengths, shift, task_weights
+from l3ms.rollouts.sampling import Rollout
+from l3ms.training.checkpointing import CheckpointingTrainer
+from l3ms.training.constraint_step import constraint_backward
+from l3ms.training.resuming import PromptOrder, load_progress, save_progress
+from l3ms.training.state_trees import load_tree, save_tree
+from l3ms.watching.watch import Watch
+
+
+@dataclass
+class L3MConfig(TrainingArguments):
+    """TrainingArguments, and what the constraints add. `max_steps` counts iterations; `max_grad_norm` clips each half-step."""
+
+    solver: str = field(default="barrier", metadata={"help": f"{', '.join(SOLVERS)}, or none: without the constraints"})
+    dual_rate: float = field(default=0.5, metadata={"help": "of dual_ascent and augmented_lagrangian, see solvers"})
+    penalty: float = field(default=5.0, metadata={"help": "of augmented_lagrangian and penalty, see solvers"})
+    mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
+    mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
+    smoothing: float = field(default=0.1, metadata={"help": "weight of a new batch in the estimates"})
+    constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
+    half_steps: str = field(
+        default="alternating",
+        metadata={
+            "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
+        },
+    )
+    clipping: str = field(default="adaptive", metadata={"help": "adaptive or separate, see L3MOptimizer"})
+    length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
+    nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
+    average_fraction: float = field(
+        default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
+    )
+    adam_beta1: float = field(
+        default=0.5, metadata={"help": "momentum; 0.9 makes the constraints' pressure late: the mean swings"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "rows keep their prompt"})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "equal batches: their means are the mean"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver not in (*SOLVERS, "none"):
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
+        self.solver_object()
+        if self.half_steps not in ("alternating", "joint"):
+            raise ValueError(f"half_steps must be alternating or joint, got {self.half_steps!r}")
+        if self.mu not in ("auto", "paper"):
+            raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
+        if self.nonfinite not in ("raise", "drop"):
+            raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
+        if self.constraint_batch_size < 2:
+            raise ValueError(
+                f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
+            )
+        if not 0 <= self.average_fraction <= 1:
+            raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
+
+    def solver_object(self) -> str | Solver:
+        """As `L3MOptimizer` takes it, with its settings."""
+        made: dict[str, Callable[[], Solver]] = {
+            "dual_ascent": lambda: DualAscent(self.dual_rate),
+            "augmented_lagrangian": lambda: AugmentedLagrangian(self.dual_rate, self.penalty),
+            "penalty": lambda: Penalty(self.penalty),
+        }
+        return made[self.solver]() if self.solver in made else self.solver
+
+
+class L3MTrainer(CheckpointingTrainer):
+    """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
+
+    Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
+        constraints: what the model's responses to the rows' prompts must satisfy, or its loss on other data (`DataNLL`). Of a
+            `Constraint` the function is needed.
+        prompts: rows whose prompts are answered in the constraint half-steps; by default the training rows.
+
+    Attributes:
+        l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
+        last_rollout, last_rewards: the responses of the last constraint half-step, and their rewards by constraint; None and empty where no
+            constraint needs any.
+        constraint_data: of each data constraint the batches, in the order in which they are taken.
+        watched: what callbacks add to the next line of the log.
+        prompts: the rows to be answered, in the order in which they are taken.
+
+    Raises:
+        ValueError: a constraint without a function, or a model whose head cannot be fused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: L3MConfig,
+        *,
+        constraints: Sequence[Constraint] = (),
+        prompts: Sequence[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        self.constraints = check_constraints(constraints)
+        if args.solver != "none":
+            if all(constraint.monitor for constraint in self.constraints):
+                what = "all are monitors" if self.constraints else "none given"
+                raise ValueError(f'constraints: {what}; use solver="none" to fine-tune without')
+            for constraint in self.constraints:
+                if not constraint.samples and not constraint.data:
+                    raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")
+        fuse_head(model)
+        tokenizer = kwargs.get("processing_class")
+        if kwargs.get("data_collator") is None:
+            pad = None if tokenizer is None else tokenizer.pad_token_id
+            kwargs["data_collator"] = CountingCollator(0 if pad is None else pad)
+        super().__init__(model, args, **kwargs)
+        # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.l3m_optimizer: L3MOptimizer | None = None
+        self.last_rollout: Rollout | None = None
+        self.last_rewards: dict[str, list[float | None]] = {}
+        self.watched: dict[str, float] = {}
+        order = {"seed": self.args.seed, "rank": self.args.process_index, "world": self.args.world_size}
+        self.prompts = PromptOrder(self.train_dataset if prompts is None else prompts, **order)
+        for constraint in self.constraints:
+            constraint.prepare(self.accelerator.unwrap_model(self.model))
+        self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
+        self._average: AveragedModel | None = None
+        self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
+        self.add_callback(_HalfStep(self))
+
+    # ---- the task half-step ----
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        seq_weight = task_weights(scored_lengths(shift(inputs["labels"])))
+        if isinstance(model, nn.DataParallel):  # would give the count of the whole batch to each of its parts
+            inputs = {name: value for name, value in inputs.items() if name != "scored"}
+        outputs = model(**inputs, seq_weight=seq_weight, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        args: Any = self.args
+        base = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if args.solver != "none" and self.l3m_optimizer is None:  # a second train() goes on with the first one's
+            schedule = (NoiseFloorDecay if args.mu == "auto" else ExponentialDecay)(
+                1.0, args.mu_end, max(self._iterations(), 1)
+            )
+            self.optimizer = L3MOptimizer(
+                base,
+                self.constraints,
+                mu=schedule,
+                smoothing=args.smoothing,
+                max_grad_norm=args.max_grad_norm or None,
+                solver=args.solver_object(),
+                clipping=args.clipping,
+                length_norm=args.length_norm,
+                nonfinite=args.nonfinite,
+            )
+            self.l3m_optimizer = self.optimizer
+        return self.optimizer  # type: ignore[return-value]
+
+    def _iterations(self) -> int:
+        if self.state.max_steps > 0:  # train() has counted them
+            return self.state.max_steps
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(self.args.num_train_epochs * len(self.train_dataset) / per_step)  # type: ignore[arg-type]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Ours clips inside its step; clipping before it would hide an infinite norm behind a zero gradient."""
+        return super()._clip_grad_norm(model) if self.l3m_optimizer is None else None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before the step, which computes the norm: `log` takes it from there."""
+        return super()._get_grad_norm(model, grad_norm) if self.l3m_optimizer is None else None
+
+    # ---- the constraint half-step ----
+
+    def constraint_half_step(self) -> None:
+        """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        self.last_rollout = constraint_backward(self)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def add_constraint_gradient(self) -> None:
+        """For a joint step: the task's gradient in `.grad` becomes that of (task + barrier) / S. Holds a second gradient meanwhile."""
+        optimizer = self.l3m_optimizer
+        assert optimizer is not None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        task = [(p, p.grad) for p in parameters if p.grad is not None]
+        for p, _ in task:
+            p.grad = None
+        self.last_rollout = constraint_backward(self)
+        weight = optimizer.task_weight
+        for p, grad in task:
+            grad = grad * weight.to(grad)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+    # ---- weights, checkpoints and logs ----
+
+    @property
+    def watches(self) -> list[Watch]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
+
+    def begin_watching(self) -> None:
+        before, self._watched_before = self._watched_before, []
+        for watch in self.watches:
+            watch.begin(self)
+        for watch, state in zip(self.watches, before, strict=False):
+            watch.restore(state)
+
+    @property
+    def average_from(self) -> int:
+        """The first iteration whose weights are in the average; one past the last where none are."""
+        return math.floor(self.state.max_steps * (1 - self.args.average_fraction)) + 1  # type: ignore[attr-defined]
+
+    def average_weights(self) -> None:
+        """In an iteration, between its half-steps: from `average_from` on, add the weights to the average.
+
+        They are those that the estimates are of. A half-step later the mean is another: with lengths in [33, 40] and a momentum of 0.5 the
+        average was 2 tokens longer than the estimates (`python experiments/run.py length`).
+        """
+        if self.state.global_step + 1 >= self.average_from:
+            model = self.accelerator.unwrap_model(self.model)
+            if self._average is None:
+                self._average = AveragedModel(model)
+            self._average.update_parameters(model)
+
+    def averaged_model(self) -> nn.Module:
+        """The model with the average of the last fifth's weights; a copy of the last iterate where nothing was averaged."""
+        if self._average is None:
+            return copy.deepcopy(self.accelerator.unwrap_model(self.model))
+        return self._average.module
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_progress(Path(output_dir), self.prompts, self._average, self.constraint_data)
+        if self.watches:
+            save_tree(Path(output_dir), f"watch{self.rank_suffix}", [watch.state() for watch in self.watches])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            self._average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
+            if (Path(checkpoint) / f"watch{self.rank_suffix}.json").exists():
+                self._watched_before = load_tree(Path(checkpoint), f"watch{self.rank_suffix}")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.l3m_optimizer is not None and "loss" in logs:
+            metrics = self.l3m_optimizer.metrics()
+            own = "task" if self.args.half_steps == "alternating" else "constraint"  # type: ignore[attr-defined]
+            logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
+            if self.last_rollout is not None:
+                logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
+            logs.update(self.watched)
+            self.watched.clear()
+        super().log(logs, start_time)
+
+
+class _HalfStep(TrainerCallback):
+    """The constraints: after the optimizer's step on the task and before the scheduler's, or in the same step."""
+
+    def __init__(self, trainer: L3MTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_watching()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
+            self.trainer.add_constraint_gradient()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.average_weights()
+        if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
+            self.trainer.constraint_half_step()

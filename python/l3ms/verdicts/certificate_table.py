@@ -1,0 +1,112 @@
+"""A certificate in the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from l3ms.constraints.constraint import Constraint
+from l3ms.runs.report import bounds_text
+from l3ms.verdicts.certificates import Verdict
+
+if TYPE_CHECKING:
+    from l3ms.verdicts.prices import Prices
+
+COLOURS = {"SATISFIED": "green", "VIOLATED": "red", "INCONCLUSIVE": "yellow"}
+METHODS = {"exact": "Clopper-Pearson", "bernstein": "empirical Bernstein", "t": "Student t"}
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def print_certificate(
+    certificate: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+    constraints: Sequence[Constraint],
+    prices: Prices | None,
+    console: Console,
+) -> None:
+    """The table of verdicts, what limits them, and the prices."""
+    console.print(verdict_table(certificate, verdicts, constraints))
+    used_up = certificate["prompts"] >= certificate["held_out_prompts"]
+    for verdict in verdicts:
+        for line in remarks(verdict, used_up=used_up):
+            console.print(f"{verdict.name}: {line}", **PLAIN)
+    cut = 1 - certificate["ended"]
+    if cut > 0:
+        console.print(
+            f"{100 * cut:.2g}% of the responses were cut at {certificate['max_new_tokens']} tokens; they do not count as ended.",
+            **PLAIN,
+        )
+    if prices is not None:
+        console.print(price_table(prices))
+        for line in prices.sentences():
+            console.print(line, **PLAIN)
+
+
+def verdict_table(
+    certificate: Mapping[str, Any], verdicts: Sequence[Verdict], constraints: Sequence[Constraint]
+) -> Table:
+    style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
+    word = certificate["verdict"]
+    table = Table(title=f"[{COLOURS[word]}]{word}[/]", box=box.SIMPLE_HEAD, pad_edge=False, **style)
+    for heading in ("constraint", "wanted"):
+        table.add_column(heading)
+    for heading in ("mean", "at least", "at most", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("bounds by")
+    table.add_column("verdict", no_wrap=True)
+    for verdict, item in zip(verdicts, constraints, strict=True):
+        threshold = getattr(item, "threshold", None)
+        name = item.name if threshold is None else f"P({item.name} >= {threshold:g})"
+        table.add_row(
+            escape(name),
+            escape(bounds_text(item.min, item.max)),
+            *(number(value) for value in (verdict.mean, verdict.lower, verdict.upper)),
+            str(verdict.groups),
+            METHODS[verdict.method],
+            "[dim]monitor[/]" if verdict.verdict is None else f"[{COLOURS[verdict.verdict]}]{verdict.verdict}[/]",
+        )
+    table.caption = (
+        f"{certificate['samples']} fresh responses to {certificate['prompts']} held-out prompts, {certificate['weights']} weights; "
+        f"no verdict is wrong with probability {1 - certificate['delta']:g} "
+        f"({certificate['one_sided_bounds']} one-sided bounds at {certificate['level_of_each']:.4g} each)"
+    )
+    return table
+
+
+def remarks(verdict: Verdict, *, used_up: bool) -> list[str]:
+    """What a reader has to know beside the row of the table; `used_up`: no held-out prompt is left to ask."""
+    lines = [f"{METHODS[verdict.method]}: {verdict.why}"] if verdict.method == "t" and verdict.range else []
+    for bound in verdict.bounds:
+        if bound.verdict != "INCONCLUSIVE" or verdict.nonfinite:
+            continue
+        if bound.more is not None:
+            unit = "samples" if verdict.groups == verdict.samples and not used_up else "different prompts"
+            lines.append(f"{bound.side} {bound.limit:g} is open: need about {bound.more} more {unit}")
+        elif verdict.groups > 1 and math.isfinite(verdict.lower + verdict.upper):
+            lines.append(
+                f"{bound.side} {bound.limit:g} is open, and more samples would not settle it: the mean is at the bound"
+            )
+    return lines + verdict.notes
+
+
+def price_table(prices: Prices) -> Table:
+    style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
+    table = Table(title="Prices", box=box.SIMPLE_HEAD, pad_edge=False, **style)
+    for heading in ("bound", "nats per unit", "standard error", "multiplier"):
+        table.add_column(heading, justify="left" if heading == "bound" else "right")
+    for price in prices.bounds:
+        cells = (
+            ("-", "-", "-") if price.inactive else (number(price.rate), number(price.stderr), number(price.multiplier))
+        )
+        table.add_row(escape(f"{price.name} {'>=' if price.side == 'min' else '<='} {price.limit:g}"), *cells)
+    return table
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"

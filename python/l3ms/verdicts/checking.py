@@ -1,0 +1,262 @@
+"""`l3ms check CONFIG`: all that a run loads and tries, a few responses of the untrained model, one timed iteration. Nothing is kept."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from l3ms.config.run_config import RunConfig
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.constraints.constraint import Constraint
+from l3ms.measuring.evaluation import evaluate
+from l3ms.runs.executing import load_run
+from l3ms.runs.loading import PLAIN, training_arguments
+from l3ms.runs.progress import progress_bar
+from l3ms.runs.report import bounds_text, write_json
+from l3ms.training.trainer import L3MTrainer
+from l3ms.verdicts.certificate_table import number
+from l3ms.verdicts.quantiles import normal_cdf
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a constraint stands before training."""
+
+    name: str
+    min: float | None  # bounds, native units
+    max: float | None
+    values: int  # finite ones
+    missing: int  # None
+    nonfinite: int
+    lowest: float  # of the values; NaN without any
+    highest: float
+    mean: float
+    stderr: float
+    feasible: float  # probability that the mean is within the bounds, by the normal approximation of the estimate
+    within: float  # share of single responses within the bounds
+    monitor: bool = False  # without bounds: the last two are NaN
+
+    @staticmethod
+    def of(constraint: Constraint, values: Sequence[float | None]) -> Start:
+        given = [float(value) for value in values if value is not None]
+        finite = [value for value in given if math.isfinite(value)]
+        low = -math.inf if constraint.min is None else constraint.min
+        high = math.inf if constraint.max is None else constraint.max
+        mean = statistics.fmean(finite) if finite else math.nan
+        stderr = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
+        if constraint.monitor:
+            feasible = math.nan
+        elif stderr > 0:
+            feasible = normal_cdf((high - mean) / stderr) - normal_cdf((low - mean) / stderr)
+        else:
+            feasible = float(low <= mean <= high) if finite else math.nan
+        return Start(
+            constraint.name, constraint.min, constraint.max, len(finite), len(values) - len(given),
+            len(given) - len(finite), min(finite, default=math.nan), max(finite, default=math.nan), mean, stderr, feasible,
+            sum(low <= value <= high for value in finite) / len(finite) if finite and not constraint.monitor else math.nan,
+            constraint.monitor,
+        )  # fmt: skip
+
+    def warnings(self) -> list[str]:
+        lines = []
+        if not self.values:
+            so = "" if self.monitor else "; as long as it is so, the constraint does nothing"
+            lines.append(f"{self.name}: no response has a value{so}")
+        elif self.values > 1 and self.lowest == self.highest and not self.monitor:
+            lines.append(f"{self.name}: all values are {self.lowest:g}; a constant reward has no gradient to follow")
+        if self.missing and self.values:
+            lines.append(f"{self.name}: {self.missing} of {self.missing + self.values} responses have no value (None)")
+        if self.nonfinite:
+            lines.append(
+                f"{self.name}: {self.nonfinite} values are NaN or infinite; train.nonfinite: drop leaves them out"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the run, from one iteration after one that warms up. Responses become longer or shorter in training, and time with them."""
+
+    iteration: float  # seconds
+    response: float  # seconds to sample and measure one, in the evaluations
+    training: float  # seconds, all iterations
+    evaluation: float
+    memory: int  # bytes, the largest resident size of the process so far: model, optimizer, one iteration
+    optimizer: int  # bytes of its state, part of `memory` on a CPU
+    device_memory: int | None  # bytes, the most that was allocated on the GPU
+
+
+def check(
+    config: RunConfig,
+    *,
+    samples: int = 64,
+    json: Path | None = None,
+    overwrite: bool = False,
+    allow_code: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Load, sample, time; print what was found and return it. Raises `ConfigError` naming the field for what would stop a run."""
+    console = console or Console()
+    tokenizer, model, constraints, train, _ = load_run(
+        config, overwrite=overwrite, allow_code=allow_code, console=console
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(config, folder, model, tokenizer, constraints, train.rows)
+        order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        rows = [train.rows[order[n % len(order)]] for n in range(samples)]
+        start = time.monotonic()
+        with progress_bar(console, f"sampling {samples} responses to training prompts") as advance:
+            found = evaluate(
+                trainer.model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
+                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
+                progress=advance,
+            )  # fmt: skip
+        response = (time.monotonic() - start) / samples
+        starts = [Start.of(item, found.rewards.get(item.name, [])) for item in constraints]
+        _refuse_nonfinite(config, starts)
+        cost = _cost(config, trainer, response)
+    result = {
+        "constraints": [asdict(item) for item in starts],
+        "samples": samples,
+        "length": found.summary["length"],
+        "ended": found.summary["ended"],
+        "truncated": 1 - found.summary["ended"],
+        "perplexity": found.summary["perplexity"],
+        "warnings": [line for item in starts for line in item.warnings()],
+        "cost": asdict(cost),
+    }
+    _print(result, starts, cost, config, console)
+    if json is not None:
+        write_json(json, result)
+    return result
+
+
+def _refuse_nonfinite(config: RunConfig, starts: Sequence[Start]) -> None:
+    for index, item in enumerate(starts):
+        if item.nonfinite and config.train.nonfinite == "raise":
+            total = item.nonfinite + item.values + item.missing
+            raise ConfigError(
+                f"constraints.{index}",
+                f"{item.nonfinite} of {total} values of {item.name!r} are NaN or infinite; "
+                "train.nonfinite: drop leaves such responses out",
+            )
+
+
+def _trainer(
+    config: RunConfig,
+    folder: str,
+    model: Any,
+    tokenizer: Any,
+    constraints: list[Constraint],
+    rows: list[dict[str, Any]],
+) -> L3MTrainer:
+    """As that of the run, for two iterations, its folder elsewhere."""
+    short = config.train.model_copy(update={"iterations": 2, "warmup": 0, "save_steps": None})
+    arguments = training_arguments(config.model_copy(update={"output": folder, "train": short}))
+    trainer = L3MTrainer(
+        model=model, args=arguments, train_dataset=rows, constraints=constraints, processing_class=tokenizer
+    )
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+class _Clock(transformers.TrainerCallback):
+    """Seconds of each iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = _now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(_now() - self._start)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _cost(config: RunConfig, trainer: L3MTrainer, response: float) -> Cost:
+    clock = _Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    state = trainer.optimizer.state if trainer.optimizer is not None else {}
+    tensors = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+    evaluations = 3 if config.evaluate.initial else 2
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Cost(
+        iteration=clock.seconds[-1],
+        response=response,
+        training=clock.seconds[-1] * config.train.iterations,
+        evaluation=response * evaluations * config.evaluate.samples,
+        memory=used if sys.platform == "darwin" else used * 1024,  # KiB elsewhere
+        optimizer=sum(tensor.nbytes for tensor in tensors),
+        device_memory=torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
+    )
+
+
+def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: RunConfig, console: Console) -> None:
+    if starts:
+        style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
+        table = Table(title="Before training", box=box.SIMPLE_HEAD, pad_edge=False, **style)
+        for heading in ("constraint", "wanted"):
+            table.add_column(heading)
+        for heading in ("mean", "std. error", "lowest", "highest", "feasible", "within", "missing", "not finite"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for item in starts:
+            numbers = [number(value) for value in (item.mean, item.stderr, item.lowest, item.highest)]
+            shares = ["-" if math.isnan(value) else f"{100 * value:.0f}%" for value in (item.feasible, item.within)]
+            wanted = escape(bounds_text(item.min, item.max))
+            table.add_row(escape(item.name), wanted, *numbers, *shares, str(item.missing), str(item.nonfinite))
+        table.caption = (
+            f"{result['samples']} responses to training prompts. feasible: probability that the mean is within the bounds; "
+            "within: share of single responses"
+        )
+        console.print(table)
+    for line in result["warnings"]:
+        console.print(f"Warning: {line}", **PLAIN)
+    length = result["length"]
+    lines = [
+        f"Responses: {length['mean']:.1f} tokens on average, {100 * result['ended']:.0f}% end by themselves, "
+        f"{100 * result['truncated']:.0f}% are cut at {config.train.max_new_tokens} tokens; task perplexity {result['perplexity']:.2f}",
+        f"Time: {cost.iteration:.2g} s per iteration, about {duration(cost.training)} for {config.train.iterations}, and "
+        f"{duration(cost.evaluation)} of evaluation; with responses as long as now",
+        f"Memory: {size(cost.memory)} so far, {size(cost.optimizer)} of it for the optimizer's state"
+        if cost.device_memory is None
+        else f"Memory: {size(cost.device_memory)} on the GPU, {size(cost.optimizer)} of it for the optimizer's state; "
+        f"{size(cost.memory)} on the host",
+    ]
+    for line in lines:
+        console.print(line, **PLAIN)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: int) -> str:
+    """`120 MiB`, `2.3 GiB`"""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

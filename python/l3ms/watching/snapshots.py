@@ -1,0 +1,122 @@
+"""Where a run can go back to: trained weights, optimizer and running average, on the CPU, in memory.
+
+A snapshot of P trained parameters holds them once, AdamW's two moments, and in the averaged part of the run the average: 12 P to 16 P bytes
+in fp32. Two are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from l3ms.training.trainer import L3MTrainer
+
+
+class Snapshot(NamedTuple):
+    iteration: int
+    weights: dict[str, Tensor]  # trained parameters
+    optimizer: dict[str, Any]  # L3MOptimizer.state_dict()
+    average: tuple[int, dict[str, Tensor]] | None  # iterations in it, its trained parameters
+
+    @classmethod
+    def of(cls, trainer: L3MTrainer) -> Snapshot:
+        assert trainer.l3m_optimizer is not None
+        averaged = trainer._average
+        return cls(
+            trainer.state.global_step,
+            _trained(trainer.accelerator.unwrap_model(trainer.model)),
+            _on_cpu(trainer.l3m_optimizer.state_dict()),
+            None if averaged is None else (int(averaged.n_averaged), _trained(averaged.module)),
+        )
+
+    @torch.no_grad()
+    def restore(self, trainer: L3MTrainer) -> None:
+        """Weights, the wrapped optimizer's state, estimates and mu become the snapshot's, and the average is without what came after it.
+
+        What counts the run goes on: iterations, applied and skipped steps, the learning rate and its scheduler, the prompts. A mu that
+        decays with the noise therefore restarts at the snapshot's and still arrives where it should at the end of the run.
+        """
+        optimizer = trainer.l3m_optimizer
+        assert optimizer is not None
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        _copy(self.weights, model)
+        rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+        counted = {"constraint_steps": optimizer.constraint_steps, "skipped_steps": optimizer.skipped_steps}
+        state = _on_cpu(self.optimizer)  # a copy: load_state_dict keeps what it is given, and steps are in place
+        state["l3m"].update(counted, skipped_in_a_row=0)
+        optimizer.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group.update(rate)
+        if self.average is None:
+            trainer._average = None
+        else:
+            count, weights = self.average
+            average = AveragedModel(model) if trainer._average is None else trainer._average
+            average.n_averaged.fill_(count)
+            _copy(weights, average.module)
+            trainer._average = average
+
+
+class Snapshots:
+    """The last two."""
+
+    kept = 2
+
+    def __init__(self) -> None:
+        self._taken: list[Snapshot] = []
+
+    @property
+    def iterations(self) -> list[int]:
+        return [snapshot.iteration for snapshot in self._taken]
+
+    def take(self, trainer: L3MTrainer) -> None:
+        del self._taken[: -self.kept + 1]  # before the next: never three in memory
+        self._taken.append(Snapshot.of(trainer))
+
+    def restore(self, trainer: L3MTrainer, before: int) -> int:
+        """Go back to the newest one up to iteration `before`, or else the oldest; later ones go. -> its iteration."""
+        old = [snapshot for snapshot in self._taken if snapshot.iteration <= before]
+        chosen = old[-1] if old else self._taken[0]
+        self._taken = [snapshot for snapshot in self._taken if snapshot.iteration <= chosen.iteration]
+        chosen.restore(trainer)
+        return chosen.iteration
+
+
+def halve_learning_rate(trainer: L3MTrainer) -> None:
+    """Of all parameter groups, now and for the rest of the schedule, whose position stays."""
+    assert trainer.l3m_optimizer is not None
+    scheduler: Any = trainer.lr_scheduler
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    for group in trainer.l3m_optimizer.param_groups:
+        for key in ("lr", "initial_lr"):
+            if key in group:
+                group[key] = group[key] / 2
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+    scheduler._last_lr = [group["lr"] for group in trainer.l3m_optimizer.param_groups]
+
+
+def _trained(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: _on_cpu(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _copy(kept: Mapping[str, Tensor], module: torch.nn.Module) -> None:
+    parameters = dict(module.named_parameters())
+    for name, tensor in kept.items():
+        parameters[name].copy_(tensor)
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy that shares no memory, tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value

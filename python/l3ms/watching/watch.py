@@ -1,0 +1,263 @@
+"""`Watch`: a callback of the trainer that looks for reward hacking and for constraints that pull against each other, and acts.
+
+After every iteration it looks at the responses of the constraint half-step (EOS and truncation rates, lengths, distinct-n, duplicates), now
+and then at rewards on held-out prompts and at the gradient of each constraint on its own. It is all logged as `watch/...`. A rule that
+trips warns, ends the run, or takes it back to a snapshot; see `WatchConfig` for the rules and their limits.
+
+Watching changes nothing: the run is the same, bit for bit, until a rule trips under `stop` or `rollback`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from transformers import TrainerCallback
+
+from l3ms.config.errors import explain
+from l3ms.config.watch import WatchConfig
+from l3ms.measuring.evaluation import evaluate
+from l3ms.watching.gradient_cosines import PairCosines, gram, reward_gradients
+from l3ms.watching.held_out import gap, violation
+from l3ms.watching.response_statistics import response_statistics, response_tokens
+from l3ms.watching.rules import HeldOutWatch, RuleWatch, Trip
+from l3ms.watching.snapshots import Snapshots, halve_learning_rate
+
+if TYPE_CHECKING:
+    from l3ms.training.trainer import L3MTrainer
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_BATCHES = 4  # training batches beside the held-out responses
+EVALUATIONS = 2  # of the gradients, before a pair is named
+SIGNIFICANT = 3  # standard errors of a cosine below 0
+VIOLATED = 2  # standard errors of an estimate beyond its bound, without the margin
+
+
+class Watch(TrainerCallback):
+    """Give it to the trainer: `L3MTrainer(..., callbacks=[l3ms.Watch(on_trip="stop")])`. Without constraints it does nothing.
+
+    Args:
+        config: a `WatchConfig`; or its fields as `options`: `on_trip` ("warn", "stop", "rollback"), `window`, `every`, limits.
+        held_out: rows as the trainer's, of prompts it does not train on; without them rewards are not compared.
+
+    Attributes:
+        tripped: [{"rule", "iteration", "value", "limit", "action"}], with "restored", the iteration gone back to, after a rollback.
+        conflicts: [{"pair", "iteration", "cosine", "stderr"}], each pair once.
+        rollbacks: how many there have been.
+
+    Raises:
+        ValueError: an unknown option or a value out of range; at the start of the training: rollback of weights that are sharded.
+    """
+
+    def __init__(
+        self, config: WatchConfig | None = None, *, held_out: Sequence[dict[str, Any]] | None = None, **options: Any
+    ):
+        try:
+            self.config = WatchConfig(**{**({} if config is None else config.model_dump()), **options})
+        except ValidationError as error:
+            raise explain(error, WatchConfig) from None
+        self.held_out = held_out
+        self.tripped: list[dict[str, Any]] = []
+        self.conflicts: list[dict[str, Any]] = []
+        self.rollbacks = 0
+        self.trainer: L3MTrainer | None = None
+
+    def begin(self, trainer: L3MTrainer) -> None:
+        """The trainer calls it where training begins; in one that is resumed it calls `restore` next."""
+        self.trainer = trainer
+        self._rules = RuleWatch(self.config)
+        self._held_out = HeldOutWatch(self.config.held_out_gap)
+        self._snapshots = Snapshots()
+        self._batches: deque[dict[str, list[float | None]]] = deque(maxlen=HELD_OUT_BATCHES)
+        self._warned: set[str] = set()
+        self._cosines: PairCosines | None = None
+        self._ranks = trainer.accelerator.num_processes
+        self._sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        self._rows = self._held_out_rows()
+        if trainer.l3m_optimizer is None:
+            return
+        if self.config.on_trip == "rollback":
+            if self._sharded:
+                raise ValueError("watch.on_trip: rollback needs whole weights on each rank; use warn or stop with FSDP")
+            self._snapshots.take(trainer)
+
+    def state(self) -> dict[str, Any]:
+        """What it knows, for a checkpoint, without the weights to go back to; the batches are this rank's."""
+        return {
+            "tripped": list(self.tripped),
+            "conflicts": list(self.conflicts),
+            "rollbacks": self.rollbacks,
+            "warned": sorted(self._warned),
+            "rules": self._rules.state(),
+            "held_out": self._held_out.state(),
+            "batches": list(self._batches),
+            "cosines": [] if self._cosines is None else self._cosines.grams,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """After `begin`: it goes on as the one whose `state` this is; the first weights to go back to are those of now."""
+        self.tripped, self.conflicts = state["tripped"], state["conflicts"]
+        self.rollbacks, self._warned = state["rollbacks"], set(state["warned"])
+        self._rules.restore(state["rules"])
+        self._held_out.restore(state["held_out"])
+        self._batches.extend(state["batches"])
+        for grams in state["cosines"]:
+            self._cosines = self._cosines or PairCosines(grams.shape[1])
+            self._cosines.add_grams(grams.unbind())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer is None or trainer.l3m_optimizer is None or trainer.last_rollout is None:
+            return
+        config, iteration, seen = self.config, state.global_step, trainer.watched
+        responses = self._of_all_ranks(response_tokens(trainer.last_rollout))
+        values = response_statistics(responses)
+        self._batches.append(trainer.last_rewards)
+        trips = self._rules.update(values)
+        seen.update({f"watch/{name}": value for name, value in values.items() if name != "length/spread"})
+        if config.held_out_every and self._rows and iteration % config.held_out_every == 0:
+            trips += self._look_at_held_out(trainer, seen)
+        if config.every and iteration % config.every == 0 and not self._sharded:
+            self._look_at_gradients(trainer, seen)
+        if trips:
+            self._act(trainer, trips, control)
+        elif config.on_trip == "rollback" and iteration % config.snapshot_every == 0:
+            self._snapshots.take(trainer)
+        if config.on_trip == "rollback":
+            seen["watch/rollbacks"] = float(self.rollbacks)
+
+    # ---- what is looked at ----
+
+    def _of_all_ranks(self, local: list[Any]) -> list[Any]:
+        """So that all ranks see the same and act alike."""
+        if self._ranks == 1:
+            return local
+        from accelerate.utils import gather_object
+
+        return gather_object(local)
+
+    def _held_out_rows(self) -> list[dict[str, Any]]:
+        """The same ones every time, in an order of the seed; this rank's share."""
+        assert self.trainer is not None
+        rows, args = self.held_out or [], self.trainer.args
+        if min(len(rows), self.config.held_out_samples) < self._ranks:  # on all ranks alike: they wait for each other
+            return []
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        chosen = [rows[index] for index in order[: self.config.held_out_samples]]
+        return chosen[args.process_index :: args.world_size]
+
+    def _look_at_held_out(self, trainer: L3MTrainer, seen: dict[str, float]) -> list[Trip]:
+        args: Any = trainer.args
+        found = evaluate(
+            trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, self._rows,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed + trainer.state.global_step,
+            constraints=trainer.constraints,
+        )  # fmt: skip
+        gaps: dict[str, float] = {}
+        for constraint in trainer.constraints:
+            values = _numbers(self._of_all_ranks(list(found.rewards.get(constraint.name, []))))
+            own = [_numbers(self._of_all_ranks(list(batch.get(constraint.name, [])))) for batch in self._batches]
+            if values:
+                seen[f"watch/held_out/{constraint.name}"] = math.fsum(values) / len(values)
+            found_gap = None if constraint.monitor else gap(constraint, values, own)
+            if found_gap is not None:
+                gaps[constraint.name] = seen[f"watch/held_out_gap/{constraint.name}"] = found_gap
+        return self._held_out.update(gaps)
+
+    def _look_at_gradients(self, trainer: L3MTrainer, seen: dict[str, float]) -> None:
+        args: Any = trainer.args
+        by_name = {constraint.name: constraint for constraint in trainer.constraints if not constraint.monitor}
+        rollout = trainer.last_rollout
+        rewards = {name: values for name, values in trainer.last_rewards.items() if name in by_name}
+        if len(rewards) < 2:
+            return
+        assert rollout is not None
+        assert trainer.l3m_optimizer is not None
+        names = list(rewards)
+        gradients = reward_gradients(
+            trainer.accelerator.unwrap_model(trainer.model), rollout, list(rewards.values()),
+            temperature=args.temperature, batch_size=args.per_device_train_batch_size,
+        )  # fmt: skip
+        if gradients is None:
+            return
+        if self._cosines is None or self._cosines.count != len(names):
+            self._cosines = PairCosines(len(names))
+        self._cosines.add_grams(self._of_all_ranks([gram(gradients)]))
+        metrics = trainer.l3m_optimizer.metrics()
+        sides = {name: active_side(by_name[name], metrics) for name in names}
+        for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
+            found, one, other = self._cosines.cosine(i, j), sides[a], sides[b]
+            if found is None or one is None or other is None:
+                continue
+            # C = (r - max) / scale or (min - r) / scale, of the side that is nearer to its bound
+            value, stderr = found.value * one[0] * other[0], found.stderr
+            seen[f"watch/cosine/{a}/{b}"], seen[f"watch/cosine_stderr/{a}/{b}"] = value, stderr
+            against = value + SIGNIFICANT * stderr < 0 and self._cosines.evaluations >= EVALUATIONS
+            if against and one[1] and other[1]:
+                self._name(trainer.state.global_step, a, b, value, stderr)
+
+    def _name(self, iteration: int, a: str, b: str, value: float, stderr: float) -> None:
+        if any(found["pair"] == [a, b] for found in self.conflicts):
+            return
+        self.conflicts.append({"pair": [a, b], "iteration": iteration, "cosine": value, "stderr": stderr})
+        logger.warning(
+            "iteration %d: constraints %r and %r pull against each other (cosine %.2f +- %.2f) and both are violated",
+            iteration, a, b, value, stderr,
+        )  # fmt: skip
+
+    # ---- what follows ----
+
+    def _act(self, trainer: L3MTrainer, trips: list[Trip], control: Any) -> None:
+        config, iteration = self.config, trainer.state.global_step
+        assert trainer.l3m_optimizer is not None
+        action = config.on_trip
+        trips = [trip for trip in trips if action != "warn" or trip.rule not in self._warned]
+        if not trips:
+            return
+        self._warned |= {trip.rule for trip in trips}
+        restored: dict[str, int] = {}
+        what = {"warn": "training goes on", "stop": "training stops"}.get(action, "")
+        if action == "rollback":
+            trainer.watched.update(
+                trainer.l3m_optimizer.metrics()
+            )  # the log is of the iteration that was, not of the snapshot
+            restored["restored"] = self._snapshots.restore(trainer, iteration - config.window)
+            what = f"back to iteration {restored['restored']}"
+            self._rules.forget()
+            self._held_out.forget()
+            self._batches.clear()
+            if self.rollbacks == config.max_rollbacks:
+                action, what = "stop", f"{what}, and training stops after {self.rollbacks} rollbacks"
+            else:
+                self.rollbacks += 1
+                halve_learning_rate(trainer)
+                what = f"{what}, with half the learning rate"
+        if action == "stop":
+            control.should_training_stop = True
+        for rule, value, limit in trips:
+            self.tripped.append(
+                {"rule": rule, "iteration": iteration, "value": value, "limit": limit, "action": action, **restored}
+            )
+            logger.warning("iteration %d: %s is %.3g, beyond %.3g: %s", iteration, rule, value, limit, what)
+
+
+def active_side(constraint: Any, metrics: dict[str, float]) -> tuple[float, bool] | None:
+    """(sign of the reward in C, whether the bound is violated by the estimate) of the bound that is nearer; None before an estimate."""
+    estimate = metrics.get(f"constraints/{constraint.name}/estimate")
+    if estimate is None or not math.isfinite(estimate):
+        return None
+    below = -math.inf if constraint.min is None else constraint.min - estimate
+    above = -math.inf if constraint.max is None else estimate - constraint.max
+    noise = VIOLATED * metrics.get(f"constraints/{constraint.name}/stderr", 0.0)
+    return (1.0 if above > below else -1.0), violation(constraint, estimate) > noise
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
