@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from l3ms.rollouts.sampling import encode_prompt
+from l3ms.rollouts.prompts import encode_prompt
 from l3ms.rollouts.shrinking import sample
 
 

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
     from l3ms.barrier.solvers import AugmentedLagrangian, DualAscent, Penalty
     from l3ms.constraints.constraint import Constraint, Length
-    from l3ms.constraints.data_nll import KL, DataNLL, sequence_nll
+    from l3ms.constraints.data_nll import DataNLL, sequence_nll
+    from l3ms.constraints.divergence import KL
     from l3ms.constraints.reward_model import RewardModel
     from l3ms.model.heads import fuse_head
     from l3ms.model.losses import task_loss
-    from l3ms.rollouts.sampling import Rollout, rollout
+    from l3ms.rollouts.rollout import Rollout
+    from l3ms.rollouts.sampling import rollout
     from l3ms.training.trainer import L3MConfig, L3MTrainer
     from l3ms.verdicts.certificates import Verdict, declare, judge
     from l3ms.verdicts.certifying import CertifyOptions, certify
@@ -34,14 +36,14 @@ _MODULES = {
     "Constraint": "constraints.constraint",
     "Length": "constraints.constraint",
     "DataNLL": "constraints.data_nll",
-    "KL": "constraints.data_nll",
+    "KL": "constraints.divergence",
     "sequence_nll": "constraints.data_nll",
     "fuse_head": "model.heads",
     "task_loss": "model.losses",
     "ConstraintLoss": "barrier.optimizer",
     "L3MOptimizer": "barrier.optimizer",
     "RewardModel": "constraints.reward_model",
-    "Rollout": "rollouts.sampling",
+    "Rollout": "rollouts.rollout",
     "rollout": "rollouts.sampling",
     "ExponentialDecay": "barrier.schedules",
     "NoiseFloorDecay": "barrier.schedules",
@@ -84,8 +86,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "rollout":
-        return importlib.import_module("l3ms.rollouts.sampling").rollout
     if name == "rewards":
         return importlib.import_module("l3ms.constraints.rewards")
     if name == "__version__":

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from l3ms.rollouts.sampling import Rollout
+from l3ms.rollouts.rollout import Rollout
 from l3ms.watching.response_statistics import distinct, response_statistics, response_tokens
 
 END = 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from l3ms.training.resuming import PromptOrder
+from l3ms.model.orders import PromptOrder
 
 ROWS = [{"prompt": n} for n in range(7)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import l3ms
-from l3ms.rollouts.sampling import encode_prompt
+from l3ms.rollouts.prompts import encode_prompt
 
 
 def roll(model, tokenizer, prompts, seed=0, **options):

@@ -22,7 +22,7 @@ def test_restored_state_is_the_snapshots_bit_for_bit_and_survives_further_traini
     assert opt is not None
     snapshot, start = Snapshot.of(trainer), weights(trainer.model)
     moments = {k: v.clone() for k, v in opt.state[opt.param_groups[0]["params"][0]].items()}
-    estimate, mu, average = opt.estimates.state.clone(), opt.mu.clone(), weights(trainer._average.module)
+    estimate, mu, average = opt.estimates.state.clone(), opt.mu.clone(), weights(trainer.average.module)
     for _ in range(2):  # the second time: what was restored was a copy
         for _ in range(2):
             trainer.constraint_half_step()
@@ -37,9 +37,9 @@ def test_restored_state_is_the_snapshots_bit_for_bit_and_survives_further_traini
         assert torch.equal(opt.estimates.state, estimate)
         assert torch.equal(opt.mu, mu)
         assert opt.constraint_steps == applied, "the schedule of mu lost its place"
-        assert trainer._average is not None
-        assert int(trainer._average.n_averaged) == 3
-        assert equal(average, weights(trainer._average.module))
+        assert trainer.average is not None
+        assert int(trainer.average.n_averaged) == 3
+        assert equal(average, weights(trainer.average.module))
 
 
 def test_an_average_that_had_not_begun_is_dropped(make_model, train):
@@ -47,9 +47,9 @@ def test_an_average_that_had_not_begun_is_dropped(make_model, train):
     snapshot = Snapshot.of(trainer)
     trainer.args.average_fraction = 1.0
     trainer.average_weights()
-    assert trainer._average is not None
+    assert trainer.average is not None
     snapshot.restore(trainer)
-    assert trainer._average is None
+    assert trainer.average is None
 
 
 def test_two_are_kept_and_the_newest_before_the_trip_is_taken(make_model, train):

@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import Any
 
@@ -28,11 +28,10 @@ def wait(answer: Any) -> Any:
     return answer.result() if isinstance(answer, Future) else answer
 
 
-def cancel(answers: Sequence[Any]) -> None:
-    """End those that are still running: another reward has failed."""
-    for answer in answers:
-        if isinstance(answer, Future):
-            answer.cancel()
+def cancel(answer: Any) -> None:
+    """End what is still running of what `begin` returned."""
+    if isinstance(answer, Future):
+        answer.cancel()
 
 
 async def _awaited(answer: Awaitable[Any]) -> Any:

@@ -10,12 +10,10 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from l3ms.constraints.async_rewards import begin, wait
-
-if TYPE_CHECKING:
-    from l3ms.rollouts.sampling import Rollout
+from l3ms.constraints import async_rewards
+from l3ms.rollouts.rollout import Rollout
 
 Rewards = Sequence[float | None]
 Reward = Callable[..., Rewards | Awaitable[Rewards]]
@@ -145,13 +143,17 @@ class Constraint:
 
     # ---- the values ----
 
+    def begin(self, rollout: Rollout, model: Any = None) -> Asked:
+        """Ask, and let an asynchronous function run in the background until the values are wanted."""
+        return Asked(self, async_rewards.begin(self.ask(rollout, model)), len(rollout))
+
     def measure(self, rollout: Rollout, model: Any = None) -> list[float | None]:
         """One value per response of a rollout, NaN and inf let through; 0 or 1 with a threshold.
 
         Raises:
             ValueError: a wrong number of values, or a value that is no number: names the function and row.
         """
-        return self.indicator(self.checked(wait(begin(self.ask(rollout, model))), len(rollout)))
+        return self.begin(rollout, model).values()
 
     def rewards(
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
@@ -171,7 +173,8 @@ class Constraint:
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
         """The rewards themselves, before a threshold, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
-        return self.checked(wait(begin(self.call(prompts, completions, lengths, **columns))), len(completions))
+        answer = async_rewards.begin(self.call(prompts, completions, lengths, **columns))
+        return self.checked(async_rewards.wait(answer), len(completions))
 
     def indicator(self, values: Sequence[float | None]) -> list[float | None]:
         """1 where a value is at least the threshold, else 0; as they are without a threshold, and where missing or not finite."""
@@ -193,6 +196,21 @@ class Constraint:
         if len(values) != count:
             raise ValueError(f"{what} must return one number per response, wanted {count}, got {len(values)}")
         return [_number(what, row, value) for row, value in enumerate(values)]
+
+
+class Asked(NamedTuple):
+    """A constraint that was asked about a rollout of `count` responses."""
+
+    constraint: Constraint
+    answer: Any  # of its function, or on its way
+    count: int
+
+    def values(self) -> list[float | None]:
+        """As `Constraint.measure`."""
+        return self.constraint.indicator(self.constraint.checked(async_rewards.wait(self.answer), self.count))
+
+    def cancel(self) -> None:
+        async_rewards.cancel(self.answer)
 
 
 def _number(what: str, row: int, value: Any) -> float | None:

@@ -1,22 +1,17 @@
-"""Constraints that compare the model with something else: its loss on other data (`DataNLL`), and a frozen reference (`KL`)."""
+"""A constraint on the model's loss on other data: "do not forget"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from l3ms.constraints.constraint import Constraint
-from l3ms.constraints.reference_model import Reference
 from l3ms.model.batches import Collator
-from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
-from l3ms.training.resuming import BatchOrder, PromptOrder
-
-if TYPE_CHECKING:
-    from l3ms.rollouts.sampling import Rollout
+from l3ms.model.orders import BatchOrder, PromptOrder
 
 Batch = dict[str, Tensor]
 Data = Sequence[dict[str, Any]] | Iterable[Batch]
@@ -160,98 +155,6 @@ def sequence_nll(model: Any, batch: Batch) -> Tensor:
     kept = (length > 0).to(device)
     values = (-out.sequence / length.to(device).clamp(min=1))[kept].detach()
     return values if out.loss is None else values + (out.loss - out.loss.detach())
-
-
-class KL(Constraint):
-    """Bounds on the divergence of the policy from a frozen reference, `E_y~pi[log pi(y|x) - log pi_ref(y|x)] <= max`, nats per response.
-
-    The reward of a response is its log-likelihood ratio, at the temperature of the sampling, from the fused head. The reward depends on
-    the policy itself, which changes nothing: the gradient of E[r] is `E[(r - b) grad log pi] + E[grad r]`, and
-    `E[grad r] = E[grad log pi] = 0`.
-
-    Args:
-        max, min: nats per response, or per token; the divergence is never negative.
-        name: of the constraint.
-        reference: a transformers causal LM, or a folder or hub id of one; None is the model as it is when the training starts: with PEFT
-            the model with its adapters disabled, otherwise a copy. The trainer takes care of that; in a loop of one's own call
-            `prepare(model)` first.
-        per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
-            is not lowered by longer responses.
-        batch_size: responses scored at a time.
-        scale, margin, threshold, monitor: as in `Constraint`.
-
-    Raises:
-        ValueError: as `Constraint`; when it is measured without a model or a reference, or a reference cannot be loaded or has another
-            vocabulary.
-    """
-
-    def __init__(
-        self,
-        max: float | None = None,
-        *,
-        min: float | None = None,
-        name: str = "kl",
-        reference: Any = None,
-        per_token: bool = False,
-        batch_size: int = 16,
-        scale: float | None = None,
-        margin: float | None = None,
-        threshold: float | None = None,
-        monitor: bool = False,
-    ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
-        if batch_size < 1:
-            raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
-        object.__setattr__(self, "per_token", per_token)
-        object.__setattr__(self, "batch_size", batch_size)
-        object.__setattr__(self, "_reference", Reference(f"constraint {name!r}", reference))
-
-    per_token: bool
-    batch_size: int
-    _reference: Reference
-
-    @property
-    def samples(self) -> bool:
-        return True
-
-    def prepare(self, model: Any) -> None:
-        self._reference.prepare(model)
-
-    def call(self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any) -> Any:
-        raise ValueError(f"{self.where} needs the model: measure it with rollout.rewards(constraints, model)")
-
-    @torch.no_grad()
-    def ask(self, rollout: Rollout, model: Any = None) -> list[float]:
-        if model is None:
-            raise ValueError(f"{self.where} needs the model: rollout.rewards(constraints, model)")
-        policy = self._log_likelihood(model, rollout)
-        reference, block = self._reference.of(model)
-        with block:
-            ratio = policy - self._log_likelihood(reference, rollout)
-        return (ratio / (rollout.lengths.double().mean().to(ratio) if self.per_token else 1.0)).tolist()
-
-    def _log_likelihood(self, model: Any, rollout: Rollout) -> Tensor:
-        """(N,) float64, of the responses, in eval mode: as they were sampled."""
-        fuse_head(model)
-        widths = rollout.attention_mask.sum(1).tolist()
-        training = model.training
-        model.eval()
-        parts = []
-        for start in range(0, len(rollout), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            width = max(widths[part])
-            out = model(
-                input_ids=rollout.input_ids[part, :width],
-                attention_mask=rollout.attention_mask[part, :width],
-                labels=rollout.labels[part, :width],
-                seq_weight=torch.zeros(len(widths[part]), device=rollout.input_ids.device),
-                temperature=rollout.temperature,
-                scored=rollout.scored_in(part),
-                use_cache=False,
-            )
-            parts.append(out.sequence.double())
-        model.train(training)
-        return torch.cat(parts)
 
 
 def _is_rows(data: Any) -> bool:

@@ -1,89 +1,18 @@
-"""Responses of the current policy, y ~ pi_theta(.|x), ready for rewards and for the head.
+"""`rollout`: responses of the current policy, y ~ pi_theta(.|x), ready for rewards and for the head.
 
 Sampling is `transformers.generate` with every filter off (no top-k, top-p, penalties): the gradient of the constraints is that of the
 distribution that was sampled. Sequences come back right-padded whatever the tokenizer does, so that positions count from 0 as in training.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
-from l3ms.constraints.async_rewards import begin, cancel, wait
-from l3ms.constraints.constraint import Constraint
+from l3ms.rollouts.prompts import Prompt, encode_prompt
+from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.shrinking import sample
-
-Prompt = str | list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """N responses and their prompts; the mapping interface holds what a model's forward takes."""
-
-    prompts: list[Any]  # as given
-    completions: list[Any]  # text; a list with one assistant message where the prompt is a list of messages, as in TRL
-    input_ids: Tensor  # (N, L) prompt, response, padding
-    attention_mask: Tensor  # (N, L)
-    labels: Tensor  # (N, L) not shifted, -100 on prompts and padding
-    lengths: Tensor  # (N,) int64, response tokens, the closing EOS included
-    ended: Tensor  # (N,) bool, closed by EOS; a truncated response is not
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
-    host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
-    temperature: float = 1.0  # of the sampling
-
-    def __post_init__(self) -> None:
-        if not self.host_lengths:
-            object.__setattr__(self, "host_lengths", self.lengths.tolist())
-
-    @property
-    def scored(self) -> int:
-        """Response tokens of all, which are what the head scores: for `L3MOptimizer.constraint_loss(..., scored=rollout.scored)`."""
-        return self.scored_in(slice(None))
-
-    def scored_in(self, part: slice) -> int:
-        """Response tokens of a micro-batch."""
-        return sum(self.host_lengths[part])
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def rewards(self, constraints: Sequence[Constraint], model: Any = None) -> dict[str, list[float | None]]:
-        """One value per response and constraint, by name; constraints without a function are left out (give those to `observe`).
-
-        Asynchronous reward functions run at the same time as each other and as the others. NaN and inf are let through, to `observe`:
-        there it is decided about them, and an error is one of all ranks.
-
-        Args:
-            model: the policy that was sampled, for constraints that need it (`KL`).
-
-        Raises:
-            ValueError: a reward of the wrong length, or no number: names the function and row.
-        """
-        own = [constraint for constraint in constraints if constraint.samples]
-        answers: list[Any] = []
-        try:
-            for constraint in own:
-                answers.append(begin(constraint.ask(self, model)))
-            return {
-                constraint.name: constraint.indicator(constraint.checked(wait(answer), len(self)))
-                for constraint, answer in zip(own, answers, strict=True)
-            }
-        finally:
-            cancel(answers)
-
-    def reward_columns(self) -> dict[str, list[Any]]:
-        """What reward functions get beside prompts and completions: the data's columns, `completion_ids` and `ended` (bool)."""
-        return {**self.columns, "completion_ids": self.completion_ids(), "ended": self.ended.tolist()}
-
-    def completion_ids(self) -> list[list[int]]:
-        """The response tokens of each sequence."""
-        return [ids[labels != -100].tolist() for ids, labels in zip(self.input_ids, self.labels, strict=True)]
 
 
 @torch.no_grad()
@@ -182,16 +111,6 @@ def rollout(
         host_lengths=lengths,
         temperature=temperature,
     )
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Tokens of a prompt, ready to be continued."""
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
-            ids.pop()
-        return ids
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

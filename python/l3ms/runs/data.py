@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.rollouts.sampling import Prompt, encode_prompt
+from l3ms.rollouts.prompts import Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from l3ms.config.run_config import DataConfig

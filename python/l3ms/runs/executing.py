@@ -27,7 +27,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
-from l3ms.runs import resuming_runs
+from l3ms.runs import resuming
 from l3ms.runs.data import Encoded, load_examples
 from l3ms.runs.folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
 from l3ms.runs.loading import build_constraints, encode_sides, load_model, training_arguments, try_rewards
@@ -88,9 +88,9 @@ def execute(
         raise ConfigError(
             "WORLD_SIZE", "l3ms train is one process; for several use l3ms.L3MTrainer in a script under torchrun or accelerate"
         )  # fmt: skip
-    going_on = resume and resuming_runs.is_run(folder)
+    going_on = resume and resuming.is_run(folder)
     if going_on:
-        resuming_runs.check_same(config, folder)
+        resuming.check_same(config, folder)
         if (folder / "report.json").is_file():
             return _finished(folder, console)
     tokenizer, model, constraints, train, evaluation = load_run(
@@ -98,14 +98,14 @@ def execute(
     )
     arguments = training_arguments(config)
     transformers.set_seed(config.seed)  # whatever the constraints have drawn while they were loaded
-    inputs = resuming_runs.fingerprints(model, _rows(config, train, constraints))
-    begun = resuming_runs.find(folder, console) if going_on else None
+    inputs = resuming.fingerprints(model, _rows(config, train, constraints))
+    begun = resuming.find(folder, console) if going_on else None
     if begun is not None:
-        resuming_runs.check_inputs(folder, inputs)
+        resuming.check_inputs(folder, inputs)
 
     prepare_output(folder, keep=() if begun is None else ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"))
     write_config(folder, config.model_dump())
-    resuming_runs.write_inputs(folder, inputs)
+    resuming.write_inputs(folder, inputs)
     bounds = [_bounds(item) for item in config.constraints]
     metrics = MetricsWriter(folder / "metrics.jsonl", log=() if begun is None else begun.log)
     progress = ProgressCallback(bounds, title=_title(config), console=console)
@@ -203,7 +203,7 @@ def check_code(config: RunConfig, allow_code: bool) -> None:
             raise ConfigError(field, f"would import and run {what}; add --allow-code if you trust it")
 
 
-def _tensorboard(config: RunConfig, folder: Path, begun: resuming_runs.Begun | None) -> list[Any]:
+def _tensorboard(config: RunConfig, folder: Path, begun: resuming.Begun | None) -> list[Any]:
     if not config.logging.tensorboard:
         return []
     from torch.utils.tensorboard import SummaryWriter

@@ -16,7 +16,8 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints import rewards
 from l3ms.constraints.constraint import Constraint, Length
-from l3ms.constraints.data_nll import KL, DataNLL
+from l3ms.constraints.data_nll import DataNLL
+from l3ms.constraints.divergence import KL
 from l3ms.constraints.reward_model import RewardModel
 from l3ms.model.heads import fuse_head
 from l3ms.runs.data import IGNORE_INDEX, Encoded, Example, encode, load_examples

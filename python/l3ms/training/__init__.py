@@ -1,4 +1,4 @@
 """`L3MTrainer` (`trainer`): transformers' Trainer with a constraint half-step (`constraint_step`), and checkpoints that are whole.
 
-`checkpoints` are folders that exist whole or not at all, `checkpointing` makes the Trainer write them, `progress` is what ours add.
+`checkpoints` are folders that exist whole or not at all, `checkpointing` makes the Trainer write them, `resuming` is what ours add.
 """

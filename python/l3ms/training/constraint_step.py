@@ -3,27 +3,38 @@ half-step. All of them are observed before the one step and share its S."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from l3ms.constraints.data_nll import sequence_nll
+from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
-from l3ms.rollouts.sampling import Rollout, rollout
+from l3ms.model.orders import PromptOrder
+from l3ms.rollouts.rollout import Rollout
+from l3ms.rollouts.sampling import rollout
+from l3ms.watching.watched import Watched
 
-if TYPE_CHECKING:
-    from l3ms.training.trainer import L3MTrainer
+
+class Constrained(Watched, Protocol):
+    """What the half-step takes of a training: `L3MTrainer` is one."""
+
+    accelerator: Any
+    model_wrapped: Any
+    prompts: PromptOrder  # rows to be answered
+    constraint_data: dict[str, Batches]  # by constraint
+
+    def compute_loss_context_manager(self) -> Any: ...
 
 
-def constraint_backward(trainer: L3MTrainer) -> Rollout | None:
+def constraint_backward(trainer: Constrained) -> Rollout | None:
     """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
     responses = _sampled(trainer) if any(constraint.samples for constraint in trainer.constraints) else None
     _data(trainer)
     return responses
 
 
-def _data(trainer: L3MTrainer) -> None:
+def _data(trainer: Constrained) -> None:
     """The next batch of each data constraint: its loss, weighted by its multiplier. That of a monitor is only measured."""
     optimizer = trainer.l3m_optimizer
     model: Any = trainer.model_wrapped
@@ -43,20 +54,20 @@ def _data(trainer: L3MTrainer) -> None:
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
 
 
-def _sampled(trainer: L3MTrainer) -> Rollout:
+def _sampled(trainer: Constrained) -> Rollout:
     """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches."""
     optimizer, args = trainer.l3m_optimizer, trainer.args
     model: Any = trainer.model_wrapped
     assert optimizer is not None
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    rows = trainer.prompts.take(args.constraint_batch_size)  # type: ignore[attr-defined]
+    policy = trainer.policy
+    rows = trainer.prompts.take(args.constraint_batch_size)
     responses = rollout(
         policy,
         trainer.processing_class,
         [row["prompt"] for row in rows],
         prompt_ids=[prompt_part(row) for row in rows],
-        max_new_tokens=args.max_new_tokens,  # type: ignore[attr-defined]
-        temperature=args.temperature,  # type: ignore[attr-defined]
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
         columns=further_columns(rows),
     )
     with optimizer.estimates.errors_on_all_ranks():
@@ -77,7 +88,7 @@ def _sampled(trainer: L3MTrainer) -> Rollout:
                 attention_mask=responses.attention_mask[part, :width],
                 labels=responses.labels[part, :width],
                 seq_weight=weights[part],
-                temperature=args.temperature,  # type: ignore[attr-defined]
+                temperature=args.temperature,
                 # nn.DataParallel gives each replica some of the rows, and the whole count
                 scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
                 use_cache=False,

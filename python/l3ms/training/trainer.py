@@ -25,10 +25,11 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.model.batches import CountingCollator
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
-from l3ms.rollouts.sampling import Rollout
+from l3ms.model.orders import PromptOrder
+from l3ms.rollouts.rollout import Rollout
 from l3ms.training.checkpointing import CheckpointingTrainer
 from l3ms.training.constraint_step import constraint_backward
-from l3ms.training.resuming import PromptOrder, load_progress, save_progress
+from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
 from l3ms.watching.watch import Watch
 
@@ -106,6 +107,7 @@ class L3MTrainer(CheckpointingTrainer):
             constraint needs any.
         constraint_data: of each data constraint the batches, in the order in which they are taken.
         watched: what callbacks add to the next line of the log.
+        average: of the weights, with how many they are; None before `average_from`.
         prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
@@ -144,11 +146,21 @@ class L3MTrainer(CheckpointingTrainer):
         order = {"seed": self.args.seed, "rank": self.args.process_index, "world": self.args.world_size}
         self.prompts = PromptOrder(self.train_dataset if prompts is None else prompts, **order)
         for constraint in self.constraints:
-            constraint.prepare(self.accelerator.unwrap_model(self.model))
+            constraint.prepare(self.policy)
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
-        self._average: AveragedModel | None = None
+        self.average: AveragedModel | None = None
         self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
         self.add_callback(_HalfStep(self))
+
+    @property
+    def policy(self) -> Any:
+        """The model without what wraps it for several processes."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds a part of the weights only."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # ---- the task half-step ----
 
@@ -247,29 +259,29 @@ class L3MTrainer(CheckpointingTrainer):
         average was 2 tokens longer than the estimates (`python experiments/run.py length`).
         """
         if self.state.global_step + 1 >= self.average_from:
-            model = self.accelerator.unwrap_model(self.model)
-            if self._average is None:
-                self._average = AveragedModel(model)
-            self._average.update_parameters(model)
+            model = self.policy
+            if self.average is None:
+                self.average = AveragedModel(model)
+            self.average.update_parameters(model)
 
     def averaged_model(self) -> nn.Module:
         """The model with the average of the last fifth's weights; a copy of the last iterate where nothing was averaged."""
-        if self._average is None:
-            return copy.deepcopy(self.accelerator.unwrap_model(self.model))
-        return self._average.module
+        if self.average is None:
+            return copy.deepcopy(self.policy)
+        return self.average.module
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_progress(Path(output_dir), self.prompts, self._average, self.constraint_data)
+            save_progress(Path(output_dir), self.prompts, self.average, self.constraint_data)
         if self.watches:
             save_tree(Path(output_dir), f"watch{self.rank_suffix}", [watch.state() for watch in self.watches])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            model = self.accelerator.unwrap_model(self.model)
-            self._average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
+            model = self.policy
+            self.average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
             if (Path(checkpoint) / f"watch{self.rank_suffix}.json").exists():
                 self._watched_before = load_tree(Path(checkpoint), f"watch{self.rank_suffix}")
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l3ms.rollouts.sampling import Rollout
+from l3ms.rollouts.rollout import Rollout
 
 SKETCH = 1 << 16
 GROUPS = 4  # at most, of a batch; each has 2 responses at least

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from l3ms.rollouts.sampling import Rollout
+from l3ms.rollouts.rollout import Rollout
 
 
 def response_tokens(rollout: Rollout) -> list[tuple[list[int], bool]]:

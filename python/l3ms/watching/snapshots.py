@@ -7,14 +7,13 @@ in fp32. Two are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-if TYPE_CHECKING:
-    from l3ms.training.trainer import L3MTrainer
+from l3ms.watching.watched import Watched
 
 
 class Snapshot(NamedTuple):
@@ -24,18 +23,18 @@ class Snapshot(NamedTuple):
     average: tuple[int, dict[str, Tensor]] | None  # iterations in it, its trained parameters
 
     @classmethod
-    def of(cls, trainer: L3MTrainer) -> Snapshot:
+    def of(cls, trainer: Watched) -> Snapshot:
         assert trainer.l3m_optimizer is not None
-        averaged = trainer._average
+        averaged = trainer.average
         return cls(
             trainer.state.global_step,
-            _trained(trainer.accelerator.unwrap_model(trainer.model)),
+            _trained(trainer.policy),
             _on_cpu(trainer.l3m_optimizer.state_dict()),
             None if averaged is None else (int(averaged.n_averaged), _trained(averaged.module)),
         )
 
     @torch.no_grad()
-    def restore(self, trainer: L3MTrainer) -> None:
+    def restore(self, trainer: Watched) -> None:
         """Weights, the wrapped optimizer's state, estimates and mu become the snapshot's, and the average is without what came after it.
 
         What counts the run goes on: iterations, applied and skipped steps, the learning rate and its scheduler, the prompts. A mu that
@@ -43,7 +42,7 @@ class Snapshot(NamedTuple):
         """
         optimizer = trainer.l3m_optimizer
         assert optimizer is not None
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.policy
         _copy(self.weights, model)
         rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
         counted = {"constraint_steps": optimizer.constraint_steps, "skipped_steps": optimizer.skipped_steps}
@@ -53,13 +52,13 @@ class Snapshot(NamedTuple):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group.update(rate)
         if self.average is None:
-            trainer._average = None
+            trainer.average = None
         else:
             count, weights = self.average
-            average = AveragedModel(model) if trainer._average is None else trainer._average
+            average = AveragedModel(model) if trainer.average is None else trainer.average
             average.n_averaged.fill_(count)
             _copy(weights, average.module)
-            trainer._average = average
+            trainer.average = average
 
 
 class Snapshots:
@@ -74,11 +73,11 @@ class Snapshots:
     def iterations(self) -> list[int]:
         return [snapshot.iteration for snapshot in self._taken]
 
-    def take(self, trainer: L3MTrainer) -> None:
+    def take(self, trainer: Watched) -> None:
         del self._taken[: -self.kept + 1]  # before the next: never three in memory
         self._taken.append(Snapshot.of(trainer))
 
-    def restore(self, trainer: L3MTrainer, before: int) -> int:
+    def restore(self, trainer: Watched, before: int) -> int:
         """Go back to the newest one up to iteration `before`, or else the oldest; later ones go. -> its iteration."""
         old = [snapshot for snapshot in self._taken if snapshot.iteration <= before]
         chosen = old[-1] if old else self._taken[0]
@@ -87,7 +86,7 @@ class Snapshots:
         return chosen.iteration
 
 
-def halve_learning_rate(trainer: L3MTrainer) -> None:
+def halve_learning_rate(trainer: Watched) -> None:
     """Of all parameter groups, now and for the rest of the schedule, whose position stays."""
     assert trainer.l3m_optimizer is not None
     scheduler: Any = trainer.lr_scheduler

@@ -14,7 +14,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -28,9 +28,7 @@ from l3ms.watching.held_out import gap, violation
 from l3ms.watching.response_statistics import response_statistics, response_tokens
 from l3ms.watching.rules import HeldOutWatch, RuleWatch, Trip
 from l3ms.watching.snapshots import Snapshots, halve_learning_rate
-
-if TYPE_CHECKING:
-    from l3ms.training.trainer import L3MTrainer
+from l3ms.watching.watched import Watched
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +65,9 @@ class Watch(TrainerCallback):
         self.tripped: list[dict[str, Any]] = []
         self.conflicts: list[dict[str, Any]] = []
         self.rollbacks = 0
-        self.trainer: L3MTrainer | None = None
+        self.trainer: Watched | None = None
 
-    def begin(self, trainer: L3MTrainer) -> None:
+    def begin(self, trainer: Watched) -> None:
         """The trainer calls it where training begins; in one that is resumed it calls `restore` next."""
         self.trainer = trainer
         self._rules = RuleWatch(self.config)
@@ -78,8 +76,8 @@ class Watch(TrainerCallback):
         self._batches: deque[dict[str, list[float | None]]] = deque(maxlen=HELD_OUT_BATCHES)
         self._warned: set[str] = set()
         self._cosines: PairCosines | None = None
-        self._ranks = trainer.accelerator.num_processes
-        self._sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        self._ranks = trainer.args.world_size
+        self._sharded = trainer.sharded
         self._rows = self._held_out_rows()
         if trainer.l3m_optimizer is None:
             return
@@ -153,10 +151,10 @@ class Watch(TrainerCallback):
         chosen = [rows[index] for index in order[: self.config.held_out_samples]]
         return chosen[args.process_index :: args.world_size]
 
-    def _look_at_held_out(self, trainer: L3MTrainer, seen: dict[str, float]) -> list[Trip]:
+    def _look_at_held_out(self, trainer: Watched, seen: dict[str, float]) -> list[Trip]:
         args: Any = trainer.args
         found = evaluate(
-            trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, self._rows,
+            trainer.policy, trainer.processing_class, self._rows,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed + trainer.state.global_step,
             constraints=trainer.constraints,
         )  # fmt: skip
@@ -171,7 +169,7 @@ class Watch(TrainerCallback):
                 gaps[constraint.name] = seen[f"watch/held_out_gap/{constraint.name}"] = found_gap
         return self._held_out.update(gaps)
 
-    def _look_at_gradients(self, trainer: L3MTrainer, seen: dict[str, float]) -> None:
+    def _look_at_gradients(self, trainer: Watched, seen: dict[str, float]) -> None:
         args: Any = trainer.args
         by_name = {constraint.name: constraint for constraint in trainer.constraints if not constraint.monitor}
         rollout = trainer.last_rollout
@@ -182,7 +180,7 @@ class Watch(TrainerCallback):
         assert trainer.l3m_optimizer is not None
         names = list(rewards)
         gradients = reward_gradients(
-            trainer.accelerator.unwrap_model(trainer.model), rollout, list(rewards.values()),
+            trainer.policy, rollout, list(rewards.values()),
             temperature=args.temperature, batch_size=args.per_device_train_batch_size,
         )  # fmt: skip
         if gradients is None:
@@ -214,7 +212,7 @@ class Watch(TrainerCallback):
 
     # ---- what follows ----
 
-    def _act(self, trainer: L3MTrainer, trips: list[Trip], control: Any) -> None:
+    def _act(self, trainer: Watched, trips: list[Trip], control: Any) -> None:
         config, iteration = self.config, trainer.state.global_step
         assert trainer.l3m_optimizer is not None
         action = config.on_trip

@@ -1,0 +1,98 @@
+"""Responses of the current policy, y ~ pi_theta(.|x), ready for rewards and for the head: data, which others measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Answer(Protocol):
+    """Of a measure about a rollout, one value per response; it may be on its way."""
+
+    def values(self) -> list[float | None]: ...
+
+    def cancel(self) -> None:
+        """It is no longer wanted."""
+        ...
+
+
+class Measure(Protocol):
+    """What values responses by a number each: a constraint."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def samples(self) -> bool:
+        """Whether its values come from responses."""
+        ...
+
+    def begin(self, rollout: Rollout, model: Any = None) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N responses and their prompts; the mapping interface holds what a model's forward takes."""
+
+    prompts: list[Any]  # as given
+    completions: list[Any]  # text; a list with one assistant message where the prompt is a list of messages, as in TRL
+    input_ids: Tensor  # (N, L) prompt, response, padding
+    attention_mask: Tensor  # (N, L)
+    labels: Tensor  # (N, L) not shifted, -100 on prompts and padding
+    lengths: Tensor  # (N,) int64, response tokens, the closing EOS included
+    ended: Tensor  # (N,) bool, closed by EOS; a truncated response is not
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
+    host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
+    temperature: float = 1.0  # of the sampling
+
+    def __post_init__(self) -> None:
+        if not self.host_lengths:
+            object.__setattr__(self, "host_lengths", self.lengths.tolist())
+
+    @property
+    def scored(self) -> int:
+        """Response tokens of all, which are what the head scores: for `L3MOptimizer.constraint_loss(..., scored=rollout.scored)`."""
+        return self.scored_in(slice(None))
+
+    def scored_in(self, part: slice) -> int:
+        """Response tokens of a micro-batch."""
+        return sum(self.host_lengths[part])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def rewards(self, constraints: Sequence[Measure], model: Any = None) -> dict[str, list[float | None]]:
+        """One value per response and constraint, by name; constraints without a function are left out (give those to `observe`).
+
+        Asynchronous reward functions run at the same time as each other and as the others. NaN and inf are let through, to `observe`:
+        there it is decided about them, and an error is one of all ranks.
+
+        Args:
+            model: the policy that was sampled, for constraints that need it (`KL`).
+
+        Raises:
+            ValueError: a reward of the wrong length, or no number: names the function and row.
+        """
+        answers: list[Answer] = []
+        own = [constraint for constraint in constraints if constraint.samples]
+        try:
+            for constraint in own:
+                answers.append(constraint.begin(self, model))
+            return {constraint.name: answer.values() for constraint, answer in zip(own, answers, strict=True)}
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    def reward_columns(self) -> dict[str, list[Any]]:
+        """What reward functions get beside prompts and completions: the data's columns, `completion_ids` and `ended` (bool)."""
+        return {**self.columns, "completion_ids": self.completion_ids(), "ended": self.ended.tolist()}
+
+    def completion_ids(self) -> list[list[int]]:
+        """The response tokens of each sequence."""
+        return [ids[labels != -100].tolist() for ids, labels in zip(self.input_ids, self.labels, strict=True)]
