@@ -1,5 +1,5 @@
-// From sums of rewards to weights, a reward, a constraint and a response at a time, once for C++ and CUDA C++ (arXiv
-// 2410.21533; the derivation is in l3m_kernels/reference.py). Every sum and product is in the reference's order;
+// From sums of rewards to weights, a reward, a constraint and a response at a time, once for C++ and CUDA C++.
+// (arXiv 2410.21533; the derivation is in l3m_kernels/reference.py) Every sum and product is in the reference's order;
 // compile without contraction to fused multiply-adds, and the bits are the reference's.
 #pragma once
 

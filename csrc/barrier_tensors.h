@@ -1,5 +1,5 @@
-// The tensors of barrier_weights, checked so that memory access is in bounds, and what it returns: for every native
-// backend.
+// For every native backend: the tensors of barrier_weights, checked so that memory access is in bounds, and what it
+// returns.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -185,8 +185,8 @@ Statistics empty_statistics(const Batch& batch, bool with_lse) {
           with_lse ? at::zeros({T}, options) : Tensor()};
 }
 
-// Sums in double over each sequence's tokens -> their weighted sum; a weight of 0 drops its sequence, whatever its
-// likelihood.
+// Sums in double over each sequence's tokens -> their weighted sum.
+// A weight of 0 drops its sequence, whatever its likelihood.
 template <typename Acc>
 double sum_sequences(const Batch& batch, const Statistics& found, const Acc* seq_weight) {
   const int64_t N = batch.cu_seqlens.numel() - 1;

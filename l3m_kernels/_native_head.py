@@ -1,44 +1,23 @@
-"""The head's native ops by the signatures of the table of backends: a `chunked.Head` spread out, as a torch schema wants it."""
+"""The head's native ops by the signatures of `chunked`, for the table of backends.
 
-from torch import Tensor, ops
+A torch schema has no tuples, so `head` and `needs` are spread out; rows are counted, so `scored_rows`, the last argument, is dropped.
+"""
 
+from collections.abc import Callable
 
-def log_likelihood(
-    hidden: Tensor,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    head: tuple,
-    ignore_index: int,
-    scored_rows: int | None = None,  # not needed here: rows are counted
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ops.l3m_kernels.cpp_log_likelihood(hidden, targets, cu_seqlens, *head, ignore_index)
+from torch import ops
 
 
-def log_likelihood_backward(
-    grad_sequence: Tensor,
-    grad_token: Tensor,
-    hidden: Tensor,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    lse: Tensor,
-    head: tuple,
-    ignore_index: int,
-    needs: tuple[bool, bool, bool],
-    scored_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = ops.l3m_kernels.cpp_log_likelihood_backward
-    return run(grad_sequence, grad_token, hidden, targets, cu_seqlens, lse, *head, ignore_index, *needs)
+def _spread(op: Callable) -> Callable:
+    def run(*arguments):
+        spread = []
+        for argument in arguments[:-1]:
+            spread += argument if isinstance(argument, tuple) else (argument,)
+        return op(*spread)
+
+    return run
 
 
-def weighted_log_likelihood(
-    hidden: Tensor,
-    targets: Tensor,
-    seq_weight: Tensor,
-    cu_seqlens: Tensor,
-    head: tuple,
-    ignore_index: int,
-    needs: tuple[bool, bool, bool],
-    scored_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = ops.l3m_kernels.cpp_weighted_log_likelihood
-    return run(hidden, targets, seq_weight, cu_seqlens, *head, ignore_index, *needs)
+def head_ops() -> dict[str, Callable]:
+    names = ("log_likelihood", "log_likelihood_backward", "weighted_log_likelihood")
+    return {name: _spread(getattr(ops.l3m_kernels, f"cpp_{name}")) for name in names}

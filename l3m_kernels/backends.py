@@ -42,12 +42,7 @@ class Backend:
 def _native_ops() -> dict[str, Callable]:
     if NATIVE.module is None:
         return {}
-    return {
-        "log_likelihood": _native_head.log_likelihood,
-        "log_likelihood_backward": _native_head.log_likelihood_backward,
-        "weighted_log_likelihood": _native_head.weighted_log_likelihood,
-        "barrier_weights": torch.ops.l3m_kernels.cpp_barrier_weights,
-    }
+    return _native_head.head_ops() | {"barrier_weights": torch.ops.l3m_kernels.cpp_barrier_weights}
 
 
 def _triton() -> Backend:

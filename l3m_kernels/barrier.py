@@ -108,9 +108,8 @@ def barrier_weights(
     """
     op = "barrier_weights"
     mu, s = _constants(op, rewards.device, mu, s)
-    norm = _check_weights(op, rewards, state, norm, sums, smoothing)
-    arguments = (rewards, norm, sums, state, bounds.reward_index, bounds.table, mu, s, float(smoothing), leave_one_out)
-    return BarrierWeights(*_barrier_weights(*arguments, backend or "auto"))
+    tensors = _checked(op, rewards, norm, sums, state, bounds, smoothing)
+    return BarrierWeights(*_barrier_weights(*tensors, mu, s, float(smoothing), leave_one_out, backend or "auto"))
 
 
 def multiplier_weights(
@@ -133,15 +132,14 @@ def multiplier_weights(
     Raises:
         ValueError: a shape or dtype is wrong (named), or smoothing is out of range.
     """
-    norm = _check_weights("multiplier_weights", rewards, state, norm, sums, smoothing)
-    arguments = (rewards, norm, sums, state, bounds.reward_index, bounds.table, rule, float(smoothing), leave_one_out)
-    return BarrierWeights(*reference.multiplier_weights(*arguments))
+    tensors = _checked("multiplier_weights", rewards, norm, sums, state, bounds, smoothing)
+    return BarrierWeights(*reference.multiplier_weights(*tensors, rule, float(smoothing), leave_one_out))
 
 
-def _check_weights(
-    op: str, rewards: Tensor, state: Tensor, norm: Tensor | None, sums: Tensor | None, smoothing: float
-) -> Tensor:
-    """-> the norm, 1 where there is none."""
+def _checked(
+    op: str, rewards: Tensor, norm: Tensor | None, sums: Tensor | None, state: Tensor, bounds: Bounds, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """-> the tensors that the op begins with, in its order; the norm is 1 where there is none."""
     if rewards.ndim != 2 or rewards.dtype != torch.float64:
         raise ValueError(f"{op}: rewards must be (N, R) float64, got {tuple(rewards.shape)} {rewards.dtype}")
     count, columns = rewards.shape
@@ -155,7 +153,7 @@ def _check_weights(
             raise ValueError(f"{op}: {name} must be {wanted} float64 on {rewards.device}, got {got}")
     if not 0 < smoothing <= 1:
         raise ValueError(f"{op}: smoothing must be in (0, 1], got {smoothing}")
-    return norm
+    return rewards, norm, sums, state, bounds.reward_index, bounds.table
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
@@ -242,7 +240,7 @@ def _barrier_weights(
 
 
 @_barrier_weights.register_fake
-def _(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_one_out, backend):
+def _(rewards, norm, sums, state, reward_index, bounds, mu, *_):
     seq_weight = norm.new_empty(norm.shape, dtype=torch.float32)
     per_reward, per_bound = state.new_empty(state.shape[0]), state.new_empty(bounds.shape[0])
     multiplier, violation = torch.empty_like(per_bound), torch.empty_like(per_bound)

@@ -31,6 +31,14 @@ class Head(NamedTuple):
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(dtype: torch.dtype, unscaled: bool) -> torch.dtype:
+    """Of the gradients that an op returns for inputs of `dtype`.
+
+    fp16 gradients still to be multiplied by a loss scale (`unscaled`) stay fp32: rounded first, the small ones would be 0.
+    """
+    return torch.float32 if unscaled and dtype == torch.float16 else dtype
+
+
 def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """(T,) int64, the sequence that each packed token belongs to."""
     positions = torch.arange(tokens, device=cu_seqlens.device)
@@ -51,13 +59,18 @@ def sequence_lengths(targets: Tensor, cu_seqlens: Tensor, ignore_index: int) -> 
     return counts[cu_seqlens[1:].long()] - counts[cu_seqlens[:-1].long()]
 
 
+def weighted_loss(seq_weight: Tensor, sequence: Tensor) -> Tensor:
+    """() float64, -sum_n seq_weight[n] * sequence[n] of two (N,); a sequence of weight 0 is dropped, also at -inf."""
+    return -(seq_weight.double() * sequence).where(seq_weight != 0, 0.0).sum()
+
+
 def log_likelihood(
     hidden: Tensor,  # (T, D)
     targets: Tensor,  # (T,) int64
     cu_seqlens: Tensor,  # (N + 1,)
     head: Head,
     ignore_index: int,
-    scored_rows: int | None = None,  # not needed here: rows are counted
+    scored_rows: int | None = None,  # how many targets are not ignore_index, where known; here they are counted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> sequence (N,), length (N,) int64, token (T,), lse (T,): the forward pass alone, 2 n D V FLOPs for n scored rows."""
     token = torch.zeros(len(hidden), dtype=head.compute, device=hidden.device)
@@ -103,8 +116,8 @@ def weighted_log_likelihood(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), sequence (N,), length (N,), token (T,), d_hidden, d_weight, d_bias: one pass, 6 n D V FLOPs.
 
-    loss = -sum_n seq_weight[n] * sequence[n]. The weights are known, so each chunk of logits becomes its own gradient
-    while it is at hand. Rows of weight 0 get the forward only.
+    The weights of the sequences are known, so each chunk of logits becomes its own gradient while it is at hand. Rows of
+    weight 0 get the forward only.
     """
     token = torch.zeros(len(hidden), dtype=head.compute, device=hidden.device)
     scored = targets != ignore_index
@@ -121,9 +134,7 @@ def weighted_log_likelihood(
         del logits, slope  # or the next chunk's would be held beside them
 
     sequence = sequence_sums(token, cu_seqlens)
-    # 0 * -inf is 0 here: a dropped sequence is dropped
-    terms = (seq_weight.double() * sequence).where(seq_weight != 0, 0.0)
-    loss = -terms.sum().to(head.compute)
+    loss = weighted_loss(seq_weight, sequence).to(head.compute)
     length = sequence_lengths(targets, cu_seqlens, ignore_index)
     return loss, sequence.to(head.compute), length, token, *gradients.finish()
 
@@ -194,14 +205,11 @@ def _softmax_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Gradients:
-    """Accumulators of the head's gradients, fp32 (fp64 for fp64) until `finish` rounds them to the inputs' dtype.
-
-    Gradients still to be multiplied by a loss scale (`unscaled`) stay fp32 for fp16 inputs: rounded first, the small ones would be 0.
-    """
+    """Accumulators of the head's gradients, fp32 (fp64 for fp64) until `finish` rounds them."""
 
     def __init__(self, hidden: Tensor, head: Head, needs: NEEDS, unscaled: bool = False):
         self.head, self.needs = head, needs
-        self.dtype = torch.float32 if unscaled and hidden.dtype == torch.float16 else hidden.dtype
+        self.dtype = gradient_dtype(hidden.dtype, unscaled)
         # contiguous, whatever hidden's strides
         self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=self.dtype)
         options = {"dtype": head.compute, "device": hidden.device}

@@ -6,7 +6,7 @@ Letters: T tokens of a packed batch, n rows of a chunk, D hidden size, V vocabul
 import torch
 from torch import Tensor
 
-from l3m_kernels.chunked import NEEDS, Head
+from l3m_kernels.chunked import NEEDS, Head, gradient_dtype
 
 LARGEST_HALF = 14  # fp16 gradients of the logits stay below 2**14: nothing overflows, and least is lost below 6e-8
 
@@ -28,7 +28,7 @@ class GradientSums:
     """The gradients of one call, summed in fp32 and rounded once; empty where not needed.
 
     fp16 gradients of the logits are multiplied by a power of two, so that those of small upstream gradients are not 0; it is taken out
-    of the sums again. Gradients that are still to be multiplied by a loss scale (`unscaled`) then stay fp32.
+    of the sums again.
     """
 
     def __init__(
@@ -37,12 +37,11 @@ class GradientSums:
         """`index` (n,), the rows of hidden that may be added; `fault` () fp32, where there is one: added to all, 0 or NaN."""
         self.head, self.index, self.needs, self.fault = head, index, needs, fault
         self.half = hidden.dtype == torch.float16
-        self.dtype = torch.float32 if unscaled and self.half else hidden.dtype
+        self.dtype = gradient_dtype(hidden.dtype, unscaled)
         self.unscale: Tensor | None = None
         self.hidden = self._begun(hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=self.dtype))
-        self.weight: Tensor | None = (
-            None  # (V, D), fp32 until it is complete; in low-memory mode each block is complete at once
-        )
+        # (V, D), fp32 until it is complete; in low-memory mode each block is complete at once
+        self.weight: Tensor | None = None
         self.bias = self._begun(hidden.new_zeros(len(head.weight) if needs[2] else 0, dtype=torch.float32))
 
     def _begun(self, zeros: Tensor) -> Tensor:

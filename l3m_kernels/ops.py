@@ -14,7 +14,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from l3m_kernels.backends import low_memory, select, workspace
 from l3m_kernels.checks import check_values, moved_offsets, packed_batch
-from l3m_kernels.chunked import NEEDS, Head
+from l3m_kernels.chunked import NEEDS, Head, gradient_dtype
 
 
 class LogLikelihood(NamedTuple):
@@ -114,20 +114,9 @@ def weighted_log_likelihood(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (batch.hidden, batch.weight, batch.bias)
     ]
-    loss, sequence, length, token, *_ = _weighted_log_likelihood(
-        batch.hidden,
-        batch.weight,
-        batch.targets,
-        seq_weight,
-        batch.cu_seqlens,
-        batch.bias,
-        softcap,
-        temperature,
-        ignore_index,
-        scored,
-        backend or "auto",
-        *needs,
-    )
+    tensors = (batch.hidden, batch.weight, batch.targets, seq_weight, batch.cu_seqlens, batch.bias)
+    options = (softcap, temperature, ignore_index, scored, backend or "auto")
+    loss, sequence, length, token, *_ = _weighted_log_likelihood(*tensors, *options, *needs)
     return loss, LogLikelihood(sequence, length, token.view(targets.shape))
 
 
@@ -152,9 +141,9 @@ def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Ten
 def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: NEEDS, unscaled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake gradients, empty where not needed; fp16 ones stay fp32 until they are scaled."""
+    """Fake gradients, empty where not needed."""
     like = (hidden, weight, weight.new_empty(0) if bias is None else bias)
-    dtype = torch.float32 if unscaled and hidden.dtype == torch.float16 else hidden.dtype
+    dtype = gradient_dtype(hidden.dtype, unscaled)
     d_hidden, d_weight, d_bias = (
         t.new_empty(t.shape if n else (0,), dtype=dtype) for t, n in zip(like, needs, strict=True)
     )
@@ -188,7 +177,7 @@ def _log_likelihood(
 
 
 @_log_likelihood.register_fake
-def _(hidden, weight, targets, cu_seqlens, bias, softcap, temperature, ignore_index, scored, backend):
+def _(hidden, weight, targets, cu_seqlens, *_):
     sequence, length, token = _statistics(hidden, cu_seqlens)
     return sequence, length, token, torch.empty_like(token)
 
@@ -220,23 +209,8 @@ def _log_likelihood_backward(
 
 
 @_log_likelihood_backward.register_fake
-def _(
-    grad_sequence,
-    grad_token,
-    hidden,
-    weight,
-    targets,
-    cu_seqlens,
-    bias,
-    lse,
-    softcap,
-    temperature,
-    ignore_index,
-    scored,
-    backend,
-    *needs,
-):
-    return _gradients(hidden, weight, bias, needs)
+def _(grad_sequence, grad_token, hidden, weight, targets, cu_seqlens, bias, *rest):
+    return _gradients(hidden, weight, bias, rest[-3:])
 
 
 _log_likelihood_backward.register_autograd(_refuse_double)
@@ -293,11 +267,9 @@ def _weighted_log_likelihood(
 
 
 @_weighted_log_likelihood.register_fake
-def _(
-    hidden, weight, targets, seq_weight, cu_seqlens, bias, softcap, temperature, ignore_index, scored, backend, *needs
-):
+def _(hidden, weight, targets, seq_weight, cu_seqlens, bias, *rest):
     sequence, length, token = _statistics(hidden, cu_seqlens)
-    return sequence.new_empty(()), sequence, length, token, *_gradients(hidden, weight, bias, needs, unscaled=True)
+    return sequence.new_empty(()), sequence, length, token, *_gradients(hidden, weight, bias, rest[-3:], unscaled=True)
 
 
 def _weighted_setup(ctx, inputs, output):

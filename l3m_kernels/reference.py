@@ -10,6 +10,7 @@ Letters: T tokens, N sequences, D hidden size, V vocabulary, R rewards, K one-si
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -124,38 +125,24 @@ def _advance(state: Tensor, sums: Tensor, smoothing: float) -> Tensor:
     return torch.where((count > 0.0)[:, None], advanced, state)
 
 
-def barrier_weights(
+def barrier_weights(rewards, norm, sums, state, reward_index, bounds, mu: Tensor, s: Tensor, smoothing, leave_one_out):
+    """`multiplier_weights` with the multipliers of the relaxed barrier; mu and s are () float64."""
+    rule = partial(barrier_multiplier, mu=mu, s=s)
+    return multiplier_weights(rewards, norm, sums, state, reward_index, bounds, rule, smoothing, leave_one_out)
+
+
+def multiplier_weights(
     rewards: Tensor,  # (N, R) float64, NaN where a response is excluded from a constraint
     norm: Tensor,  # (N,) float64, length normalisation of each response; 0 gives it the weight 0
     sums: Tensor | None,  # (R, 3) float64 over all ranks and micro-batches; None: those of `rewards`
     state: Tensor,  # (R, 5) float64, see STATE
     reward_index: Tensor,  # (K,) int64, the reward that each constraint bounds
     bounds: Tensor,  # (K, 6) float64, see BOUNDS
-    mu: Tensor,  # () float64
-    s: Tensor,  # () float64
-    smoothing: float,
-    leave_one_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the fields of `BarrierWeights`, the multipliers being those of the relaxed barrier."""
-
-    def rule(violation: Tensor) -> Tensor:
-        return barrier_multiplier(violation, mu, s)
-
-    return multiplier_weights(rewards, norm, sums, state, reward_index, bounds, rule, smoothing, leave_one_out)
-
-
-def multiplier_weights(
-    rewards: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    state: Tensor,
-    reward_index: Tensor,
-    bounds: Tensor,
     rule: Callable[[Tensor], Tensor],  # violations (K,) float64, positive where violated -> multipliers (K,) >= 0
     smoothing: float,
     leave_one_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `barrier_weights`, for multipliers of any solver. The only place where rewards become weights.
+    """-> the fields of `BarrierWeights`, for multipliers of any solver. The only place where rewards become weights.
 
     grad C_k = E[(c_k(y) - b_k) grad log pi(y)] and c_k is affine in the reward, so with n responses
     seq_weight_n = sum_k (lambda_k / S) * -sign_k / scale_k * (r_n - baseline) / (n * norm_n).

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from l3m_kernels import device_flags
-from l3m_kernels.chunked import NEEDS, Head, sequence_index, sequence_lengths
+from l3m_kernels.chunked import NEEDS, Head, sequence_index, sequence_lengths, weighted_loss
 from l3m_kernels.chunked import sequence_sums as segment_sums
 from l3m_kernels.gradient_sums import GradientSums, matmul_fp32
 from l3m_kernels.row_order import Rows, ordered
@@ -88,6 +88,7 @@ class _Batch:
         self.vocabulary, self.width = head.weight.shape
         self.stride = -(-self.vocabulary // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
         self.limit = self._limit()
+        self.settings = (head.softcap or 0.0, 1 / head.temperature, hidden.dtype)
         self.buffer: Tensor | None = None
 
     def _limit(self) -> int:
@@ -129,20 +130,16 @@ class _Batch:
 
     def fused(self, logits: Tensor, chunk: slice, upstream: Tensor | None = None) -> None:
         """The row kernel on the whole vocabulary; statistics go to `token` and `lse`."""
-        settings = (self.bias, self.head.softcap or 0.0, 1 / self.head.temperature, self.hidden.dtype)
-        statistics = (self.token[chunk], self.lse[chunk], self.flag)
-        self.kernels.softmax_gradient(logits, self.targets[chunk], upstream, *settings, *statistics, False)
+        rows = (logits, self.targets[chunk], upstream, self.bias)
+        self.kernels.softmax_gradient(*rows, *self.settings, self.token[chunk], self.lse[chunk], self.flag, False)
 
     def fused_with_lse(
         self, logits: Tensor, chunk: slice, upstream: Tensor, first: int = 0, last: int | None = None
     ) -> None:
         """The row kernel on columns [first, last) of the vocabulary, with the `lse` that is known."""
         bias = None if self.bias is None else self.bias[first:last]
-        settings = (bias, self.head.softcap or 0.0, 1 / self.head.temperature, self.hidden.dtype)
-        targets = self.targets[chunk] - first
-        self.kernels.softmax_gradient(
-            logits, targets, upstream, *settings, None, self.lse[chunk], self.flag, known_lse=True
-        )
+        rows = (logits, self.targets[chunk] - first, upstream, bias)
+        self.kernels.softmax_gradient(*rows, *self.settings, None, self.lse[chunk], self.flag, known_lse=True)
 
     def forward(self, start: int, end: int) -> None:
         for chunk in self.chunks(start, end):
@@ -158,7 +155,7 @@ class _Batch:
     def gradients(self, upstream: Tensor, needs: NEEDS, unscaled: bool, known_lse: bool) -> tuple[Tensor, ...]:
         """-> d_hidden, d_weight, d_bias, empty where not needed; upstream (n,) fp32 of the rows with a gradient.
 
-        fp16 gradients that are still to be multiplied by a loss scale (`unscaled`) are fp32. Statistics are written unless `known_lse`.
+        Statistics are written unless `known_lse`; `unscaled` as in `chunked.gradient_dtype`.
         """
         fault = self.rows.fault
         sums = GradientSums(self.hidden, self.head, self.rows.index, needs, unscaled, fault)
@@ -182,9 +179,8 @@ class _Batch:
     def _by_vocabulary(self, sums: GradientSums, upstream: Tensor) -> None:
         """All rows with a block of the vocabulary at a time: nothing of the weight's size is held but its gradient."""
         rows = slice(0, len(upstream))
-        inputs = self._without_idle(
-            self.inputs(rows), upstream
-        )  # of the logits too: the gradient is 0 whatever they are
+        # of the logits too: the gradient is 0 whatever they are
+        inputs = self._without_idle(self.inputs(rows), upstream)
         free = self.head.workspace - inputs.numel() * (inputs.itemsize + 4)
         columns = max(free // (4 * len(inputs) + 4 * self.width), LEAST_COLUMNS) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
         d_inputs = torch.zeros_like(inputs, dtype=torch.float32) if sums.needs[0] else None
@@ -204,16 +200,13 @@ class _Batch:
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 
 
+# Arguments, results and FLOPs of each are those of its namesake in `chunked`; float64 is not among the dtypes.
+
+
 def log_likelihood(
-    kernels: RowKernels,
-    hidden: Tensor,  # (T, D) fp32 | bf16 | fp16
-    targets: Tensor,  # (T,) int64
-    cu_seqlens: Tensor,  # (N + 1,)
-    head: Head,
-    ignore_index: int,
-    scored_rows: int | None = None,
+    kernels: RowKernels, hidden: Tensor, targets, cu_seqlens, head: Head, ignore_index: int, scored_rows=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> sequence (N,), length (N,) int64, token (T,), lse (T,): as `chunked.log_likelihood`, 2 n D V FLOPs."""
+    """-> sequence, length, token, lse."""
     with _launching(hidden):
         rows = ordered(targets != ignore_index, None, scored_rows)
         batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
@@ -224,19 +217,9 @@ def log_likelihood(
 
 
 def log_likelihood_backward(
-    kernels: RowKernels,
-    grad_sequence: Tensor,  # (N,)
-    grad_token: Tensor,  # (T,)
-    hidden: Tensor,  # (T, D)
-    targets: Tensor,  # (T,) int64
-    cu_seqlens: Tensor,  # (N + 1,)
-    lse: Tensor,  # (T,)
-    head: Head,
-    ignore_index: int,
-    needs: NEEDS,
-    scored_rows: int | None = None,
+    kernels, grad_sequence, grad_token, hidden, targets, cu_seqlens, lse, head, ignore_index, needs, scored_rows=None
 ) -> tuple[Tensor, ...]:
-    """-> d_hidden, d_weight, d_bias: as `chunked.log_likelihood_backward`, 6 n D V FLOPs for the rows with a gradient."""
+    """-> d_hidden, d_weight, d_bias."""
     with _launching(hidden):
         upstream = (grad_token + grad_sequence[sequence_index(cu_seqlens, len(hidden))]).float()
         scored = targets != ignore_index
@@ -250,17 +233,9 @@ def log_likelihood_backward(
 
 
 def weighted_log_likelihood(
-    kernels: RowKernels,
-    hidden: Tensor,  # (T, D)
-    targets: Tensor,  # (T,) int64
-    seq_weight: Tensor,  # (N,)
-    cu_seqlens: Tensor,  # (N + 1,)
-    head: Head,
-    ignore_index: int,
-    needs: NEEDS,
-    scored_rows: int | None = None,
+    kernels, hidden, targets, seq_weight, cu_seqlens, head, ignore_index, needs, scored_rows=None
 ) -> tuple[Tensor, ...]:
-    """-> loss (), sequence, length, token, d_hidden, d_weight, d_bias: as `chunked.weighted_log_likelihood`, one pass."""
+    """-> loss, sequence, length, token, d_hidden, d_weight, d_bias."""
     with _launching(hidden):
         scored = targets != ignore_index
         upstream = -seq_weight.float()[sequence_index(cu_seqlens, len(hidden))]
@@ -271,8 +246,7 @@ def weighted_log_likelihood(
         batch.forward(rows.gradient, rows.scored)
         token = batch.scattered(batch.token)
         sequence, length = kernels.sequence_sums(token, targets, cu_seqlens, ignore_index)
-        # A dropped sequence is dropped, also at -inf.
-        loss = -(seq_weight.double() * sequence).where(seq_weight != 0, 0.0).sum().float()
+        loss = weighted_loss(seq_weight, sequence).float()
         if rows.fault is not None:
             loss = loss + rows.fault
         return loss, sequence.float(), length, token, *gradients

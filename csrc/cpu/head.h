@@ -1,18 +1,18 @@
 // The head: hidden states x vocabulary matrix -> log-likelihoods of the targets and gradients, tile by tile.
 //
-// Letters: T rows of the batch, n of them scored, D hidden size, V vocabulary. A block is up to a few hundred scored
-// rows.
+// Letters: T rows of the batch, n of them scored, D hidden size, V vocabulary, X hidden, W weight. A block is up to a
+// few hundred scored rows. For a row m, t its target, z[v, m] its logits, u the gradient of the loss in its log pi:
 //
-// With r[m] a reference near the logits of row m (its target's logit z_t), E[v, m] = exp(z[v, m] - r[m]) and S[m] =
-// sum_v E[v, m]:
-//
-//   log pi = (z_t - r) - log S          d z[v, m] = u[m] ([v = t] - E[v, m] / S[m])        u: gradient of the loss in
-//   log pi d hidden[m] = u (1 - p_t) W[t] - (u / S) sum_(v != t) E[v, m] W[v] d W[v] = sum_(m: t = v) u (1 - p_t) X[m]
-//   - sum_(m: t != v) E[v, m] (u / S) X[m]
+//   E[v, m]     = exp(z[v, m] - r)        r: a reference near the logits, the target's logit z_t
+//   S           = sum_v E[v, m]
+//   log pi      = (z_t - r) - log S
+//   d z[v, m]   = u ([v = t] - E[v, m] / S)
+//   d hidden[m] = u (1 - p_t) W[t]                 - (u / S) sum_(v != t) E[v, m] W[v]
+//   d W[v]      = sum_(m: t = v) u (1 - p_t) X[m]  - sum_(m: t != v) E[v, m] (u / S) X[m]
 //
 // S enters after the sums over v, so one pass over the vocabulary gives S and d hidden, and leaves E behind for d W.
-// The target's own terms are added in full precision: 1 - p_t = sum_(v != t) E / S has no cancellation where p_t is
-// nearly 1.
+// The target's own terms are added in full precision: where p_t is nearly 1, 1 - p_t = sum_(v != t) E / S has no
+// cancellation.
 #pragma once
 
 #include <cstdint>

@@ -27,8 +27,8 @@ inline constexpr Acc kMasked = Acc(-3.0e38);
 // Tiles are (rows of the vocabulary) x (columns: rows of the batch), `ld` apart.
 template <typename Acc>
 struct TileKernels {
-  // z -> exp(logit - reference[column]), in place; sums[column] += it. `slope`: times d logit / d z * temperature
-  // afterwards.
+  // z -> exp(logit - reference[column]), in place; sums[column] += it.
+  // `slope`: times d logit / d z * temperature afterwards.
   void (*exponentials)(Acc* z, int64_t ld, int64_t rows, int64_t columns, const Acc* bias, const Acc* reference,
                        Acc* sums, const Transform<Acc>& transform, bool slope);
   // maximum[column] = max(itself, logits of the column); a NaN stays.
@@ -40,11 +40,11 @@ struct TileKernels {
   void (*weighted_sums)(const Acc* tile, int64_t ld, int64_t rows, int64_t columns, const Acc* factor, Acc* out);
 };
 
-// Operands of a product of 16-bit numbers hold pairs of consecutive k in one word: (k / 2, n) words, low half the even
-// k.
+// Operands of a product of 16-bit numbers hold pairs of consecutive k in one word, the even k in its low half:
+// (k / 2, n) words.
 struct PairKernels {
-  // Rows of exponentials -> bf16 rows, and (rows / 2, ld_pairs) words of two rows each where `pairs` is given. Rows are
-  // even in number. `stream`: `to` is not read again soon, and need not pass through the cache.
+  // Rows of exponentials, even in number -> bf16 rows, and (rows / 2, ld_pairs) words of two rows each where `pairs` is
+  // given. `stream`: `to` is not read again soon, and need not pass through the cache.
   void (*narrow)(const float* tile, int64_t ld, int64_t rows, int64_t columns, BFloat16* to, int64_t ld_to,
                  uint32_t* pairs, int64_t ld_pairs, bool stream);
   // Two rows -> words; `odd` may be null (zeros).

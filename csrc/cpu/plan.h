@@ -23,8 +23,8 @@ inline int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
 inline constexpr size_t kHugePage = size_t(2) << 20;
 
-// A fault on each of many small pages costs more than the work on it: 65 MB of a gradient take 27 ms to write in small
-// ones, 16 in huge ones (one thread).
+// A fault on each of many small pages costs more than the work on it:
+// 65 MB of a gradient take 27 ms to write in small ones, 16 in huge ones (one thread).
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
@@ -139,9 +139,9 @@ struct Tiling {
       return std::clamp(bytes / per_row / 16 * 16, least, most);
     };
     // Products of 16-bit numbers are so fast that reading the weight from memory once per block limits them: blocks of
-    // 512, 256 and 192 rows give the logits in 95, 106 and 128 ms. fp32, both threads, forward and backward of 2048
-    // rows: 1.13-1.19 s with blocks of 160 and 208 rows, 1.23-1.25 with 128, 1.15-1.27 with 256; 92% of it are
-    // products.
+    // 512, 256 and 192 rows give the logits in 95, 106 and 128 ms.
+    // fp32, both threads, forward and backward of 2048 rows, of which 92% are products: 1.13-1.19 s with blocks of 160
+    // and 208 rows, 1.23-1.25 with 128, 1.15-1.27 with 256.
     const bool fast = operand_bytes == 2;
     block = fit(fast ? 1024 << 10 : 640 << 10, D * operand_bytes, 32, fast ? 512 : 160);
     panel = fast ? 512 : 128;

@@ -15,8 +15,7 @@
 
 namespace l3m::cpu {
 
-// A (m, k) row-major; B (k, n) row-major, its 16-bit numbers in words of two consecutive k (k is then even); C (m, n)
-// row-major.
+// A (m, k), B (k, n) and C (m, n) are row-major; B's 16-bit numbers in words of two consecutive k (k is then even).
 template <typename Number, typename Acc>
 class Product {
  public:
@@ -60,9 +59,8 @@ class Product {
  private:
   // brgemm adds up all of k in one register. Its error is that of a chain of k sums: at k = 4096, where logits are
   // large, 7 to 9 times that of torch's product, which cuts it. So are the sums here, into equal parts of at most
-  // `most`, each from 0 and then added to C: 0.7 to 1.1 times that error, and 5 to 12% faster (python
-  // bench/accuracy.py). On AMX parts were not measured, and k is one
-  // chain.
+  // `most`, each from 0 and then added to C: 0.7 to 1.1 times that error, and 5 to 12% faster.
+  // (`python bench/accuracy.py`) On AMX parts were not measured, and k is one chain.
   template <typename Part>
   static void in_parts(int64_t most, int64_t k, const Part& part) {
     const int64_t count = (k + most - 1) / most;

@@ -84,8 +84,8 @@ class Statistics {
     return std::min(round_up(ceil_div(V_ * slice, batch.slices), t_.tiling.panel), V_);
   }
 
-  // Sums of one block over one slice of the vocabulary; d hidden (count, D), without the factor, into `d_hidden` where
-  // given.
+  // Sums of one block over one slice of the vocabulary; where `d_hidden` is given, d hidden (count, D) without the
+  // factor goes there.
   void pass(const Batch& batch, const Block& block, int64_t slice, Scratch& scratch, Acc* d_hidden) {
     const Mul* hidden = t_.packed_hidden(batch, block, scratch);
     double* others = batch.state.others.get() + slice * batch.columns + block.offset;

@@ -131,8 +131,8 @@ class Tiles {
 
   const Acc* bias_at(int64_t v) const { return p_.bias ? bias_.get() + v : nullptr; }
 
-  // Products (rows, width), `ld` apart, of a strip of the vocabulary -> exponentials, the targets' left out; adds them
-  // to `others` where it is given.
+  // Products (rows, width), `ld` apart, of a strip of the vocabulary -> exponentials, the targets' left out.
+  // Adds them to `others` where it is given.
   void exponentials(const Batch& batch, const Block& block, int64_t v, int64_t rows, Acc* z, int64_t ld,
                     Scratch& scratch, double* others) {
     const int64_t width = block.width;
@@ -160,8 +160,8 @@ class Tiles {
       return kernels.tile_float;
   }
 
-  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart; and transposed, (count, rows),
-  // where given.
+  // Exponentials of a panel as the operand (rows, width) of a product, `ld_to` apart.
+  // And transposed, (count, rows), where given.
   void panel(const Batch& batch, const Block& block, const Mul* hidden, int64_t v, int64_t rows, const Mul* weight,
              int64_t ld, Scratch& scratch, double* others, Mul* to, int64_t ld_to, Mul* by_row) {
     const int64_t width = block.width;
@@ -205,8 +205,8 @@ class Tiles {
     return at_least(scratch.by_vocabulary, (std::max(tiling.panel, tiling.weight) + 1) * (tiling.block + kLine));
   }
 
-  // Elements of a block's exponentials, and of all those of the blocks before a column; each block's begin a cache
-  // line.
+  // Elements of a block's exponentials, and of all those of the blocks before a column.
+  // Each block's begin a cache line.
   int64_t kept_elements(const Block& block) const { return round_up((V_ + 1) * tile_ld(block.width), kLine); }
   int64_t kept_before(const std::vector<Block>& blocks, int64_t column) const {
     int64_t elements = 0;

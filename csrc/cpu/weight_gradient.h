@@ -227,14 +227,16 @@ class WeightGradient {
   // The high halves of fp32 sums are bf16 numbers: d weight holds these until the last batch, and half an accumulator
   // is room for more exponentials, so for fewer and larger batches.
   static constexpr bool kHalves = std::is_same_v<Out, BFloat16>;
-  // Rows of a batch from which on adding to the sums pays: at 512 it took 0.89 of the time of computing logits once
-  // more (V = 128256, D = 512, n = 1024), at 1,639 rows 0.56 (V = 32000, D = 1024, n = 8192; one thread, processor
-  // time).
+  // Rows of a batch from which on adding to the sums pays. Of the time of computing logits once more it took (processor
+  // time, one thread):
+  //   0.89 at 512 rows    V = 128256, D = 512, n = 1024
+  //   0.56 at 1,639 rows  V = 32000, D = 1024, n = 8192
   static constexpr int64_t kLeastSummed = 512;
   // Beyond what a shared cache may hold, 16-bit products may make exponentials sooner than memory gives them back.
-  // Two threads: with all 262 MB kept, V = 128256, D = 512, n = 1024 took 373 ms in `l3ms bench`, and with this limit
-  // 291 (both before the memory of freed gradients was used again; 273 since). 131 MB at V = 32000, D = 1024, n = 2048
-  // are worth it: 203 against 280 ms.
+  // `l3ms bench`, two threads:
+  //   V = 128256, D = 512, n = 1024: 373 ms with all 262 MB kept, 291 with this limit (both before the memory of freed
+  //     gradients was used again; 273 since)
+  //   V = 32000, D = 1024, n = 2048: 131 MB are worth it, 203 against 280 ms
   static constexpr int64_t kMostKept = int64_t(160) << 20;
   const HeadProblem<In, Out, Acc>& p_;
   const int64_t D_, V_;

@@ -1,9 +1,9 @@
 // Softmax, log-likelihood of the target and gradient of a row of logits, in place. One block per row.
 //
 // Pass 1 reads the row from its end to its beginning (running maximum and sum), pass 2 from its beginning to its end:
-// what was read last is still in the cache. Pass 2 overwrites the row by its gradient; a 16-bit gradient begins where
-// the row does, so element i is written over element i / 2, which has been read when all threads have loaded their part
-// of the tile.
+// what was read last is still in the cache. Pass 2 overwrites the row by its gradient. A 16-bit gradient begins where
+// the row does: element i is written over element i / 2, which was read when all threads had loaded their part of the
+// tile.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -142,8 +142,8 @@ struct Row {
   }
 };
 
-// The sum over the block, in an order that depends on nothing but its size; valid in thread 0. `warps` holds one per
-// warp.
+// The sum over the block, in an order that depends on nothing but its size; valid in thread 0.
+// `warps` holds one per warp.
 __device__ Sum sum_of_block(Sum mine, Sum* warps) {
   const auto sum_of_warp = [](Sum sum) {
     for (int step = kWarp / 2; step > 0; step /= 2) {

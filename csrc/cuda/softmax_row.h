@@ -30,8 +30,8 @@ struct Value {
 // x: the product, and the bias if there is one
 L3M_HOST_DEVICE_ Value transform(float x, const Transform& transform) {
   if (transform.softcap == 0.0f) return {x * transform.inverse_temperature, 1.0f};
-  // tanh and its derivative from e = exp(-2 |y|): 1 - tanh^2 would have no digits left where tanh is near 1, nor 1 - e
-  // near 0.
+  // tanh and its derivative from e = exp(-2 |y|):
+  // 1 - tanh^2 would have no digits left where tanh is near 1, nor 1 - e near 0.
   const float y = x * transform.inverse_softcap;
   const float e = expf(-2.0f * fabsf(y));
   const float reciprocal = 1.0f / (1.0f + e);
@@ -42,8 +42,7 @@ L3M_HOST_DEVICE_ Value transform(float x, const Transform& transform) {
 // What exp is taken relative to: the maximum, but not -inf, where -inf - -inf would be NaN.
 L3M_HOST_DEVICE_ float origin(float maximum) { return maximum == kMinusInfinity ? 0.0f : maximum; }
 
-// Sum of exp(z - origin(maximum)). A NaN is in the sum and not in the maximum (fmaxf drops it), and never leaves the
-// sum.
+// Sum of exp(z - origin(maximum)). A NaN is in the sum, which it never leaves, and not in the maximum: fmaxf drops it.
 struct Sum {
   float maximum;
   float total;

@@ -173,23 +173,22 @@ def barrier_weights_kernel(
 
 
 def barrier_weights(
-    rewards: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    state: Tensor,
-    reward_index: Tensor,
-    bounds: Tensor,
-    mu: Tensor,
-    s: Tensor,
-    smoothing: float,
-    leave_one_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and results of the op: those of the plain-torch implementation."""
+    rewards: Tensor, norm, sums, state, reward_index, bounds, mu, s, smoothing: float, leave_one_out: bool
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in `reference.barrier_weights`; the kernel's signature has their shapes."""
     (sequences, columns), constraints = rewards.shape, len(reward_index)
-    seq_weight = rewards.new_empty(sequences, dtype=torch.float32)
-    multiplier, violation = rewards.new_empty(constraints), rewards.new_empty(constraints)
-    total = rewards.new_empty(())
-    estimate, stderr, new_state = rewards.new_empty(columns), rewards.new_empty(columns), rewards.new_empty(columns, 5)
+    inputs = (None if t is None else t.contiguous() for t in (rewards, norm, sums, state, reward_index, bounds))
+    results = (
+        rewards.new_empty(sequences, dtype=torch.float32),  # seq_weight
+        rewards.new_empty(constraints),  # multiplier
+        rewards.new_empty(()),  # total
+        rewards.new_empty(constraints),  # violation
+        rewards.new_empty(columns),  # estimate
+        rewards.new_empty(columns),  # stderr
+        rewards.new_empty(columns, 5),  # state
+    )
+    smoothing_bits = struct.unpack("q", struct.pack("d", smoothing))[0]
+    arguments = [*inputs, mu, s, smoothing_bits, *results, sequences, columns, constraints]
     options: dict[str, Any] = {
         "LEAVE_ONE_OUT": leave_one_out,
         "R": triton.next_power_of_2(max(columns, 1)),
@@ -200,26 +199,5 @@ def barrier_weights(
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(rewards):
-        barrier_weights_kernel[(1,)](
-            rewards.contiguous(),
-            norm.contiguous(),
-            None if sums is None else sums.contiguous(),
-            state.contiguous(),
-            reward_index.contiguous(),
-            bounds.contiguous(),
-            mu,
-            s,
-            struct.unpack("q", struct.pack("d", smoothing))[0],
-            seq_weight,
-            multiplier,
-            total,
-            violation,
-            estimate,
-            stderr,
-            new_state,
-            sequences,
-            columns,
-            constraints,
-            **options,
-        )
-    return seq_weight, multiplier, total, violation, estimate, stderr, new_state
+        barrier_weights_kernel[(1,)](*arguments, **options)
+    return results

@@ -48,13 +48,10 @@ def task_loss(
     """L = mean over sequences of -(1/|y|) log pi(y|x), the length-normalised task loss (arXiv 2410.21533); exp(L) is the task perplexity.
 
     Args:
-        hidden: (N, L, D) or packed (T, D) hidden states that feed the head.
-        weight: (V, D), the head's matrix.
         labels: (N, L) or (T,), Hugging Face convention: aligned with the inputs, not shifted; `ignore_index` on prompt and padding.
-        cu_seqlens: (N + 1,) for the packed layout.
         scored: number of labels that are not `ignore_index`, but for the first of each sequence, which nothing predicts; where it is known
             on the host (padded labels before they are moved: `int((labels[:, 1:] != -100).sum())`) a GPU need not be waited for.
-        bias, softcap, temperature, backend: as in `l3m_kernels.log_likelihood`.
+        hidden, weight, cu_seqlens, bias, softcap, temperature, ignore_index, backend: as in `l3m_kernels.log_likelihood`.
 
     Returns:
         () loss, nats per token; sequences with nothing scored do not count.
@@ -65,13 +62,7 @@ def task_loss(
     targets = shift(labels, cu_seqlens, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     seq_weight = task_weights(scored_lengths(targets, cu_seqlens, ignore_index), dtype).to(hidden.device)
-    options = {
-        "bias": bias,
-        "softcap": softcap,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "scored": scored,
-        "backend": backend,
-    }
-    loss, _ = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
+    head = {"bias": bias, "softcap": softcap, "temperature": temperature}
+    options = {"ignore_index": ignore_index, "scored": scored, "backend": backend}
+    loss, _ = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **head, **options)
     return loss

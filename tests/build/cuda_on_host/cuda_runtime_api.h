@@ -1,6 +1,6 @@
 // CUDA's kernel language on a CPU, as much of it as csrc/cuda uses: one block after the other, its threads as fibers
-// that the scheduler takes up in a random order and leaves at barriers alone. Where a barrier is missing some order
-// shows it.
+// that the scheduler takes up in a random order and leaves at barriers alone.
+// Where a barrier is missing some order shows it.
 #pragma once
 
 #include <ucontext.h>
