@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from l3ms.constraints.constraint import Constraint
-from l3ms.runs.report import bounds_text
+from l3ms.runs.labels import bounds_text
 from l3ms.verdicts.certificates import Verdict
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
 from l3ms.runs.executing import check_code
 from l3ms.runs.loading import PLAIN, build_constraints, context_room, load_model
 from l3ms.runs.progress import progress_bar
-from l3ms.runs.report import write_json
+from l3ms.runs.whole_files import write_json
 from l3ms.verdicts.certificates import Declared, Range, Verdict, declare, judge, known_range, together
 
 if TYPE_CHECKING:
