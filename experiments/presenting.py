@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.results import Result
 from l3ms.runs.figure import Z95, iterations, series, shade, style
-from l3ms.runs.report import bounds_text
+from l3ms.runs.labels import bounds_text
 
 COLOURS = {
     "none": "#8a8f98", "barrier": "#1f5fbf", "dual_ascent": "#b5651d", "augmented_lagrangian": "#6b4fa3", "penalty": "#c2452d",

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from l3ms.rollouts.sampling import rollout
     from l3ms.training.trainer import L3MConfig, L3MTrainer
     from l3ms.verdicts.certificates import Verdict, declare, judge
-    from l3ms.verdicts.certifying import CertifyOptions, certify
+    from l3ms.verdicts.certifying import certify
+    from l3ms.verdicts.options import CertifyOptions
     from l3ms.watching.watch import Watch
 
 _MODULES = {
     "Verdict": "verdicts.certificates",
     "declare": "verdicts.certificates",
     "judge": "verdicts.certificates",
-    "CertifyOptions": "verdicts.certifying",
+    "CertifyOptions": "verdicts.options",
     "certify": "verdicts.certifying",
     "Constraint": "constraints.constraint",
     "Length": "constraints.constraint",

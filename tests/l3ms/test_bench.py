@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from l3ms.benchmark import memory, run
-from l3ms.benchmark.contestants import Contestant, Functions, Unavailable, contestants, eager, our_backends, prepare
+from l3ms.benchmark.contestant import Contestant, Functions, Unavailable, prepare
+from l3ms.benchmark.contestants import contestants, eager, our_backends
 from l3ms.benchmark.inputs import IGNORED, Source, expected, relative_error
 from l3ms.benchmark.race import TOLERANCE, Race, turns
 from l3ms.benchmark.results import gather

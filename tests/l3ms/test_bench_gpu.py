@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from l3ms.benchmark import device, race, run
-from l3ms.benchmark.contestants import Contestant, Functions, contestants, our_backends
+from l3ms.benchmark.contestant import Contestant, Functions
+from l3ms.benchmark.contestants import contestants, our_backends
 from l3ms.benchmark.environment import describe
 from l3ms.benchmark.inputs import exact_dtype
 from l3ms.benchmark.race import Race

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from l3ms.config.run_config import load_config
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo import base
-from l3ms.demo.run import Settings, main
-from l3ms.verdicts.certifying import CertifyOptions, certify
+from l3ms.demo.run import main
+from l3ms.demo.settings import Settings
+from l3ms.verdicts.certifying import certify
+from l3ms.verdicts.options import CertifyOptions
 
 RECIPE = base.Recipe(
     vocab_size=400,

@@ -8,17 +8,9 @@ import pytest
 from rich.console import Console
 
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.labels import bounds_text, is_mean_length
 from l3ms.runs.progress import status
-from l3ms.runs.report import (
-    bounds_text,
-    examples_table,
-    histogram,
-    is_mean_length,
-    plot_run,
-    read_metrics,
-    summary_table,
-    write_report,
-)
+from l3ms.runs.report import examples_table, histogram, plot_run, read_metrics, summary_table, write_report
 
 
 def summary(mean, **extra):

@@ -1,5 +1,6 @@
 """`l3ms bench`: the head's ops against what else there is, on the same tensors, in one process.
 
-`shapes` says what is measured, `contestants` and `peers` who takes part, `race` measures time in interleaved rounds and checks gradients
-against float64 first, `memory` measures the peak in a fresh process, `results` is what is written, `tables` and `figure` show it.
+`shapes` says what is measured, `contestant` what can take part, `contestants` and `peers` who does, `race` measures time in interleaved
+rounds and checks gradients against float64 first, `memory` measures the peak in a fresh process, `results` is what is written, `tables` and
+`figure` show it.
 """

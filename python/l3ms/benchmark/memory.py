@@ -18,6 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from l3ms.benchmark.contestant import prepare
+from l3ms.benchmark.contestants import contestants
+from l3ms.benchmark.inputs import Source
 from l3ms.benchmark.shapes import Case, Shape
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -81,11 +86,6 @@ def peak(run: Any, batch: Any) -> int:
 
 
 def _child(spec: dict[str, Any]) -> int:
-    import torch
-
-    from l3ms.benchmark.contestants import contestants, prepare
-    from l3ms.benchmark.inputs import Source
-
     torch.set_num_threads(spec["threads"])
     op, *sizes, dtype, masked = spec["case"]
     case = Case(op, Shape(*sizes), dtype, masked)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l3ms.benchmark.contestants import Contestant, Functions, Unavailable
+from l3ms.benchmark.contestant import Contestant, Functions, Unavailable
 from l3ms.benchmark.inputs import IGNORED, Batch
 from l3ms.benchmark.shapes import Case
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from l3ms.benchmark import device
-from l3ms.benchmark.contestants import Contestant, Run, Unavailable, prepare, reason
+from l3ms.benchmark.contestant import Contestant, Run, Unavailable, prepare, reason
 from l3ms.benchmark.inputs import Batch, Source, exact_dtype, expected, relative_error
 from l3ms.benchmark.shapes import Case
 

@@ -12,7 +12,7 @@ from l3ms.benchmark.environment import Environment
 from l3ms.benchmark.race import Race
 from l3ms.benchmark.shapes import Case, Shape
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.runs.report import write_json
+from l3ms.runs.whole_files import write_json
 
 
 class Measurement(BaseModel):

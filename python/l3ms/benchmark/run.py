@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from l3m_kernels import backends
 from l3ms.benchmark import device, memory, scaling, tables
-from l3ms.benchmark.contestants import NEEDED, Contestant, contestants, our_backends
+from l3ms.benchmark.contestant import Contestant
+from l3ms.benchmark.contestants import NEEDED, contestants, our_backends
 from l3ms.benchmark.environment import describe
 from l3ms.benchmark.race import Race
 from l3ms.benchmark.results import CaseResult, Results, gather, read, write

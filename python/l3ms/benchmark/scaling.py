@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l3m_kernels import Bounds, barrier_weights, initial_state, weighted_log_likelihood
 from l3ms.benchmark import device
-from l3ms.benchmark.contestants import Contestant
+from l3ms.benchmark.contestant import Contestant
 from l3ms.benchmark.inputs import Batch, Source
 from l3ms.benchmark.race import Race, clock, turns
 from l3ms.benchmark.results import Scaling, ScalingPoint

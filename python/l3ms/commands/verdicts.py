@@ -77,8 +77,9 @@ def certify(
     debug: Debug = False,
 ) -> int:
     """Options to `CertifyOptions`; the exit code says the verdict."""
-    from l3ms.verdicts.certifying import EXIT_CODES, CertifyOptions
+    from l3ms.verdicts.certifying import EXIT_CODES
     from l3ms.verdicts.certifying import certify as execute
+    from l3ms.verdicts.options import CertifyOptions
 
     options = CertifyOptions(
         weights=weights, samples=samples, delta=delta, prompts=prompts, seed=seed, method=method,

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l3ms.demo.base import Base
 from l3ms.demo.corpus import Pair
+from l3ms.demo.settings import Settings
 from l3ms.runs.folder import save_weights, write_config
-
-if TYPE_CHECKING:
-    from l3ms.demo.run import Settings
 
 HELD_OUT = 4096  # pairs that are kept for certificates, at most
 

@@ -7,7 +7,6 @@ same pre-trained base and take the same task steps; fresh responses to held-out 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,13 @@ from l3ms.constraints.constraint import Length
 from l3ms.demo import base
 from l3ms.demo.corpus import Pair
 from l3ms.demo.inputs import write_inputs
+from l3ms.demo.settings import Settings
 from l3ms.measuring.evaluation import Evaluation, evaluate
 from l3ms.runs.data import Example, encode
 from l3ms.runs.folder import MetricsWriter, check_output, prepare_output, save_weights
 from l3ms.runs.progress import ProgressCallback, progress_bar
 from l3ms.runs.report import examples_table, summary_table, write_report
 from l3ms.training.trainer import L3MConfig, L3MTrainer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The two runs. Lengths in tokens of the base's tokenizer."""
-
-    iterations: int = 150
-    batch_size: int = 32  # task sequences, and as many responses for the constraint
-    learning_rate: float = 1e-3  # Adam(0.5, 0.95), 10 warm-up steps, then linear to a tenth
-    max_new_tokens: int = 100
-    max_length: int = 128  # the rows that are longer (1%) are left out: a batch costs its longest row
-    samples: int = 768  # held-out responses per model
-    shown: int = 4  # of them, side by side
-
-    @property
-    def warmup(self) -> int:
-        """Iterations."""
-        return min(10, self.iterations - 1)
 
 
 def main(

@@ -30,9 +30,10 @@ from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
 from l3ms.runs import resuming
 from l3ms.runs.data import Encoded, load_examples
 from l3ms.runs.folder import MetricsWriter, check_output, prepare_output, save_weights, write_config
+from l3ms.runs.labels import is_mean_length, solver_label
 from l3ms.runs.loading import build_constraints, encode_sides, load_model, training_arguments, try_rewards
 from l3ms.runs.progress import ProgressCallback, progress_bar
-from l3ms.runs.report import examples_table, is_mean_length, plot_run, solver_label, summary_table, write_report
+from l3ms.runs.report import examples_table, plot_run, summary_table, write_report
 from l3ms.training import checkpoints
 from l3ms.training.trainer import L3MTrainer
 from l3ms.watching.watch import Watch

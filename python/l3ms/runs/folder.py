@@ -17,7 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.runs.report import finite, write_whole
+from l3ms.runs.whole_files import finite, write_whole
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",

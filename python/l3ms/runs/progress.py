@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from l3ms.runs.report import bounds_text
+from l3ms.runs.labels import bounds_text
 
 Z95 = 1.959964
 

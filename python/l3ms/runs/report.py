@@ -9,18 +9,16 @@ A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraint
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l3ms.config.yaml_reader import ConfigError, read_yaml
+from l3ms.runs.labels import MODELS, bounds_text, is_mean_length, model_label
+from l3ms.runs.whole_files import finite, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MODELS = ("sft", "initial", "last", "average")
 
 
 def write_report(
@@ -46,35 +44,6 @@ def histogram(lengths: Iterable[int]) -> list[int]:
     for value in values:
         counts[value] += 1
     return counts
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (NaN and infinity become null), whole or not at all."""
-    write_whole(path, f"{json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False)}\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whatever ends the process, a reader sees the old file or the new one, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def finite(value: Any) -> Any:
-    """`value` with plain Python numbers, and None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if hasattr(value, "item"):  # numpy and torch scalars
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -125,12 +94,6 @@ def _configured_bounds(path: Path) -> list[dict[str, Any]]:
     """`{name, min, max}` of the constraints a run was started with, for the picture of one that did not end."""
     items = read_yaml(path).get("constraints", []) if path.exists() else []
     return [{key: item.get(key) for key in ("name", "type", "min", "max", "threshold")} for item in items]
-
-
-def is_mean_length(item: Mapping[str, Any]) -> bool:
-    """Whether a constraint is on the mean response length in tokens; `item` as in a report, one of the demo's without a type."""
-    kind = item.get("type") or ("length" if item["name"] == "length" else None)
-    return kind == "length" and item.get("threshold") is None
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -187,27 +150,6 @@ def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
     for row in rows:
         table.add_row(*(Text(_clip(row.get(key, ""))) for key in ("prompt", *keys)))
     return table
-
-
-def model_label(key: str, report: Mapping[str, Any] | None = None) -> str:
-    """How a model of a report is called in tables and pictures."""
-    solver = solver_label(report)
-    return {"sft": "SFT", "initial": "before", "last": f"{solver} last", "average": f"{solver} averaged"}[key]
-
-
-def solver_label(report: Mapping[str, Any] | None = None) -> str:
-    """SFT, L3M, or the name of the solver that the barrier is compared with."""
-    solver = (report or {}).get("solver") or "barrier"
-    return {"none": "SFT", "barrier": "L3M"}.get(solver, solver.replace("_", " "))
-
-
-def bounds_text(minimum: float | None, maximum: float | None) -> str:
-    """`in [12, 16]`, `>= 12` or `<= 16`; empty without bounds."""
-    if minimum is not None and maximum is not None:
-        return f"in [{minimum:g}, {maximum:g}]"
-    if minimum is not None:
-        return f">= {minimum:g}"
-    return f"<= {maximum:g}" if maximum is not None else ""
 
 
 def _title(report: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.runs.report import write_json
+from l3ms.runs.whole_files import write_json
 from l3ms.training import checkpoints
 
 INPUTS = "inputs.json"

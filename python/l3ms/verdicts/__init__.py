@@ -1,4 +1,4 @@
 """Says whether a model meets its constraints, and what each bound costs: from fresh samples, with a stated probability of error.
 
-`certifying` makes a certificate of a run (`certificates`, `prices`), `checking` looks at one that has not begun.
+`certifying` makes a certificate (`certificates`, `prices`) of the `subject` that a run left, `checking` looks at a run that has not begun.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,11 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from l3ms.constraints.constraint import Constraint
-from l3ms.runs.report import bounds_text
+from l3ms.runs.labels import bounds_text
 from l3ms.verdicts.certificates import Verdict
-
-if TYPE_CHECKING:
-    from l3ms.verdicts.prices import Prices
+from l3ms.verdicts.prices import Prices
 
 COLOURS = {"SATISFIED": "green", "VIOLATED": "red", "INCONCLUSIVE": "yellow"}
 METHODS = {"exact": "Clopper-Pearson", "bernstein": "empirical Bernstein", "t": "Student t"}

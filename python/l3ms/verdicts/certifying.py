@@ -9,85 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
 
 import l3m_kernels
-from l3ms.config.run_config import RunConfig, load_config
+from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
-from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
-from l3ms.runs.executing import check_code
-from l3ms.runs.loading import PLAIN, build_constraints, context_room, load_model
+from l3ms.runs.loading import PLAIN
 from l3ms.runs.progress import progress_bar
-from l3ms.runs.report import write_json
-from l3ms.verdicts.certificates import Declared, Range, Verdict, declare, judge, known_range, together
+from l3ms.runs.whole_files import write_json
+from l3ms.verdicts.certificate_table import print_certificate
+from l3ms.verdicts.certificates import Declared, Verdict, declare, judge, known_range, together
+from l3ms.verdicts.options import CertifyOptions
+from l3ms.verdicts.prices import Prices
+from l3ms.verdicts.probes import check_prices, measure_prices
+from l3ms.verdicts.subject import Subject, load_subject
 
-if TYPE_CHECKING:
-    from l3ms.verdicts.prices import Prices
-
-FOLDERS = {"average": "average", "last": "model"}
 EXIT_CODES = {"SATISFIED": 0, "VIOLATED": 3, "INCONCLUSIVE": 4}
 MOST = 1024  # samples, where --samples does not say: every held-out prompt once, up to so many
-
-
-@dataclass(frozen=True)
-class CertifyOptions:
-    """What `l3ms certify` was asked for."""
-
-    weights: str = "average"  # or last
-    samples: int | None = None
-    delta: float = 0.05  # probability that any verdict is wrong
-    prompts: Path | None = None  # JSONL, instead of the held-out rows of the run
-    seed: int = 0
-    method: str = "auto"
-    ranges: Mapping[str, Range] | None = None  # of rewards, by constraint
-    json: Path | None = None  # default: RUN/certificate.json
-    allow_code: bool = False
-    prices: bool = False
-    probes: int = 512  # responses for the prices, and as many task rows
-
-    def __post_init__(self) -> None:
-        if self.weights not in FOLDERS:
-            raise ConfigError("--weights", f"must be average or last, got {self.weights!r}")
-        if not 1e-12 <= self.delta < 1:  # quantiles closer to 1 are beyond float64
-            raise ConfigError("--delta", f"must be at least 1e-12 and below 1, got {self.delta:g}")
-        if self.samples is not None and self.samples < 2:
-            raise ConfigError("--samples", f"must be at least 2, got {self.samples}")
-        if self.method not in ("auto", "bernstein", "t"):
-            raise ConfigError("--method", f"must be auto, bernstein or t, got {self.method!r}")
-        if self.prompts is not None and not self.prompts.is_file():
-            raise ConfigError("--prompts", f"no such file: {self.prompts}")
-        if self.prices and self.prompts is not None:
-            raise ConfigError("--prices", "are those of the run's own task, on its held-out rows; leave out --prompts")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ConfigError("--json", f"no such folder: {self.json.parent}")
-        if self.json is not None and self.json.is_dir():
-            raise ConfigError("--json", f"is a folder: {self.json}")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is certified: a model of a run, its constraints, and rows it has not been trained on."""
-
-    config: RunConfig
-    folder: Path  # of the weights
-    model: Any
-    tokenizer: Any
-    constraints: list[Constraint]
-    held_out: Encoded
-    notes: list[str]
 
 
 def certify(
@@ -104,8 +54,6 @@ def certify(
     transformers.logging.disable_progress_bar()
     subject = load_subject(run, options, console)
     if options.prices:
-        from l3ms.verdicts.probes import check_prices
-
         check_prices(subject)
     config, constraints = subject.config, subject.constraints
     rows, keys = draw(subject.held_out.rows, options.samples, stream(config.seed, options.seed, "prompts"))
@@ -155,60 +103,9 @@ def certify(
         certificate["prices"] = prices.as_dict()
     path = options.json or run / "certificate.json"
     write_json(path, certificate)
-    from l3ms.verdicts.certificate_table import print_certificate
-
     print_certificate(certificate, verdicts, constraints, prices, console)
     console.print(f"Certificate: {path}", **PLAIN)
     return certificate
-
-
-def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subject:
-    """Configuration, weights, constraints and held-out rows of a run folder."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(str(run), "is not a run folder: it has no config.yaml")
-    config = load_config(run / "config.yaml")
-    folder = run.resolve() / FOLDERS[options.weights]
-    if not folder.is_dir():
-        raise ConfigError("--weights", f"{run} has no {folder.name}/: the run has not come so far")
-    if all(item.monitor for item in config.constraints):
-        what = "monitors alone" if config.constraints else "none"
-        raise ConfigError("constraints", f"{run} has {what}, so there is nothing to certify")
-    names = {item.name for item in config.constraints}
-    for name in options.ranges or {}:
-        if name not in names:
-            raise ConfigError("--range", f"no constraint is called {name!r}; there are {', '.join(sorted(names))}")
-    check_code(config, options.allow_code)
-    notes, train, held_out = _rows(config, options)
-    # The adapters are in the folder
-    loaded = config.model_copy(
-        update={"model": str(folder), "train": config.train.model_copy(update={"lora": None})}, deep=True
-    )
-    tokenizer, model = load_model(loaded, console)
-    # From the run's own configuration: a divergence is that from the model it started with
-    constraints = build_constraints(config, console, tokenizer, model)
-    if config.train.device == "auto" and torch.cuda.is_available():
-        model = model.cuda()
-    context, room = context_room(config, model)
-    encoded = encode(
-        held_out, tokenizer, max_length=min(config.data.max_length, context), max_prompt=room,
-        chat_template=config.data.chat_template,
-    )  # fmt: skip
-    if not encoded.rows:
-        field = "data.evaluation" if options.prompts is None else "--prompts"
-        raise ConfigError(field, f"no prompt fits in {room} tokens")
-    notes += encoded.notes("held-out prompts") + _overlap(train, held_out)
-    return Subject(config, folder, model, tokenizer, constraints, encoded, notes)
-
-
-def _rows(config: RunConfig, options: CertifyOptions) -> tuple[list[str], list[Example], list[Example]]:
-    """(what is to be said, training rows, held-out rows); of prompts from a file, the run's own data may be gone."""
-    if options.prompts is None:
-        return [], *load_examples(config.data, seed=config.seed)
-    prompts = load_prompts(config.data, "--prompts", options.prompts)
-    try:
-        return [], load_examples(config.data, seed=config.seed)[0], prompts
-    except ConfigError as error:
-        return [f"whether these prompts were trained on is not known: {error}"], [], prompts
 
 
 def stream(*parts: Any) -> int:
@@ -255,12 +152,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
-    trained = {json.dumps(example.prompt, sort_keys=True) for example in train}
-    known = sum(json.dumps(example.prompt, sort_keys=True) in trained for example in held_out)
-    return [f"{known} of {len(held_out)} prompts are in the training data: not held out"] if known else []
-
-
 def _declare(
     constraint: Constraint, config: RunConfig, options: CertifyOptions, keys: Sequence[str], delta: float
 ) -> Declared:
@@ -288,8 +179,6 @@ def _judge(constraint: Constraint, found: Evaluation, declared: Declared, delta:
 
 
 def _prices(subject: Subject, verdicts: Sequence[Verdict], options: CertifyOptions, console: Console) -> Prices:
-    from l3ms.verdicts.probes import measure_prices
-
     means = {item.name: item.mean for item in verdicts if math.isfinite(item.mean)}
     errors = {item.name: item.deviation / math.sqrt(item.groups) for item in verdicts if item.groups > 1}
     seed = stream(subject.config.seed, options.seed, "prices")

@@ -25,9 +25,10 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.measuring.evaluation import evaluate
 from l3ms.runs.executing import load_run
+from l3ms.runs.labels import bounds_text
 from l3ms.runs.loading import PLAIN, training_arguments
 from l3ms.runs.progress import progress_bar
-from l3ms.runs.report import bounds_text, write_json
+from l3ms.runs.whole_files import write_json
 from l3ms.training.trainer import L3MTrainer
 from l3ms.verdicts.certificate_table import number
 from l3ms.verdicts.quantiles import normal_cdf

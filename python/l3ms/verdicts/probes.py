@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.rollouts.sampling import rollout
 from l3ms.runs.progress import progress_bar
 from l3ms.verdicts.prices import Price, Prices, round_step, solve
-
-if TYPE_CHECKING:
-    from l3ms.verdicts.certifying import Subject
+from l3ms.verdicts.subject import Subject
 
 BATCHES = 16  # of probes: the jackknife has so many values
 EXACT_SIZE, SKETCH_SIZE = 2**22, 2**21  # parameters up to which gradients are kept whole; numbers kept of larger ones

@@ -1,0 +1,88 @@
+"""What is certified: a model of a run folder, the constraints it was trained with, and rows it has not been trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from l3ms.config.run_config import RunConfig, load_config
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.constraints.constraint import Constraint
+from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
+from l3ms.runs.executing import check_code
+from l3ms.runs.loading import build_constraints, context_room, load_model
+from l3ms.verdicts.options import FOLDERS, CertifyOptions
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is certified: a model of a run, its constraints, and rows it has not been trained on."""
+
+    config: RunConfig
+    folder: Path  # of the weights
+    model: Any
+    tokenizer: Any
+    constraints: list[Constraint]
+    held_out: Encoded
+    notes: list[str]
+
+
+def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subject:
+    """Configuration, weights, constraints and held-out rows of a run folder."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(str(run), "is not a run folder: it has no config.yaml")
+    config = load_config(run / "config.yaml")
+    folder = run.resolve() / FOLDERS[options.weights]
+    if not folder.is_dir():
+        raise ConfigError("--weights", f"{run} has no {folder.name}/: the run has not come so far")
+    if all(item.monitor for item in config.constraints):
+        what = "monitors alone" if config.constraints else "none"
+        raise ConfigError("constraints", f"{run} has {what}, so there is nothing to certify")
+    names = {item.name for item in config.constraints}
+    for name in options.ranges or {}:
+        if name not in names:
+            raise ConfigError("--range", f"no constraint is called {name!r}; there are {', '.join(sorted(names))}")
+    check_code(config, options.allow_code)
+    notes, train, held_out = _rows(config, options)
+    # The adapters are in the folder
+    loaded = config.model_copy(
+        update={"model": str(folder), "train": config.train.model_copy(update={"lora": None})}, deep=True
+    )
+    tokenizer, model = load_model(loaded, console)
+    # From the run's own configuration: a divergence is that from the model it started with
+    constraints = build_constraints(config, console, tokenizer, model)
+    if config.train.device == "auto" and torch.cuda.is_available():
+        model = model.cuda()
+    context, room = context_room(config, model)
+    encoded = encode(
+        held_out, tokenizer, max_length=min(config.data.max_length, context), max_prompt=room,
+        chat_template=config.data.chat_template,
+    )  # fmt: skip
+    if not encoded.rows:
+        field = "data.evaluation" if options.prompts is None else "--prompts"
+        raise ConfigError(field, f"no prompt fits in {room} tokens")
+    notes += encoded.notes("held-out prompts") + _overlap(train, held_out)
+    return Subject(config, folder, model, tokenizer, constraints, encoded, notes)
+
+
+def _rows(config: RunConfig, options: CertifyOptions) -> tuple[list[str], list[Example], list[Example]]:
+    """(what is to be said, training rows, held-out rows); of prompts from a file, the run's own data may be gone."""
+    if options.prompts is None:
+        return [], *load_examples(config.data, seed=config.seed)
+    prompts = load_prompts(config.data, "--prompts", options.prompts)
+    try:
+        return [], load_examples(config.data, seed=config.seed)[0], prompts
+    except ConfigError as error:
+        return [f"whether these prompts were trained on is not known: {error}"], [], prompts
+
+
+def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
+    trained = {json.dumps(example.prompt, sort_keys=True) for example in train}
+    known = sum(json.dumps(example.prompt, sort_keys=True) in trained for example in held_out)
+    return [f"{known} of {len(held_out)} prompts are in the training data: not held out"] if known else []
