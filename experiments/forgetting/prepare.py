@@ -16,7 +16,6 @@ from experiments import inputs
 from l3ms.config.run_config import load_config
 from l3ms.measuring.evaluation import task_perplexity
 from l3ms.runs.data import Example, encode
-from l3ms.runs.executing import execute
 
 ALLOWED = 0.1  # nats per token, of forgetting
 ITERATIONS = 150  # of the first fine-tuning
@@ -63,7 +62,7 @@ def _first_task(values: dict[str, Any], output: Path) -> str:
     config = load_config(Path(__file__).with_name("start.yaml"), list(fields.items()))
     console = Console()
     console.print("The start: plain fine-tuning on the first task")
-    execute(config, overwrite=True, console=console)
+    train(config, overwrite=True, console=console)
     return str(output / "average")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from l3ms.commands.options import Debug, wide_console
+
 HELP = """Measure the fused head against what else there is, on the same tensors: time, memory, error.
 
 Every contestant is checked against float64, then all take turns on inputs that are new in every round; memory is measured \
@@ -64,7 +66,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw time and memory.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for <device>.json, .md and .png.")] = None,
     add: Annotated[bool, typer.Option("--add", help="Keep the other cases of the file in --output.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Options to a `Plan`, and its execution."""
     from l3ms.benchmark.device import missing
@@ -92,8 +94,6 @@ def bench(
     if output is not None and output.exists() and not output.is_dir():
         raise ConfigError("--output", f"must be a folder, and {output} is a file")
 
-    from rich.console import Console
-
     from l3ms.benchmark.run import Plan, execute, scaling_case
 
     names = tuple(name for name in (contestants or "").replace(" ", "").split(",") if name)
@@ -114,10 +114,7 @@ def bench(
         device=device,
         budget=GPU_BUDGET if budget is None and full and device == "cuda" else budget,
     )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    execute(plan, console)
+    execute(plan, wide_console())
 
 
 def _rows(shape: list[str] | None, cases) -> tuple[int, ...]:

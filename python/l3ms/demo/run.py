@@ -26,6 +26,7 @@ from l3ms.runs.data import Example, encode
 from l3ms.runs.folder import MetricsWriter, check_output, prepare_output, save_weights
 from l3ms.runs.progress import ProgressCallback, progress_bar
 from l3ms.runs.report import examples_table, summary_table, write_report
+from l3ms.runs.terminal import say
 from l3ms.training.trainer import L3MConfig, L3MTrainer
 
 
@@ -96,8 +97,8 @@ def main(
     }
     picture = write_report(folder, report, {key: evaluation.lengths for key, evaluation in found.items()})
     console.print(summary_table(report), examples_table(report["examples"]))
-    console.print(f"Report and picture: {picture.with_suffix('.json')}, {picture}", highlight=False, soft_wrap=True)
-    console.print(f"A verdict from fresh samples: l3ms certify {folder}", highlight=False, soft_wrap=True)
+    say(console, f"Report and picture: {picture.with_suffix('.json')}, {picture}")
+    say(console, f"A verdict from fresh samples: l3ms certify {folder}")
     return report
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.training import checkpoints
 
@@ -34,6 +35,15 @@ class Begun(NamedTuple):
 def is_run(folder: Path) -> bool:
     """Whether a run has been begun in the folder."""
     return (folder / "config.yaml").is_file()
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run of `config` is in its folder, whole. Raises as `check_same` where another one is there."""
+    folder = Path(config.output)
+    if not is_run(folder):
+        return False
+    check_same(config, folder)
+    return (folder / "report.json").is_file()
 
 
 def check_same(config: RunConfig, folder: Path) -> None:
@@ -70,18 +80,14 @@ def find(folder: Path, console: Console) -> Begun | None:
     """The newest valid checkpoint of the run in `folder`; None, having said so, where there is none. Damaged ones are named."""
     found, damaged = checkpoints.newest(folder / "checkpoints")
     for path, wrong in damaged.items():
-        _say(console, f"{path} is not used: {wrong}")
+        say(console, f"{path} is not used: {wrong}")
     if found is None:
-        _say(console, f"{folder} has no checkpoint to resume from: beginning anew")
+        say(console, f"{folder} has no checkpoint to resume from: beginning anew")
         return None
     state = json.loads((found / "trainer_state.json").read_text(encoding="utf-8"))
     begun = Begun(found, state["log_history"])
-    _say(console, f"Resuming at iteration {begun.iteration}, from {found}")
+    say(console, f"Resuming at iteration {begun.iteration}, from {found}")
     return begun
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- what a run was begun with ----

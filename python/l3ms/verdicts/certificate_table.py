@@ -13,12 +13,12 @@ from rich.table import Table
 
 from l3ms.constraints.constraint import Constraint
 from l3ms.runs.labels import bounds_text
+from l3ms.runs.terminal import say
 from l3ms.verdicts.certificates import Verdict
 from l3ms.verdicts.prices import Prices
 
 COLOURS = {"SATISFIED": "green", "VIOLATED": "red", "INCONCLUSIVE": "yellow"}
 METHODS = {"exact": "Clopper-Pearson", "bernstein": "empirical Bernstein", "t": "Student t"}
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def print_certificate(
@@ -33,17 +33,17 @@ def print_certificate(
     used_up = certificate["prompts"] >= certificate["held_out_prompts"]
     for verdict in verdicts:
         for line in remarks(verdict, used_up=used_up):
-            console.print(f"{verdict.name}: {line}", **PLAIN)
+            say(console, f"{verdict.name}: {line}")
     cut = 1 - certificate["ended"]
     if cut > 0:
-        console.print(
+        say(
+            console,
             f"{100 * cut:.2g}% of the responses were cut at {certificate['max_new_tokens']} tokens; they do not count as ended.",
-            **PLAIN,
         )
     if prices is not None:
         console.print(price_table(prices))
         for line in prices.sentences():
-            console.print(line, **PLAIN)
+            say(console, line)
 
 
 def verdict_table(

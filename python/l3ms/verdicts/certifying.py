@@ -26,8 +26,8 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
-from l3ms.runs.loading import PLAIN
 from l3ms.runs.progress import progress_bar
+from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.verdicts.certificate_table import print_certificate
 from l3ms.verdicts.certificates import Declared, Verdict, declare, judge, known_range, together
@@ -62,7 +62,7 @@ def certify(
     delta = options.delta / bounds
     declared = {item.name: _declare(item, config, options, keys, delta) for item in constraints}
     for note in notes:
-        console.print(note, **PLAIN)
+        say(console, note)
 
     with progress_bar(console, f"sampling {len(rows)} responses to held-out prompts") as advance:
         found = evaluate(
@@ -104,7 +104,7 @@ def certify(
     path = options.json or run / "certificate.json"
     write_json(path, certificate)
     print_certificate(certificate, verdicts, constraints, prices, console)
-    console.print(f"Certificate: {path}", **PLAIN)
+    say(console, f"Certificate: {path}")
     return certificate
 
 

@@ -24,10 +24,11 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.measuring.evaluation import evaluate
-from l3ms.runs.executing import load_run
+from l3ms.runs.arguments import training_arguments
 from l3ms.runs.labels import bounds_text
-from l3ms.runs.loading import PLAIN, training_arguments
+from l3ms.runs.loading import Run, load_run
 from l3ms.runs.progress import progress_bar
+from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.training.trainer import L3MTrainer
 from l3ms.verdicts.certificate_table import number
@@ -113,11 +114,10 @@ def check(
 ) -> dict[str, Any]:
     """Load, sample, time; print what was found and return it. Raises `ConfigError` naming the field for what would stop a run."""
     console = console or Console()
-    tokenizer, model, constraints, train, _ = load_run(
-        config, overwrite=overwrite, allow_code=allow_code, console=console
-    )
+    run = load_run(config, overwrite=overwrite, allow_code=allow_code, console=console)
+    tokenizer, constraints, train = run.tokenizer, run.constraints, run.train
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(config, folder, model, tokenizer, constraints, train.rows)
+        trainer = _trainer(run, folder)
         order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         rows = [train.rows[order[n % len(order)]] for n in range(samples)]
         start = time.monotonic()
@@ -158,19 +158,15 @@ def _refuse_nonfinite(config: RunConfig, starts: Sequence[Start]) -> None:
             )
 
 
-def _trainer(
-    config: RunConfig,
-    folder: str,
-    model: Any,
-    tokenizer: Any,
-    constraints: list[Constraint],
-    rows: list[dict[str, Any]],
-) -> L3MTrainer:
+def _trainer(run: Run, folder: str) -> L3MTrainer:
     """As that of the run, for two iterations, its folder elsewhere."""
-    short = config.train.model_copy(update={"iterations": 2, "warmup": 0, "save_steps": None})
-    arguments = training_arguments(config.model_copy(update={"output": folder, "train": short}))
+    short = run.config.train.model_copy(update={"iterations": 2, "warmup": 0, "save_steps": None})
     trainer = L3MTrainer(
-        model=model, args=arguments, train_dataset=rows, constraints=constraints, processing_class=tokenizer
+        model=run.model,
+        args=training_arguments(run.config.model_copy(update={"output": folder, "train": short})),
+        train_dataset=run.train.rows,
+        constraints=run.constraints,
+        processing_class=run.tokenizer,
     )
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
@@ -235,7 +231,7 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
         )
         console.print(table)
     for line in result["warnings"]:
-        console.print(f"Warning: {line}", **PLAIN)
+        say(console, f"Warning: {line}")
     length = result["length"]
     lines = [
         f"Responses: {length['mean']:.1f} tokens on average, {100 * result['ended']:.0f}% end by themselves, "
@@ -248,7 +244,7 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
         f"{size(cost.memory)} on the host",
     ]
     for line in lines:
-        console.print(line, **PLAIN)
+        say(console, line)
 
 
 def duration(seconds: float) -> str:

@@ -14,9 +14,10 @@ from rich.console import Console
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
+from l3ms.runs.constraints import build_constraints
 from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
-from l3ms.runs.executing import check_code
-from l3ms.runs.loading import build_constraints, context_room, load_model
+from l3ms.runs.loading import check_code
+from l3ms.runs.models import context_room, load_model
 from l3ms.verdicts.options import FOLDERS, CertifyOptions
 
 
@@ -50,16 +51,13 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
             raise ConfigError("--range", f"no constraint is called {name!r}; there are {', '.join(sorted(names))}")
     check_code(config, options.allow_code)
     notes, train, held_out = _rows(config, options)
-    # The adapters are in the folder
-    loaded = config.model_copy(
-        update={"model": str(folder), "train": config.train.model_copy(update={"lora": None})}, deep=True
-    )
-    tokenizer, model = load_model(loaded, console)
+    options_of_model = {"dtype": config.train.dtype, "trust_remote_code": config.trust_remote_code}
+    tokenizer, model = load_model(str(folder), **options_of_model, console=console)  # adapters are in the folder
     # From the run's own configuration: a divergence is that from the model it started with
     constraints = build_constraints(config, console, tokenizer, model)
     if config.train.device == "auto" and torch.cuda.is_available():
         model = model.cuda()
-    context, room = context_room(config, model)
+    context, room = context_room(model, config.train.max_new_tokens)
     encoded = encode(
         held_out, tokenizer, max_length=min(config.data.max_length, context), max_prompt=room,
         chat_template=config.data.chat_template,

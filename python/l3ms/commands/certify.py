@@ -1,19 +1,16 @@
-"""`l3ms certify` and `l3ms check`: their options. torch is imported when they have been read."""
+"""`l3ms certify`. torch is imported when its options have been read."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Allow importing the reward functions that the configuration names.")
-]
+from l3ms.commands.options import AllowCode, Debug, wide_console
 
-CERTIFY_HELP = """Say whether a run meets its constraints: from fresh responses to held-out prompts, with a stated probability of error.
+HELP = """Say whether a run meets its constraints: from fresh responses to held-out prompts, with a stated probability of error.
 
 Each bound gets a one-sided confidence bound of the mean, and with all of them together no verdict is wrong with probability 1 - delta.
 
@@ -32,18 +29,6 @@ where the range of the values is known and narrow enough for the number of sampl
 number of samples, the last one as it grows. The range of a length is [1, train.max_new_tokens]; --range declares that of a reward.
 
 More samples than held-out prompts are several responses per prompt; they do not count as independent.
-"""
-
-CHECK_HELP = """Try CONFIG without training: load everything, sample a few responses, time one iteration. Nothing is written.
-
-For each constraint: the range of its rewards, values that are missing or not finite, where the untrained model stands, the probability \
-that it is feasible already, and the share of responses that are within the bounds singly. Then the time and memory that the run will take.
-
-\b
-    l3ms check short.yaml
-    l3ms check short.yaml --samples 256 --json check.json
-
-Exit code 2, and the field, for whatever would stop [bold]l3ms train[/bold].
 """
 
 
@@ -85,34 +70,7 @@ def certify(
         weights=weights, samples=samples, delta=delta, prompts=prompts, seed=seed, method=method,
         ranges=dict(map(_range, reward_range or [])), json=json, allow_code=allow_code, prices=prices, probes=probes,
     )  # fmt: skip
-    return EXIT_CODES[execute(run, options, console=_console())["verdict"]]
-
-
-def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", show_default=False)],
-    samples: Annotated[int, typer.Option(min=2, help="Responses of the untrained model.")] = 64,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was found.", show_default=False)] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="As in train: an earlier run in the output folder is no obstacle.")
-    ] = False,
-    allow_code: AllowCode = False,
-    debug: Debug = False,
-) -> None:
-    from l3ms.config.run_config import load_config
-    from l3ms.config.yaml_reader import ConfigError
-    from l3ms.verdicts.checking import check as execute
-
-    if json is not None and not json.parent.is_dir():
-        raise ConfigError("--json", f"no such folder: {json.parent}")
-    settings = load_config(config)
-    execute(settings, samples=samples, json=json, overwrite=overwrite, allow_code=allow_code, console=_console())
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return EXIT_CODES[execute(run, options, console=wide_console())["verdict"]]
 
 
 def _range(text: str) -> tuple[str, tuple[float, float]]:

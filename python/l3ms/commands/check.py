@@ -1,0 +1,45 @@
+"""`l3ms check`. torch is imported when the configuration has been read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l3ms.commands.options import AllowCode, Debug, wide_console
+
+HELP = """Try CONFIG without training: load everything, sample a few responses, time one iteration. Nothing is written.
+
+For each constraint: the range of its rewards, values that are missing or not finite, where the untrained model stands, the probability \
+that it is feasible already, and the share of responses that are within the bounds singly. Then the time and memory that the run will take.
+
+\b
+    l3ms check short.yaml
+    l3ms check short.yaml --samples 256 --json check.json
+
+Exit code 2, and the field, for whatever would stop [bold]l3ms train[/bold].
+"""
+
+
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", show_default=False)],
+    samples: Annotated[int, typer.Option(min=2, help="Responses of the untrained model.")] = 64,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was found.", show_default=False)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="As in train: an earlier run in the output folder is no obstacle.")
+    ] = False,
+    allow_code: AllowCode = False,
+    debug: Debug = False,
+) -> None:
+    """Options to a dry run."""
+    from l3ms.config.run_config import load_config
+    from l3ms.config.yaml_reader import ConfigError
+
+    if json is not None and not json.parent.is_dir():
+        raise ConfigError("--json", f"no such folder: {json.parent}")
+    settings = load_config(config)
+
+    from l3ms.verdicts.checking import check as execute
+
+    execute(settings, samples=samples, json=json, overwrite=overwrite, allow_code=allow_code, console=wide_console())

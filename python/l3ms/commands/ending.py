@@ -1,0 +1,33 @@
+"""How a command ends: what went wrong in one line, and the exit code that says of what kind it is."""
+
+from __future__ import annotations
+
+import errno
+
+from l3ms.extras import missing
+
+BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 5, 130
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what was kept; typer would drop the words of a KeyboardInterrupt."""
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(one line, exit code) for what a command raised."""
+    if hasattr(error, "format_message"):  # wrong use of the command line, from typer
+        return f"{error.format_message()} (see l3ms --help)", BAD_INPUT  # pyright: ignore[reportAttributeAccessIssue]
+    text = str(error) or type(error).__name__
+    if isinstance(error, Interrupted):
+        return text, INTERRUPTED
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        return f"the disk is full: {text}", ENVIRONMENT
+    if isinstance(error, ImportError) and (line := missing("this command", error)):
+        return line, ENVIRONMENT
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {text}; smaller batch sizes or train.activation_checkpointing may help", ENVIRONMENT
+    if isinstance(error, OSError):
+        return text, ENVIRONMENT
+    if isinstance(error, ValueError):
+        return text, BAD_INPUT
+    return f"{type(error).__name__}: {text} (--debug shows where)", 1

@@ -1,0 +1,57 @@
+"""`train:`, how the constrained problem is solved."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from l3ms.config.sections import Count, NonNegative, Positive, Section, Share, Text
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of the full weights (needs `peft`)."""
+
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[Text] = "all-linear"
+
+
+class TrainConfig(Section):
+    """How the constrained problem is solved; one iteration is a task half-step and a constraint half-step."""
+
+    # none: plain supervised fine-tuning; the others are what the barrier is compared with
+    solver: Literal["barrier", "dual_ascent", "augmented_lagrangian", "penalty", "none"] = "barrier"
+    dual_rate: Positive = 0.5  # of dual_ascent and augmented_lagrangian: multiplier per step and unit of violation
+    penalty: Positive = 5.0  # weight of penalty; multiplier per unit of violation of augmented_lagrangian
+    iterations: Count = 200
+    batch_size: Count = 8  # task sequences per backward pass
+    gradient_accumulation: Count = 1  # backward passes per task half-step
+    constraint_batch_size: Annotated[int, Field(ge=2)] = 32  # sampled responses per constraint half-step
+    learning_rate: Positive = 1e-5
+    # a momentum of 0.9 makes the constraints' pressure late, and the mean swings (experiments/ablations)
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.5, 0.95)
+    weight_decay: NonNegative = 0.0
+    warmup: Annotated[int, Field(ge=0)] | None = None  # iterations; default: a tenth of the run, at most 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of learning_rate, at the end
+    max_grad_norm: Positive = 1.0
+    max_new_tokens: Annotated[int, Field(ge=2)] = 256
+    temperature: Positive = 1.0
+    mu: Literal["auto", "paper"] = "auto"  # auto: a decay to the noise floor of the estimates
+    mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
+    half_steps: Literal["alternating", "joint"] = "alternating"  # joint: one step on the sum, clipped as a whole
+    clipping: Literal["adaptive", "separate"] = "adaptive"  # adaptive: the task steps less while a bound is violated
+    length_norm: Literal["mean", "sequence", "none"] = "mean"
+    nonfinite: Literal["raise", "drop"] = (
+        "raise"  # a reward that is NaN or inf: stop, or leave the response out and count it
+    )
+    save_steps: Count | None = 50  # iterations between checkpoints, the newest two of which are kept until the run ends
+    average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    autocast: bool = False  # bfloat16 activations over float32 weights (GPU)
+    activation_checkpointing: bool = False  # less memory, a second forward
+    device: Literal["auto", "cpu"] = "auto"
+    lora: LoraConfig | None = None

@@ -1,0 +1,65 @@
+"""The trainer's arguments of a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from l3ms.config.run_config import RunConfig
+from l3ms.training.trainer import L3MConfig
+
+
+def training_arguments(config: RunConfig) -> L3MConfig:
+    """The trainer's arguments; a linear schedule with a floor is a polynomial one of power 1."""
+    train = config.train
+    share = train.final_learning_rate_share
+    schedules: dict[str, tuple[str, dict[str, float]]] = {
+        "linear": ("polynomial", {"lr_end": share * train.learning_rate, "power": 1.0}),
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": share}),
+        "constant": ("constant_with_warmup", {}),
+    }
+    kind, options = schedules[train.schedule]
+    if train.schedule == "linear" and share == 1:  # transformers wants a decay to end below its start
+        kind, options = schedules["constant"]
+    warmup = train.warmup if train.warmup is not None else min(10, train.iterations // 10)
+    on_cpu = train.device == "cpu" or not torch.cuda.is_available()
+    return L3MConfig(
+        output_dir=str(Path(config.output) / "checkpoints"),
+        solver=train.solver,
+        dual_rate=train.dual_rate,
+        penalty=train.penalty,
+        mu=train.mu,
+        mu_end=train.mu_end,
+        smoothing=train.smoothing,
+        constraint_batch_size=train.constraint_batch_size,
+        max_new_tokens=train.max_new_tokens,
+        temperature=train.temperature,
+        half_steps=train.half_steps,
+        clipping=train.clipping,
+        length_norm=train.length_norm,
+        nonfinite=train.nonfinite,
+        average_fraction=train.average_fraction,
+        max_grad_norm=train.max_grad_norm,
+        max_steps=train.iterations,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        weight_decay=train.weight_decay,
+        warmup_steps=warmup,
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=options,
+        activation_checkpointing=train.activation_checkpointing,
+        bf16=train.autocast,
+        use_cpu=train.device == "cpu",
+        dataloader_pin_memory=not on_cpu,
+        seed=config.seed,
+        logging_steps=1,
+        save_strategy="no" if train.save_steps is None else "steps",
+        save_steps=train.save_steps or 1,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,79 @@
+"""Fresh responses of a run's models to its held-out prompts, and what they come to in its report."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from l3ms.constraints.data_nll import DataNLL
+from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
+from l3ms.runs.loading import Run
+from l3ms.runs.progress import progress_bar
+
+
+class Samples(NamedTuple):
+    """Fresh responses of one model to the held-out prompts, and what they come to."""
+
+    summary: dict[str, Any]
+    lengths: list[int]
+    prompts: list[Any]
+    completions: list[Any]
+
+
+def evaluator(run: Run, console: Console) -> Callable[[Any, str], Samples]:
+    """`sample(model, name)`: the same held-out rows for each model, as many as were asked for."""
+    config, held_out, constraints = run.config, run.held_out, run.constraints
+    order = torch.randperm(len(held_out.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    rows = [held_out.rows[i] for i in itertools.islice(itertools.cycle(order), config.evaluate.samples)]
+    prompts, keys = [row["prompt"] for row in rows], [prompt_key(row) for row in rows]
+
+    def sample(model: Any, name: str) -> Samples:
+        with progress_bar(console, f"sampling, {name}") as advance:
+            found = evaluate(
+                model, run.tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
+                temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
+                progress=advance,
+            )  # fmt: skip
+        rewards = {}
+        for item in constraints:
+            if item.name in found.rewards:
+                values = found.rewards[item.name]
+                # Values of further data have rows of their own
+                own = range(len(values)) if isinstance(item, DataNLL) else keys
+                rewards[item.name] = _mean(values, own)
+        return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
+
+    return sample
+
+
+def examples(samples: dict[str, Samples], count: int = 3) -> list[dict[str, str]]:
+    """The first prompts with the responses of the models, for the table: of a conversation the last turn."""
+
+    def text(turns: Any) -> str:
+        return turns if isinstance(turns, str) else turns[-1]["content"]
+
+    prompts = samples["average"].prompts[:count]
+    shown = {key: found for key, found in samples.items() if key != "last"}
+    return [
+        {"prompt": text(prompt), **{key: text(found.completions[row]) for key, found in shown.items()}}
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _mean(values: Sequence[float | None], keys: Sequence[Hashable]) -> dict[str, Any]:
+    """Mean of the rewards of fresh samples, with its 95% interval; `keys` are equal where the prompts are."""
+    pairs = [
+        (value, key) for value, key in zip(values, keys, strict=True) if value is not None and math.isfinite(value)
+    ]
+    given = [value for value, _ in pairs]
+    half = half_width(given, [key for _, key in pairs])
+    if not math.isfinite(half):
+        return {"mean": None, "ci95": None, "samples": len(given)}
+    mean = statistics.fmean(given)
+    return {"mean": mean, "ci95": [mean - half, mean + half], "samples": len(given)}

@@ -1,0 +1,71 @@
+"""The policy of a run: a tokenizer and a model with its head fused, from a folder or a hub."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from l3ms.config.train import LoraConfig
+from l3ms.config.yaml_reader import ConfigError
+from l3ms.model.heads import fuse_head
+from l3ms.runs.terminal import say
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    source: str, *, dtype: str, trust_remote_code: bool = False, lora: LoraConfig | None = None, console: Console
+) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder or hub id, with adapters when asked for. Raises `ConfigError("model", ...)` in one line."""
+    if os.path.isabs(source) and not os.path.isdir(source):  # false where pathlib raises: a name that is too long
+        raise ConfigError("model", f"no such folder: {source}")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
+    except Exception as error:  # transformers, the hub client and safetensors raise many kinds
+        reason = " ".join(str(error).split())
+        raise ConfigError("model", f"cannot load {source!r}: {reason[:300] or type(error).__name__}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("model", f"the tokenizer of {source!r} has no end-of-sequence token, so no end to a response")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        say(console, f"The tokenizer has no padding token; using {tokenizer.eos_token!r}.")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError("model", f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
+    if lora is not None:
+        import peft
+
+        adapters = peft.LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            task_type=peft.TaskType.CAUSAL_LM,
+        )  # fmt: skip
+        try:
+            model = peft.get_peft_model(model, adapters)
+        except ValueError as error:
+            raise ConfigError("train.lora", " ".join(str(error).split())[:300]) from error
+    try:
+        fuse_head(model)
+    except ValueError as error:
+        raise ConfigError("model", str(error)) from error
+    return tokenizer, model
+
+
+def context_of(model: Any) -> int:
+    """The tokens that a model takes."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def context_room(model: Any, max_new_tokens: int) -> tuple[int, int]:
+    """(the model's context, what a response of `max_new_tokens` leaves of it for the prompt), in tokens."""
+    context = context_of(model)
+    room = context - max_new_tokens
+    if room < 1:
+        wanted = f"must be below the model's context of {context} tokens, got {max_new_tokens}"
+        raise ConfigError("train.max_new_tokens", wanted)
+    return context, room
