@@ -16,6 +16,7 @@ from experiments import inputs
 from l3ms.config.run_config import load_config
 from l3ms.measuring.evaluation import task_perplexity
 from l3ms.runs.data import Example, encode
+from l3ms.runs.executing import train
 
 ALLOWED = 0.1  # nats per token, of forgetting
 ITERATIONS = 150  # of the first fine-tuning

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # `observing`, `ranks` and `training_runs` are shared
+sys.path.insert(0, str(Path(__file__).parent))  # modules that tests of several rooms share
+
+from cli_projects import checkpoint, project  # noqa: F401  (fixtures)
 
 WORDS = ("a", "b", "c", "d", "e", "f", "def", "name", "(", ")", "user", "assistant", "system", ":")
 SIZES = {

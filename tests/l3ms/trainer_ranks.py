@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_watch import HACKED, NEVER_ENDS
+from hacked import HACKED, NEVER_ENDS
 from training_runs import rows, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -114,3 +114,12 @@ def assert_moved(model, start):
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def log_likelihood(model, batch, temperature=1.0):
+    """(N,) log pi of the labels and their (N,) counts, from the logits that the model returns."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    scored = targets != -100
+    token = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, targets[..., None].clamp(min=0))[..., 0]
+    return (token * scored).sum(1), scored.sum(1)

@@ -12,7 +12,7 @@ from l3ms.benchmark.results import CaseResult, Measurement, Results, Scaling, Sc
 from l3ms.benchmark.tables import bytes_text, case_grid, markdown, report, scaling_grid, seconds_text
 from l3ms.config.yaml_reader import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = Environment(
     date="2026-01-02T03:04:05+00:00", cpu="Fast(R) CPU @ 2GHz", isa=["avx2", "amx_bf16"], cores=2, memory_gib=8.0,
     system="Linux x86_64", python="3.11", torch="2.13", l3m_kernels="0.1.0", backends={"reference": "available"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_reward_model import classifier
+from classifiers import classifier
 from torch import Tensor
 
 import l3ms

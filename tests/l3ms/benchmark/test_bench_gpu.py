@@ -161,7 +161,7 @@ def test_the_table_of_a_gpu(tmp_path):
 
 def test_files_of_before_are_read():
     """They say nothing of a device: it was a CPU."""
-    root = Path(__file__).resolve().parents[2] / "bench" / "results"
+    root = Path(__file__).resolve().parents[3] / "bench" / "results"
     for path in root.glob("*.json"):
         found = read(path)
         assert found.environment.gpu is None or found.cases[0].device == "cuda"

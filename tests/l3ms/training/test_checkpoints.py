@@ -11,21 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoint_folders import FILES, write
 from namespaces import in_a_namespace
 
 from l3ms.training import checkpoints
-
-FILES = {"model.safetensors": b"w" * 9000, "trainer_state.json": b'{"global_step": 2}', "deep/part.bin": b"", "a": b"1"}
-
-
-def write(place: Path, step: int, files=None) -> Path:
-    """As the trainer does."""
-    folder = checkpoints.begin(place)
-    for name, contents in (FILES if files is None else files).items():
-        path = folder / f"checkpoint-{step}" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(contents)
-    return checkpoints.seal(folder, f"checkpoint-{step}")
 
 
 def names(place):
@@ -129,7 +118,7 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_checkpoints import checkpoints, write
+from checkpoint_folders import checkpoints, write
 place, at = Path(sys.argv[2]), int(sys.argv[3])
 events = 0
 def count(event, arguments):
@@ -147,7 +136,7 @@ print(events)
 
 def child(place: Path, at: int) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(place), str(at)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CHILD, str(Path(__file__).parents[1]), str(place), str(at)], capture_output=True, text=True, timeout=60
     )  # fmt: skip
 
 
@@ -188,7 +177,7 @@ def test_killed_at_a_thousand_random_moments(tmp_path):
     """The writer goes round and round in a process of its own: a new checkpoint every few milliseconds."""
     loop = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from test_checkpoints import FILES, checkpoints, write\n"
+        "from checkpoint_folders import FILES, checkpoints, write\n"
         "step = int(sys.argv[3])\n"
         "while True:\n"
         "    step += 1; write(Path(sys.argv[2]), step, FILES | {'model.safetensors': bytes([step % 256]) * 300_000})\n"
@@ -196,7 +185,7 @@ def test_killed_at_a_thousand_random_moments(tmp_path):
     )
     place, picks, newest = start(tmp_path / "run"), random.Random(0), 3
     for _ in range(1000):
-        arguments = [sys.executable, "-c", loop, str(Path(__file__).parent), str(place), str(newest)]
+        arguments = [sys.executable, "-c", loop, str(Path(__file__).parents[1]), str(place), str(newest)]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             told = int(process.stdout.readline())  # it is at work
@@ -217,7 +206,7 @@ FULL = """
 import errno, os, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_checkpoints import FILES, checkpoints, write
+from checkpoint_folders import FILES, checkpoints, write
 place = Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True)
 write(place, 2)
@@ -249,7 +238,7 @@ print(failed)
 
 
 def test_a_disk_that_is_full_at_every_page_leaves_the_old_one_and_no_debris(tmp_path):
-    arguments = [sys.executable, "-c", FULL, str(Path(__file__).parent), str(tmp_path)]
+    arguments = [sys.executable, "-c", FULL, str(Path(__file__).parents[1]), str(tmp_path)]
     done = subprocess.run(in_a_namespace(*arguments), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20

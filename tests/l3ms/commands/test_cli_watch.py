@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from test_cli import checkpoint, l3ms, losses, project  # noqa: F401
+from cli_projects import l3ms, losses
 
 
-def test_a_watched_run_says_why_and_where_it_stopped(project, capsys):  # noqa: F811
+def test_a_watched_run_says_why_and_where_it_stopped(project, capsys):
     """With next to nothing allowed, distinct-2 or the EOS rate falls too far in one of the next iterations."""
     allowed = ("--watch.distinct-2-fall", 0.001, "--watch.ended-fall", 0.001, "--watch.window", 2)
     assert l3ms(project / "run.yaml", "--iterations", 12, "--watch.on-trip", "stop", *allowed) == 0, (
@@ -23,7 +23,7 @@ def test_a_watched_run_says_why_and_where_it_stopped(project, capsys):  # noqa: 
     assert (project / "out/average").is_dir()
 
 
-def test_a_run_that_is_not_watched_says_nothing_of_it(project, capsys):  # noqa: F811
+def test_a_run_that_is_not_watched_says_nothing_of_it(project, capsys):
     assert l3ms(project / "run.yaml", "--iterations", 2, "--watch", "null") == 0, capsys.readouterr().err
     assert "tripped" not in json.loads((project / "out/report.json").read_text())
     assert "watch/" not in (project / "out/metrics.jsonl").read_text()
@@ -38,7 +38,7 @@ def test_a_run_that_is_not_watched_says_nothing_of_it(project, capsys):  # noqa:
         ("--watch", "[1]", "watch: must be a section"),
     ],
 )
-def test_a_wrong_watch_is_one_line_and_nothing_is_written(project, capsys, flag, value, words):  # noqa: F811
+def test_a_wrong_watch_is_one_line_and_nothing_is_written(project, capsys, flag, value, words):
     assert l3ms(project / "run.yaml", flag, value) == 2
     error = capsys.readouterr().err.strip()
     assert words in error

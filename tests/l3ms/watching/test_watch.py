@@ -4,34 +4,12 @@ import types
 
 import pytest
 import torch
+from hacked import HACKED, MANY_FIVES, NEVER_ENDS, fives
 from training_runs import rows, run
 from transformers import TrainerCallback
 
 import l3ms
 from l3ms.config.watch import WatchConfig
-
-# Without clipping the constraint drowns the task, as a hacked reward does in the end.
-HACKED = {
-    "optim": "adamw_torch",
-    "learning_rate": 0.02,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 4,
-    "max_grad_norm": 0.0,
-    "max_new_tokens": 12,
-    "constraint_batch_size": 16,
-}
-
-
-def fives(prompts, completions, completion_ids, **kwargs):
-    return [float(ids.count(5)) for ids in completion_ids]
-
-
-def unending(prompts, completions, completion_ids, **kwargs):
-    return [float(ids[-1] != 1) for ids in completion_ids]
-
-
-MANY_FIVES = l3ms.Constraint("fives", fives, min=1000.0, scale=1.0)
-NEVER_ENDS = l3ms.Constraint("open", unending, min=5.0, scale=0.1)
 
 
 class Weights(TrainerCallback):

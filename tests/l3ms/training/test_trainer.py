@@ -5,18 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from training_runs import assert_moved, assert_same_weights, losses, rows
+from training_runs import assert_moved, assert_same_weights, log_likelihood, losses, rows
 
 import l3ms
-
-
-def log_likelihood(model, batch, temperature=1.0):
-    """(N,) log pi of the labels and their (N,) counts, from the logits that the model returns."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:]
-    scored = targets != -100
-    token = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, targets[..., None].clamp(min=0))[..., 0]
-    return (token * scored).sum(1), scored.sum(1)
 
 
 def plain_task_loss(model, batch):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import yaml
-from test_cli import checkpoint, l3ms, one_line, project  # noqa: F401  (fixtures)
+from cli_projects import l3ms, one_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 
 @pytest.fixture
-def judge(project, checkpoint):  # noqa: F811
+def judge(project, checkpoint):
     """A classifier with two outputs and random weights, for the tokens of the policy."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     torch.manual_seed(1)
@@ -22,12 +22,12 @@ def judge(project, checkpoint):  # noqa: F811
     return folder
 
 
-def general(project, rows=40):  # noqa: F811
+def general(project, rows=40):
     lines = [json.dumps({"prompt": f"delta {i}:", "completion": "eta theta"}) for i in range(rows)]
     (project / "general.jsonl").write_text("\n".join(lines))
 
 
-def write(project, constraints, **train):  # noqa: F811
+def write(project, constraints, **train):
     values = yaml.safe_load((project / "run.yaml").read_text())
     values["constraints"] = constraints
     values["train"] |= train
@@ -35,7 +35,7 @@ def write(project, constraints, **train):  # noqa: F811
     return project / "run.yaml"
 
 
-def logged(project, folder="out"):  # noqa: F811
+def logged(project, folder="out"):
     rows = [json.loads(line) for line in (project / folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -52,7 +52,7 @@ SEVERAL = [
 ]
 
 
-def test_every_kind_at_once(project, judge, capsys):  # noqa: F811
+def test_every_kind_at_once(project, judge, capsys):
     general(project)
     assert l3ms(write(project, SEVERAL, iterations=3), "--allow-code") == 0, capsys.readouterr().err
     rows = logged(project)
@@ -78,7 +78,7 @@ def test_every_kind_at_once(project, judge, capsys):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # of peft
-def test_a_divergence_with_adapters_is_from_the_model_under_them(project, monkeypatch, capsys):  # noqa: F811
+def test_a_divergence_with_adapters_is_from_the_model_under_them(project, monkeypatch, capsys):
     loaded = []
     real = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(a) or real(*a, **k))
@@ -89,7 +89,7 @@ def test_a_divergence_with_adapters_is_from_the_model_under_them(project, monkey
     assert estimates[0] != 0  # after the first task half-step
 
 
-def test_a_run_with_data_alone_samples_nothing(project, monkeypatch, capsys):  # noqa: F811
+def test_a_run_with_data_alone_samples_nothing(project, monkeypatch, capsys):
     general(project)
     data = [{"type": "data_nll", "name": "general", "data": {"train": "general.jsonl"}, "max": 3.0}]
 
@@ -146,7 +146,7 @@ BAD = [
 
 @pytest.mark.parametrize(("constraint", "field", "words"), BAD, ids=[f"{n}-{case[1]}" for n, case in enumerate(BAD)])
 def test_a_bad_constraint_is_one_line_and_nothing_is_written(
-    project, checkpoint, judge, monkeypatch, capsys, constraint, field, words  # noqa: F811
+    project, checkpoint, judge, monkeypatch, capsys, constraint, field, words
 ):  # fmt: skip
     monkeypatch.chdir(project)
     (project / "empty.jsonl").write_text("\n")
@@ -166,7 +166,7 @@ def test_a_bad_constraint_is_one_line_and_nothing_is_written(
     assert sorted(project.rglob("*")) == before
 
 
-def test_a_policy_without_padding_or_end_and_prompts_beyond_its_context(project, checkpoint, capsys):  # noqa: F811
+def test_a_policy_without_padding_or_end_and_prompts_beyond_its_context(project, checkpoint, capsys):
     """Padding alone is replaced by the end token."""
     bare = project / "bare"
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(bare)

@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from test_trainer import log_likelihood
-from training_runs import assert_same_weights, rows
+from training_runs import assert_same_weights, log_likelihood, rows
 from transformers import AutoModelForCausalLM
 
 import l3ms

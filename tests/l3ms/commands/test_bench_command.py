@@ -12,7 +12,7 @@ from l3ms.benchmark import run
 from l3ms.benchmark.results import read
 from l3ms.commands.command_line import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ("--shape", "64,16,200", "--dtype", "fp32", "--rounds", "2", "--threads", "1")
 
 

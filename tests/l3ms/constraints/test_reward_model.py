@@ -6,29 +6,13 @@ import pickle
 
 import pytest
 import torch
-import transformers
+from classifiers import classifier
 
 import l3ms
 from l3ms.constraints.reward_model import RewardModelError
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
 PROMPTS = ["a b", "def name ( )", "c", "a b c d e f"]
 ANSWERS = ["c", "a a b c d <eos>", "<eos>", "b c d e f f e d"]
-
-
-def classifier(kind="Bert", *, seed=0, **config):
-    sizes = SIZES | {"vocab_size": 17, "pad_token_id": 0, "max_position_embeddings": 32, **config}
-    if kind != "Bert":
-        sizes |= {"eos_token_id": 1, "bos_token_id": None, "num_key_value_heads": 2}
-    settings = getattr(transformers, f"{kind}Config")(**sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = getattr(transformers, f"{kind}ForSequenceClassification")(settings)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.4)
-    return model.eval()
 
 
 def alone(model, tokenizer, texts, head=0):
