@@ -7,6 +7,7 @@ when they are first used, so that the command line answers at once.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from l3ms import earlier
 from l3ms.extras import missing
 
 if TYPE_CHECKING:
@@ -85,10 +86,12 @@ __all__ = [
     "task_loss",
 ]
 
+earlier.install()
+
 
 def __getattr__(name: str) -> Any:
     if name == "rewards":
-        return importlib.import_module("l3ms.constraints.rewards")
+        return importlib.import_module("l3ms.rewards")
     if name == "__version__":
         return importlib.import_module("l3m_kernels").__version__
     if name in _MODULES:

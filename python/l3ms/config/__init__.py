@@ -2,3 +2,7 @@
 
 `yaml_reader` reads a file safely, `errors` turns what is wrong into one line that names the field.
 """
+
+from l3ms.earlier import of_a_room
+
+__getattr__ = of_a_room("config")

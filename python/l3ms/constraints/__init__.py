@@ -2,3 +2,7 @@
 
 Functions and ready-made `rewards`, a `reward_model`, the loss on other data (`data_nll`), a `divergence` from a frozen `reference_model`.
 """
+
+from l3ms.earlier import of_a_room
+
+__getattr__ = of_a_room("constraints")

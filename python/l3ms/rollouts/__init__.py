@@ -2,3 +2,7 @@
 
 `rollout` is the data, `sampling` makes one, `shrinking` runs `generate` on a batch that shrinks, `prompts` turns prompts into tokens.
 """
+
+from l3ms.earlier import of_a_room
+
+__getattr__ = of_a_room("rollouts")
