@@ -18,7 +18,7 @@ GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -69,6 +69,12 @@ bench-results: $(VENV)/peers ## measure all for bench/results and the README: ho
 	$(BIN)/l3ms bench --full --output bench/results $(ARGS)
 	$(BIN)/python bench/update_readme.py
 
+docs: $(VENV)/documented ## the pages as a site in build/site
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	cp -r *.md docs experiments bench build/pages
+	$(BIN)/mkdocs build --quiet
+
 lint: dev ## style: ruff and clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -103,4 +109,8 @@ $(VENV)/installed: $(VENV)/locked $(NATIVE)
 
 $(VENV)/peers: $(VENV)/installed
 	$(PIP) install -q --no-deps $(PEERS)
+	@touch $@
+
+$(VENV)/documented: $(VENV)/installed
+	$(PIP) install -q mkdocs-material
 	@touch $@

@@ -1,0 +1,74 @@
+"""Without the extra `train`: kernels, optimizer and constraints work; whatever needs more says in one line which extra brings it."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from l3ms.extras import TRAIN, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORTED_AS = {"pyyaml": "yaml"}
+PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+# An environment with torch alone, as far as an import can see; torch may look for numpy by itself.
+BARE = f"import sys; sys.modules.update(dict.fromkeys({sorted(TRAIN - {'numpy'})}))\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib comes with Python 3.11")
+def test_the_extra_is_the_list_that_messages_go_by():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split("[>=;]", line)[0] for line in project["optional-dependencies"]["train"]}
+    assert {IMPORTED_AS.get(name, name) for name in names} == TRAIN
+    assert {re.split("[>=;]", line)[0] for line in project["dependencies"]} == {"torch", "triton"}
+
+
+def test_optimizer_and_constraints_work(python):
+    code = """
+import torch, l3ms
+weight = torch.nn.Parameter(torch.randn(7, 4))
+hidden, labels = torch.randn(2, 3, 4), torch.tensor([[1, 2, 3], [4, 5, -100]])
+options = l3ms.L3MOptimizer(torch.optim.SGD([weight], lr=0.1), [l3ms.Length(max=2), l3ms.Constraint("even", min=0.5)])
+l3ms.task_loss(hidden, weight, labels).backward(); options.step(); options.zero_grad()
+out = options.constraint_loss(hidden, weight, labels, {"length": [2.0, 1.0], "even": [0.0, 1.0]})
+out.loss.backward(); options.step(); assert options.metrics()["constraints/length/estimate"] == 1.5
+assert l3ms.rewards.contains(["yes"])([""], ["oh yes"]) == [1.0]
+"""
+    done = python("-W", "error", "-c", BARE + code, cwd=ROOT.parent, **PATHS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["L3MTrainer", "rollout", "fuse_head", "KL", "Watch", "certify"])
+def test_a_name_that_needs_more_says_so(python, name):
+    done = python("-c", f"{BARE}import l3ms; l3ms.{name}", cwd=ROOT.parent, **PATHS)
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        rf'ImportError: l3ms\.{name} needs \w+, which is not installed: pip install "\.\[train\]" in the source tree brings it',
+        last,
+    ), last
+
+
+@pytest.mark.parametrize("arguments", [["train", "x.yaml"], [], ["--help"], ["certify", "run"]], ids=" ".join)
+def test_the_command_says_so(python, arguments):
+    run = f"from l3ms.__main__ import main; sys.exit(main({arguments}))"
+    done = python("-c", BARE + run, cwd=ROOT.parent, **PATHS)
+    assert done.returncode == 5
+    assert done.stderr.count("\n") == 1
+    assert 'needs typer, which is not installed: pip install ".[train]"' in done.stderr
+
+
+def test_a_command_that_needs_more_than_its_options_says_so(python, tmp_path):
+    """The command line is there, and a package that it comes to later is not."""
+    (tmp_path / "run.yaml").write_text(
+        "model: gpt2\noutput: out\ndata: {train: rows.jsonl}\nconstraints: [{type: length, max: 5}]\n"
+    )
+    code = "import sys; sys.modules['transformers'] = None\nfrom l3ms.__main__ import main; sys.exit(main(['train', 'run.yaml']))"
+    done = python("-c", code, cwd=tmp_path, **PATHS)
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1), done.stderr
+    assert "needs transformers, which is not installed" in done.stderr
+
+
+def test_other_failures_are_not_explained_away():
+    assert missing("it", ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+    assert missing("it", ValueError("no")) is None
