@@ -16,7 +16,7 @@ from l3m_kernels.device_flags import check_targets
 from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
 from l3m_kernels.reference import BarrierWeights, reward_sums
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "BarrierWeights",
