@@ -281,13 +281,14 @@ def _weighted_setup(ctx, inputs, output):
 
 
 def _weighted_backward(ctx, grad_loss, *_):
-    inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    hidden, weight, bias, *gradients = ctx.saved_tensors  # read once: each read unpacks, and a checkpoint allows one
+    inputs = (hidden, weight, bias)
     scaled: list[Tensor | None] = [None] * 3
     if grad_loss is not None:
         for i, need in enumerate(ctx.needs):
             if need:
                 gradient = _once_differentiable(gradients[i], *inputs) if torch.is_grad_enabled() else gradients[i]
-                scaled[i] = _scaled(gradient, grad_loss).to(inputs[0].dtype)
+                scaled[i] = _scaled(gradient, grad_loss).to(hidden.dtype)
     return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 8
 
 

@@ -24,6 +24,7 @@ SUITES = {
     ),  # few rows
     "autograd": ("test_ops_autograd.py", "triton and not gradcheck"),
     "compile": ("test_ops_compile.py", "triton and (fullgraph_with or scaler or autocast) and not float64"),
+    "saved": ("test_saved_tensors.py", "triton and not bfloat16 and not compiled"),
     "count": ("test_scored_count.py", "triton"),
     "barrier": ("test_barrier_weights_edges.py", "triton"),
 }

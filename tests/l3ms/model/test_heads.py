@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import l3ms
 
@@ -158,6 +159,29 @@ def test_with_gradient_checkpointing(make_model, kind):
     plain, model = make_model(kind), l3ms.fuse_head(make_model(kind))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_fused_is_own(model.train(), plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied"])
+@pytest.mark.parametrize("way", ["reentrant", "not reentrant", "save_on_cpu"])
+def test_within_a_region_that_is_computed_again_or_kept_on_the_host(make_model, name, way):
+    kind, config = MODELS[name]
+    model = l3ms.fuse_head(make_model(kind, **config))
+    inputs, weights = batch()
+    embedded = {name: tensor for name, tensor in inputs.items() if name != "input_ids"} | {"use_cache": False}
+
+    def loss(inputs_embeds):
+        return model(inputs_embeds=inputs_embeds, **embedded, seq_weight=weights).loss
+
+    def start():
+        return model.get_input_embeddings()(inputs["input_ids"])
+
+    expected = gradients(model, loss(start()))
+    if way == "save_on_cpu":
+        with torch.autograd.graph.save_on_cpu():
+            found = loss(start())
+    else:
+        found = checkpoint(loss, start(), use_reentrant=way == "reentrant")
+    assert_same_gradients(gradients(model, found), expected)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import l3ms
 from l3ms.model.batches import CountingCollator
@@ -132,6 +133,21 @@ def test_long_sequences_do_not_weigh_more():
     both = l3ms.task_loss(hidden, weight, torch.cat([short, long]))
     alone = [l3ms.task_loss(hidden[:1], weight, labels) for labels in (short, long)]
     assert both.item() == pytest.approx((alone[0] + alone[1]).item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_of_a_loss_that_is_computed_again(reentrant):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(len(ROWS), 6, D, generator=generator, dtype=torch.float64).requires_grad_(), head()
+
+    def loss(hidden):
+        return l3ms.task_loss(hidden, weight, torch.tensor(ROWS))
+
+    expected = torch.autograd.grad(loss(hidden), [hidden, weight])
+    checkpoint(loss, hidden, use_reentrant=reentrant).backward()
+    for leaf, gradient in zip((hidden, weight), expected, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, gradient)
 
 
 def test_another_ignore_index():
