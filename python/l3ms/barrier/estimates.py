@@ -18,6 +18,7 @@ from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, 
 from l3ms.barrier import shifts
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.reward_values import numbers
 
 Values = Mapping[str, Sequence[float | None] | Tensor]
 
@@ -291,8 +292,9 @@ class Estimates:
             if isinstance(value, Tensor):
                 columns[name] = self._finite(name, value.detach())
             else:
-                given = torch.tensor([math.nan if v is None else float(v) for v in value], dtype=torch.float64)
-                absent = torch.tensor([v is None for v in value], dtype=torch.bool)
+                listed = numbers(f"observe: {self.constraints[self.index[name]].where}", value)
+                given = torch.tensor([math.nan if v is None else v for v in listed], dtype=torch.float64)
+                absent = torch.tensor([v is None for v in listed], dtype=torch.bool)
                 columns[name] = self._finite(name, given, absent)
         sizes = {name: len(column) for name, column in columns.items()}
         if len(set(sizes.values())) > 1:
@@ -302,6 +304,8 @@ class Estimates:
 
     def _finite(self, name: str, column: Tensor, absent: Tensor | None = None) -> Tensor:
         """(n,) float64 on the estimates' device; a NaN or inf is an error, or dropped and counted where that was asked for."""
+        if column.is_complex():
+            raise ValueError(f"observe: values of constraint {name!r} must be real numbers, got {column.dtype}")
         if column.ndim != 1:
             raise ValueError(
                 f"observe: values of constraint {name!r} must be (n,), one per response, got {tuple(column.shape)}"

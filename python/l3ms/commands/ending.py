@@ -17,7 +17,7 @@ def explain(error: Exception) -> tuple[str, int]:
     """(one line, exit code) for what a command raised."""
     if hasattr(error, "format_message"):  # wrong use of the command line, from typer
         return f"{error.format_message()} (see l3ms --help)", BAD_INPUT  # pyright: ignore[reportAttributeAccessIssue]
-    text = str(error) or type(error).__name__
+    text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
     if isinstance(error, Interrupted):
         return text, INTERRUPTED
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:

@@ -6,13 +6,16 @@ the model. What is common to all stands here: the bounds, the checks of what cam
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from l3ms.constraints import async_rewards
+from l3ms.constraints.reward_values import numbers
+from l3ms.constraints.trl_arguments import NAMES, trl_arguments
 from l3ms.rollouts.rollout import Rollout
 
 Rewards = Sequence[float | None]
@@ -29,7 +32,9 @@ class Constraint:
         name: how it appears in metrics (`constraints/<name>/...`) and in errors.
         function: TRL's reward signature, `(prompts, completions, **columns) -> list[float]`, one value per response; `None` in the list
             excludes that response. May be asynchronous (return an awaitable): those of a rollout run at the same time. Without
-            `**columns` it gets the ones it names. Without a function the values come through `L3MOptimizer.observe` or `.barrier_loss`.
+            `**columns` it gets the ones it names. TRL's `trainer_state`, `log_extra` and `log_metric` are given as well, see
+            `trl_arguments`. What it gets are lists of its own. Without a function the values come through `L3MOptimizer.observe` or
+            `.barrier_loss`.
         min, max: bounds in native units; at least one.
         threshold: makes it a chance constraint, `min <= P(r >= threshold) <= max`: the reward is replaced by 1 where it is at least the
             threshold and 0 elsewhere, and the bounds are probabilities.
@@ -135,23 +140,27 @@ class Constraint:
             raise ValueError(
                 f"constraint {self.name!r} has no function; give its values to observe() or barrier_loss()"
             )
-        return self.function(prompts=prompts, completions=completions, **_accepted(self.function, columns))
+        given = _accepted(self.function, columns)
+        return self.function(**_own({"prompts": prompts, "completions": completions, **given}))
 
     def ask(self, rollout: Rollout, model: Any = None) -> Rewards | Awaitable[Rewards]:
         """As `call`, of a rollout; `model` is the policy that it was sampled from."""
-        return self.call(rollout.prompts, rollout.completions, rollout.host_lengths, **rollout.reward_columns())
+        columns = {**rollout.reward_columns(), **trl_arguments(), **rollout.training}
+        return self.call(rollout.prompts, rollout.completions, rollout.host_lengths, **columns)
 
     # ---- the values ----
 
     def begin(self, rollout: Rollout, model: Any = None) -> Asked:
         """Ask, and let an asynchronous function run in the background until the values are wanted."""
-        return Asked(self, async_rewards.begin(self.ask(rollout, model)), len(rollout))
+        with _named(self.where):
+            return Asked(self, async_rewards.begin(self.ask(rollout, model)), len(rollout))
 
     def measure(self, rollout: Rollout, model: Any = None) -> list[float | None]:
         """One value per response of a rollout, NaN and inf let through; 0 or 1 with a threshold.
 
         Raises:
             ValueError: a wrong number of values, or a value that is no number: names the function and row.
+            What the function raises, with the constraint and the function in its words.
         """
         return self.begin(rollout, model).values()
 
@@ -173,8 +182,9 @@ class Constraint:
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
         """The rewards themselves, before a threshold, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
-        answer = async_rewards.begin(self.call(prompts, completions, lengths, **columns))
-        return self.checked(async_rewards.wait(answer), len(completions))
+        with _named(self.where):
+            answer = async_rewards.begin(self.call(prompts, completions, lengths, **columns))
+            return self.checked(async_rewards.wait(answer), len(completions))
 
     def indicator(self, values: Sequence[float | None]) -> list[float | None]:
         """1 where a value is at least the threshold, else 0; as they are without a threshold, and where missing or not finite."""
@@ -183,19 +193,12 @@ class Constraint:
         return [v if v is None or not math.isfinite(v) else float(v >= self.threshold) for v in values]
 
     def checked(self, values: Any, count: int) -> list[float | None]:
-        """What a function returned, as a list of `count` numbers.
+        """What a function returned, as a list of `count` numbers, see `reward_values`.
 
         Raises:
             ValueError: no list, a wrong number of values, or a value that is no number: names the function and row.
         """
-        what = self.where
-        try:
-            values = list(values)
-        except TypeError:
-            raise ValueError(f"{what} must return a list of {count} numbers, got {type(values).__name__}") from None
-        if len(values) != count:
-            raise ValueError(f"{what} must return one number per response, wanted {count}, got {len(values)}")
-        return [_number(what, row, value) for row, value in enumerate(values)]
+        return numbers(self.where, values, count)
 
 
 class Asked(NamedTuple):
@@ -207,31 +210,48 @@ class Asked(NamedTuple):
 
     def values(self) -> list[float | None]:
         """As `Constraint.measure`."""
-        return self.constraint.indicator(self.constraint.checked(async_rewards.wait(self.answer), self.count))
+        with _named(self.constraint.where):
+            return self.constraint.indicator(self.constraint.checked(async_rewards.wait(self.answer), self.count))
 
     def cancel(self) -> None:
         async_rewards.cancel(self.answer)
 
 
-def _number(what: str, row: int, value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{what}: row {row} is {value!r}, wanted a number or None") from None
-
-
 def _accepted(function: Reward, columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns that a function takes: all of them, or those it names where it has no `**columns`."""
+    """The columns that a function takes: all of them, or those it names where it has no `**columns`. What it asks of a training it gets
+    in any case."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some callables in C have no signature
-        return columns
+        return {name: value for name, value in columns.items() if name not in NAMES}
+    named = {parameter.name for parameter in parameters}
+    if not named.isdisjoint(NAMES) and not columns.keys() >= named.intersection(NAMES):
+        columns = {**{name: value for name, value in trl_arguments().items() if name in named}, **columns}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
-    named = {parameter.name for parameter in parameters}
     return {name: value for name, value in columns.items() if name in named}
+
+
+def _own(value: Any) -> Any:
+    """Lists and dicts of a function's own: it may change them, the rollout and what other functions get stay as they are."""
+    if type(value) is dict:
+        return {name: _own(item) for name, item in value.items()}
+    return type(value)(map(_own, value)) if type(value) in (list, tuple) else value
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Around what a function does: an error says whose, and stays of its kind, which callers may catch."""
+    try:
+        yield
+    except Exception as error:
+        if where not in str(error) and len(error.args) < 2 and all(isinstance(words, str) for words in error.args):
+            error.args = (": ".join([where, *error.args]),)
+        if where not in str(
+            error
+        ):  # it makes its words of something else: a note, which Python 3.11 prints, and our commands do
+            error.__dict__.setdefault("__notes__", []).append(f"in {where}")
+        raise
 
 
 class Length(Constraint):

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
+from l3ms.constraints.patterns import found
+from l3ms.constraints.words import Word, canonical, caseless, check_texts
+
 __all__ = ["avoids", "contains", "distinct_n", "ends_with", "ends_with_eos", "matches", "readability"]
 
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
@@ -62,60 +65,67 @@ def _syllables(word: str) -> int:
 
 @dataclass(frozen=True)
 class matches:
-    """1 where the regular expression is found in the response (with `full`: is all of it), else 0. Python's `re`; flags inline, `(?is)`.
+    """1 where the regular expression is found in the response (with `full`: is all of it), else 0.
+
+    Python's `re`, on the text as it is written; flags inline, `(?is)`. A call that takes longer than 10 s, or a second per response where
+    that is more, is an error: some patterns take forever.
 
     Raises:
-        ValueError: the pattern is not a regular expression.
+        ValueError: the pattern is not a regular expression; when called: it takes too long.
     """
 
     pattern: str
     full: bool = False
-    _compiled: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     binary = True  # for certificates
 
     def __post_init__(self) -> None:
-        _check_texts("pattern", [self.pattern])
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ValueError(f"pattern must be a text, not empty, got {[self.pattern]!r}")
         try:
-            object.__setattr__(self, "_compiled", re.compile(self.pattern))
+            re.compile(self.pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"pattern must be a regular expression, got {self.pattern!r}: {error}") from None
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        find = self._compiled.fullmatch if self.full else self._compiled.search
-        return [float(find(text_of(completion)) is not None) for completion in completions]
+        return list(map(float, found(self.pattern, list(map(text_of, completions)), full=self.full)))
 
 
 @dataclass(frozen=True)
 class contains:
     """The share of `words` (or phrases) that occur in the response, in [0, 1]: whole words, upper and lower case alike.
 
+    A word is whole where its own edge is a letter or digit and no other adjoins. Emoji, punctuation and markup are found anywhere, and so
+    are words of languages that are written without spaces (Chinese, Japanese, Thai, ...) or with attached particles (Korean). Apostrophes
+    are the same straight or curly, and so are composed and decomposed characters (NFC); full-width letters are others than narrow ones,
+    and white space inside a phrase counts as written.
+
     For "all of them" or "one of them" give the constraint a threshold: 1, or 1 / len(words).
 
     Raises:
-        ValueError: no word, or one that is no text.
+        ValueError: no word, one that is no text, or one that begins with a combining mark or has nothing to be seen.
     """
 
     words: Sequence[str]
-    _compiled: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
+    _words: tuple[Word, ...] = field(init=False, repr=False, compare=False)
 
     reward_range = (0.0, 1.0)  # for certificates
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "words", _check_texts("words", self.words))
-        object.__setattr__(self, "_compiled", tuple(map(_whole_word, self.words)))
+        object.__setattr__(self, "words", check_texts("words", self.words))
+        object.__setattr__(self, "_words", tuple(map(Word, self.words)))
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        texts = map(text_of, completions)
-        return [sum(word.search(text) is not None for word in self._compiled) / len(self._compiled) for text in texts]
+        texts = [caseless(text_of(completion)) for completion in completions]
+        return [sum(word.in_(text) for word in self._words) / len(self._words) for text in texts]
 
 
 @dataclass(frozen=True)
 class avoids:
-    """1 where none of `words` (or phrases) occurs in the response, else 0: whole words, upper and lower case alike.
+    """1 where none of `words` (or phrases) occurs in the response, else 0: whole words in any case, as `contains` finds them.
 
     Raises:
-        ValueError: no word, or one that is no text.
+        ValueError: as `contains`.
     """
 
     words: Sequence[str]
@@ -133,10 +143,11 @@ class avoids:
 
 @dataclass(frozen=True)
 class ends_with:
-    """1 where the response ends with `text`, white space at its end aside, else 0.
+    """1 where the response ends with `text`, white space at its end aside, else 0. Where `text` itself ends in white space, that must be
+    there, and more may follow.
 
     Raises:
-        ValueError: an empty text, or none.
+        ValueError: an empty text, or none; one that begins with a combining mark or has nothing to be seen.
     """
 
     text: str
@@ -144,10 +155,14 @@ class ends_with:
     binary = True  # for certificates
 
     def __post_init__(self) -> None:
-        _check_texts("text", [self.text])
+        check_texts("text", [self.text])
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        return [float(text_of(completion).rstrip().endswith(self.text)) for completion in completions]
+        return [float(self._ends(canonical(text_of(completion)))) for completion in completions]
+
+    def _ends(self, response: str) -> bool:
+        ends = range(len(response.rstrip()), len(response) + 1)  # without its white space, and with each part of it
+        return any(response.endswith(canonical(self.text), 0, end) for end in ends)
 
 
 @dataclass(frozen=True)
@@ -214,17 +229,3 @@ def make(name: str, options: dict[str, Any]) -> Callable[..., Any]:
         if required and option not in options:
             raise ValueError(f"{option} is required by {name}")
     return READY[name] if name in FUNCTIONS else READY[name](**options)
-
-
-def _check_texts(option: str, texts: Any) -> tuple[str, ...]:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise ValueError(f"{option} must be a list of texts, got {texts!r}")
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(
-            f"{option} must be {'texts' if option == 'words' else 'a text'}, not empty, got {list(texts)!r}"
-        )
-    return tuple(texts)
-
-
-def _whole_word(word: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)

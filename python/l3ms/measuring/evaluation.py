@@ -120,6 +120,7 @@ def evaluate(
     temperature: float = 1.0,
     batch_size: int = 64,
     constraints: Sequence[Constraint] = (),
+    training: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Sample one response to the prompt of each row, measure it, and score the row's own response.
@@ -130,6 +131,7 @@ def evaluate(
         batch_size: responses sampled at a time.
         constraints: whose rewards the responses get, NaN and inf let through; those without a function are left out. A `DataNLL` is
             measured on its held-out data, nats per token.
+        training: what reward functions get of the training that asks, see `trl_arguments`; by default of none.
     """
     lengths: list[int] = []
     ended: list[bool] = []
@@ -153,7 +155,7 @@ def evaluate(
             lengths += responses.lengths.tolist()
             ended += responses.ended.tolist()
             completions += responses.completions
-            for name, values in responses.rewards(constraints, model).items():
+            for name, values in responses.rewards(constraints, model, training).items():
                 # divided by the mean length of the batch: by that of all responses, below
                 factor = float(responses.lengths.double().mean()) if name in per_token else None
                 rewards.setdefault(name, []).extend(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l3ms.model.columns import ROW, check_names
+
 
 class Collator:
     """Rows of token lists -> right-padded input_ids, attention_mask and labels (-100), each (N, L)."""
@@ -43,6 +45,7 @@ def prompt_part(row: dict[str, Any]) -> list[int]:
 
 
 def further_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' further columns, for reward functions."""
-    names = set(rows[0]) - {"input_ids", "labels", "attention_mask", "prompt", "completion", "lengths", "self"}
+    """The rows' further columns, for reward functions. ValueError for a name that is taken."""
+    names = set(rows[0]) - ROW
+    check_names("rows", sorted(names, key=str))
     return {name: [row[name] for row in rows] for name in sorted(names)}

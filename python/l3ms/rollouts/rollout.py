@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+from l3ms.model.columns import check_names
 
 if TYPE_CHECKING:  # the YAML's constraints are read before torch is imported
     from torch import Tensor
@@ -48,8 +50,10 @@ class Rollout:
     columns: dict[str, list[Any]] = field(default_factory=dict)  # more columns of the data, for the rewards
     host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
     temperature: float = 1.0  # of the sampling
+    training: Mapping[str, Any] = field(default_factory=dict)  # what reward functions get of the training that asks
 
     def __post_init__(self) -> None:
+        check_columns("Rollout", self.columns, len(self.prompts))
         if not self.host_lengths:
             object.__setattr__(self, "host_lengths", self.lengths.tolist())
 
@@ -68,7 +72,9 @@ class Rollout:
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
-    def rewards(self, constraints: Sequence[Measure], model: Any = None) -> dict[str, list[float | None]]:
+    def rewards(
+        self, constraints: Sequence[Measure], model: Any = None, training: Mapping[str, Any] | None = None
+    ) -> dict[str, list[float | None]]:
         """One value per response and constraint, by name; constraints without a function are left out (give those to `observe`).
 
         Asynchronous reward functions run at the same time as each other and as the others. NaN and inf are let through, to `observe`:
@@ -76,15 +82,18 @@ class Rollout:
 
         Args:
             model: the policy that was sampled, for constraints that need it (`KL`).
+            training: TRL's `trainer_state`, `log_extra` and `log_metric`, for reward functions; by default of no training.
 
         Raises:
             ValueError: a reward of the wrong length, or no number: names the function and row.
+            What a function raises, with the constraint and the function in its words.
         """
+        asked = self if training is None else replace(self, training=training)
         answers: list[Answer] = []
         own = [constraint for constraint in constraints if constraint.samples]
         try:
             for constraint in own:
-                answers.append(constraint.begin(self, model))
+                answers.append(constraint.begin(asked, model))
             return {constraint.name: answer.values() for constraint, answer in zip(own, answers, strict=True)}
         finally:
             for answer in answers:
@@ -97,3 +106,15 @@ class Rollout:
     def completion_ids(self) -> list[list[int]]:
         """The response tokens of each sequence."""
         return [ids[labels != -100].tolist() for ids, labels in zip(self.input_ids, self.labels, strict=True)]
+
+
+def check_columns(where: str, columns: Mapping[str, Any], count: int) -> None:
+    """ValueError, which begins with `where`, for a name that is taken or a column without one value for each of `count` responses."""
+    check_names(f"{where}: columns", columns)
+    for name, values in columns.items():
+        if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+            raise ValueError(f"{where}: columns[{name!r}] must be a list, one value per prompt, got {values!r:.100}")
+        if len(values) != count:
+            raise ValueError(
+                f"{where}: columns[{name!r}] must have one value per prompt, wanted {count}, got {len(values)}"
+            )

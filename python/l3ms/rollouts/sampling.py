@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from l3ms.rollouts.prompts import Prompt, encode_prompt
-from l3ms.rollouts.rollout import Rollout
+from l3ms.rollouts.rollout import Rollout, check_columns
 from l3ms.rollouts.shrinking import sample
 
 
@@ -37,14 +37,16 @@ def rollout(
         temperature: of the sampling; give the same to the loss.
         batch_size: responses sampled at a time; by default all.
         prompt_ids: tokens of the prompts, where they are at hand; otherwise the tokenizer makes them.
-        columns: more columns of the data, passed on to the rewards.
+        columns: more columns of the data, a value per prompt, passed on to the rewards.
         options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
 
     Raises:
-        ValueError: no prompt, an empty one, no EOS token, or temperature or max_new_tokens not positive.
+        ValueError: no prompt, an empty one, no EOS token, or temperature or max_new_tokens not positive; a column of another length, or
+            with a name that reward functions know as something else.
     """
     if not prompts:
         raise ValueError("rollout: prompts must not be empty")
+    check_columns("rollout", columns or {}, len(prompts))
     if not temperature > 0 or max_new_tokens < 1:
         raise ValueError(
             f"rollout: temperature and max_new_tokens must be positive, got {temperature} and {max_new_tokens}"

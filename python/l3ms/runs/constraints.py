@@ -15,6 +15,7 @@ from l3ms.constraints.constraint import Constraint, Length
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.divergence import KL
 from l3ms.constraints.reward_model import RewardModel
+from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.runs.data import IGNORE_INDEX, encode, load_examples
 from l3ms.runs.models import context_of
 from l3ms.runs.terminal import say
@@ -101,6 +102,7 @@ def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     columns = {name: [row[name] for row in rows] for name in set(rows[0]) - {"input_ids", "labels", "prompt"}}
+    columns |= trl_arguments(iterations=config.train.iterations)
     columns["completion_ids"] = answers
     columns["ended"] = [tokens[-1] == tokenizer.eos_token_id for tokens in answers]
     blamed = {FunctionConfig: "function", RewardModelConfig: "model", ReadyRewardConfig: "reward"}

@@ -18,20 +18,21 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.model.columns import ROW, TAKEN
 from l3ms.rollouts.prompts import Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from l3ms.config.run_config import DataConfig
 
 IGNORE_INDEX = -100
-RESERVED = {"input_ids", "labels", "attention_mask", "prompt", "prompts", "completion", "completions"}
-RESERVED |= {"completion_ids", "ended", "lengths", "self"}  # what every rollout has of its own, and arguments
+RESERVED = ROW | TAKEN
 
 
 class Example(NamedTuple):
     prompt: Prompt
     completion: str
     columns: Mapping[str, Any] = MappingProxyType({})
+    left_out: frozenset[str] = frozenset()  # columns whose names are taken
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Encoded:
     rows: list[dict[str, Any]] = field(default_factory=list)
     truncated: int = 0  # completion cut at the maximum length
     dropped: int = 0  # prompt empty or too long, so nothing is left to score
+    left_out: set[str] = field(default_factory=set)  # columns whose names are taken
 
     def notes(self, name: str) -> list[str]:
         lines = []
@@ -49,6 +51,9 @@ class Encoded:
         if self.dropped:
             total = len(self.rows) + self.dropped
             lines.append(f"{name}: {self.dropped} of {total} rows were dropped (prompt empty or too long)")
+        if self.left_out:
+            names = ", ".join(sorted(self.left_out))
+            lines.append(f"{name}: left out, since reward functions are given something else by these names: {names}")
         return lines
 
 
@@ -156,14 +161,16 @@ def _example(config: DataConfig, name: str, where: str, row: Any) -> Example:
         raise ConfigError(name, f"{where}: must be an object with fields, got {type(row).__name__}")
     known = RESERVED | {config.prompt, config.completion, config.messages}
     columns = {key: value for key, value in row.items() if key not in known and key.isidentifier()}
+    left_out = frozenset(row) & TAKEN - {config.prompt, config.completion, config.messages}
     if config.messages in row:
-        return _conversation(config, name, where, row[config.messages])._replace(columns=columns)
+        found = _conversation(config, name, where, row[config.messages])
+        return found._replace(columns=columns, left_out=left_out)
     for column in (config.prompt, config.completion):
         if column not in row:
             fields = ", ".join(map(str, list(row)[:8])) or "none"
             raise ConfigError(name, f"{where}: field {column!r} is missing (fields: {fields})")
         _check_text(name, f"{where}: field {column!r}", row[column])
-    return Example(row[config.prompt], row[config.completion], columns)
+    return Example(row[config.prompt], row[config.completion], columns, left_out)
 
 
 def _conversation(config: DataConfig, name: str, where: str, messages: Any) -> Example:
@@ -209,7 +216,7 @@ def encode(
         raise ConfigError("model", "the tokenizer has no end-of-sequence token, so responses could never end")
     template = bool(getattr(tokenizer, "chat_template", None))
     common = set.intersection(*(set(example.columns) for example in examples)) if examples else set()
-    result = Encoded()
+    result = Encoded(left_out={name for example in examples for name in example.left_out})
     longest_prompt = min(max_length - 1, max_prompt if max_prompt is not None else max_length)
     for example in examples:
         prompt = example.prompt

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
 from l3ms.runs.loading import Run
 from l3ms.runs.progress import progress_bar
@@ -38,6 +39,7 @@ def evaluator(run: Run, console: Console) -> Callable[[Any, str], Samples]:
             found = evaluate(
                 model, run.tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
+                training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
                 progress=advance,
             )  # fmt: skip
         rewards = {}

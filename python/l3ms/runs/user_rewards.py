@@ -65,4 +65,5 @@ def try_reward(
         call(prompts, completions, [1] * len(completions), **columns)
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"raised {type(error).__name__} on a trial call: "
-        raise ConfigError(field, f"{kind}{error}") from error
+        words = str(error).replace(f"{constraint.where}: ", "", 1) if kind else str(error)
+        raise ConfigError(field, f"{kind}{words}") from error

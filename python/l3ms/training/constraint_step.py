@@ -26,6 +26,10 @@ class Constrained(Watched, Protocol):
 
     def compute_loss_context_manager(self) -> Any: ...
 
+    def reward_arguments(self) -> dict[str, Any]:
+        """What reward functions get of the training."""
+        ...
+
 
 def constraint_backward(trainer: Constrained) -> Rollout | None:
     """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
@@ -71,7 +75,7 @@ def _sampled(trainer: Constrained) -> Rollout:
         columns=further_columns(rows),
     )
     with optimizer.estimates.errors_on_all_ranks():
-        rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy)
+        rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy, trainer.reward_arguments())
     weights = optimizer.observe(rewards, responses.lengths)
     if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
         return responses

@@ -22,7 +22,9 @@ from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
 from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.constraints.trl_arguments import RewardLog
 from l3ms.model.batches import CountingCollator
+from l3ms.model.columns import check_names
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import PromptOrder
@@ -105,13 +107,16 @@ class L3MTrainer(CheckpointingTrainer):
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
         last_rollout, last_rewards: the responses of the last constraint half-step, and their rewards by constraint; None and empty where no
             constraint needs any.
+        last_extra: what reward functions gave to TRL's `log_extra` in it, by column; what they give to `log_metric` is in the log, as
+            `rewards/<name>`, the mean over the calls since the last line.
         constraint_data: of each data constraint the batches, in the order in which they are taken.
         watched: what callbacks add to the next line of the log.
         average: of the weights, with how many they are; None before `average_from`.
         prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
-        ValueError: a constraint without a function, or a model whose head cannot be fused.
+        ValueError: a constraint without a function, a model whose head cannot be fused, or a column of the rows with a name that reward
+            functions know as something else.
     """
 
     def __init__(
@@ -142,9 +147,12 @@ class L3MTrainer(CheckpointingTrainer):
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
         self.last_rewards: dict[str, list[float | None]] = {}
+        self.reward_log = RewardLog()
         self.watched: dict[str, float] = {}
         order = {"seed": self.args.seed, "rank": self.args.process_index, "world": self.args.world_size}
         self.prompts = PromptOrder(self.train_dataset if prompts is None else prompts, **order)
+        if any(constraint.samples for constraint in self.constraints):
+            check_names("train_dataset" if prompts is None else "prompts", self.prompts.rows[0])
         for constraint in self.constraints:
             constraint.prepare(self.policy)
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
@@ -211,6 +219,16 @@ class L3MTrainer(CheckpointingTrainer):
         return super()._get_grad_norm(model, grad_norm) if self.l3m_optimizer is None else None
 
     # ---- the constraint half-step ----
+
+    @property
+    def last_extra(self) -> dict[str, list[Any]]:
+        return self.reward_log.columns
+
+    def reward_arguments(self) -> dict[str, Any]:
+        """For the reward functions of a half-step, as in TRL."""
+        self.reward_log.columns = {}
+        log = self.reward_log
+        return {"trainer_state": self.state, "log_extra": log.log_extra, "log_metric": log.log_metric}
 
     def constraint_half_step(self) -> None:
         """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
@@ -292,6 +310,8 @@ class L3MTrainer(CheckpointingTrainer):
             logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
             if self.last_rollout is not None:
                 logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
+            means = self.reward_log.means(self.args.world_size)
+            logs.update({f"rewards/{name}": value for name, value in means.items()})
             logs.update(self.watched)
             self.watched.clear()
         super().log(logs, start_time)

@@ -25,6 +25,7 @@ import l3m_kernels
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
@@ -69,6 +70,7 @@ def certify(
             subject.model, subject.tokenizer, rows, max_new_tokens=config.train.max_new_tokens,
             seed=stream(config.seed, options.seed, "responses"), temperature=config.train.temperature,
             batch_size=config.evaluate.batch_size, constraints=constraints, progress=advance,
+            training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
         )  # fmt: skip
     verdicts = [_judge(item, found, declared[item.name], delta, keys) for item in constraints]
     prices = _prices(subject, verdicts, options, console) if options.prices else None

@@ -23,6 +23,7 @@ from rich.table import Table
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate
 from l3ms.runs.arguments import training_arguments
 from l3ms.runs.labels import bounds_text
@@ -125,7 +126,7 @@ def check(
             found = evaluate(
                 trainer.model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
-                progress=advance,
+                training=trl_arguments(iterations=config.train.iterations), progress=advance,
             )  # fmt: skip
         response = (time.monotonic() - start) / samples
         starts = [Start.of(item, found.rewards.get(item.name, [])) for item in constraints]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint, Length
+from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.model.batches import Collator, further_columns, prompt_part
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.rollouts.sampling import rollout
@@ -239,7 +240,8 @@ def _respond(subject: Subject, rows: Sequence[dict[str, Any]], constraints: Sequ
         temperature=train.temperature,
         columns=further_columns(rows),
     )
-    return responses, responses.rewards(constraints, subject.model)
+    training = trl_arguments(iteration=train.iterations, iterations=train.iterations)
+    return responses, responses.rewards(constraints, subject.model, training)
 
 
 def _score(subject: Subject, responses: Any, values: Sequence[float | None], factor: float) -> list[Tensor]:

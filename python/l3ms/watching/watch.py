@@ -22,7 +22,9 @@ from transformers import TrainerCallback
 
 from l3ms.config.errors import explain
 from l3ms.config.watch import WatchConfig
+from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate
+from l3ms.model.columns import check_names
 from l3ms.watching.gradient_cosines import PairCosines, gram, reward_gradients
 from l3ms.watching.held_out import gap, violation
 from l3ms.watching.response_statistics import response_statistics, response_tokens
@@ -81,6 +83,8 @@ class Watch(TrainerCallback):
         self._rows = self._held_out_rows()
         if trainer.l3m_optimizer is None:
             return
+        if self.held_out:
+            check_names("Watch: held_out", self.held_out[0])
         if self.config.on_trip == "rollback":
             if self._sharded:
                 raise ValueError("watch.on_trip: rollback needs whole weights on each rank; use warn or stop with FSDP")
@@ -156,7 +160,7 @@ class Watch(TrainerCallback):
         found = evaluate(
             trainer.policy, trainer.processing_class, self._rows,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed + trainer.state.global_step,
-            constraints=trainer.constraints,
+            constraints=trainer.constraints, training={**trl_arguments(), "trainer_state": trainer.state},
         )  # fmt: skip
         gaps: dict[str, float] = {}
         for constraint in trainer.constraints:
