@@ -51,18 +51,18 @@ def is_regular(path: str | os.PathLike[str]) -> bool:
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise `OSError` for the first thing in `folder`, at any depth, that is neither a regular file nor a folder.
+    """Raise `OSError` for the first thing in `folder`, or in a folder in it, that is neither a regular file nor a folder.
 
-    For those that are read by somebody else's code: a model's, a tokenizer's. Links to folders are not gone into.
+    For those that are read by somebody else's code: a model's, a tokenizer's.
     """
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = Path(place) / name
+    for pattern in ("*", "*/*"):
+        for path in Path(folder).glob(pattern):
             try:
                 found = _stat(path)
             except FileNotFoundError:  # a link to nowhere: whoever reads it says so
                 continue
-            _check(path, found)
+            if not stat.S_ISDIR(found.st_mode):
+                _check(path, found)
 
 
 def _stat(path: str | os.PathLike[str]) -> os.stat_result:

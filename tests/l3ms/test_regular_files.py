@@ -61,11 +61,11 @@ def test_a_regular_file_is_read_also_through_a_link(tmp_path):
         read_regular(tmp_path / "file", most=4)
 
 
-def test_a_folder_is_refused_for_what_is_deep_in_it(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "file").touch()
+def test_a_folder_is_refused_for_what_is_in_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
     (tmp_path / "a" / "dangling").symlink_to("nowhere")
     check_folder(tmp_path)
-    os.mkfifo(tmp_path / "a" / "b" / "fifo")
+    os.mkfifo(tmp_path / "a" / "fifo")
     with pytest.raises(OSError, match="is a FIFO, not a regular file"):
         check_folder(tmp_path)
