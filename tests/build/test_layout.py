@@ -27,12 +27,14 @@ FLOORS = (
     ("commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Beside the rooms: the public list and the command, which any room may be behind, and what they say where a package is missing.
-DOORS = {"__init__", "__main__", "earlier", "extras", "rewards"}
+# Beside the rooms: the public list and the command, which any room may be behind, what they say where a package is missing,
+# and how a file is opened that somebody else names.
+DOORS = {"__init__", "__main__", "earlier", "extras", "regular_files", "rewards"}
 GROUND_OF_ROOMS = {
     "l3ms",
     "l3ms.earlier",
     "l3ms.extras",
+    "l3ms.regular_files",
 }  # of DOORS, what rooms may import: they import no room before they are asked
 # The ground floor of the kernels: each backend is the modules it consists of. `reference` is both the oracle and the chunked functions.
 GROUND = {

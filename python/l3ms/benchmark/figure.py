@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from l3ms.benchmark.results import CaseResult, Measurement, Results
 from l3ms.benchmark.tables import bytes_text, machine, seconds_text
+from l3ms.runs.whole_files import write_whole
 
 OURS, PEER, LIMIT = "#1f5fbf", "#9aa0a8", "#2f9e5b"
 COLOURS = {"ours": OURS, "peer": PEER, "limit": LIMIT}
@@ -50,12 +52,9 @@ def draw(results: Results) -> Figure:
 
 def save(results: Results, path: Path) -> Path:
     """A reader sees the old picture or the new one, never half."""
-    partial = path.with_name(f".{path.stem}.partial.png")
-    try:
-        draw(results).savefig(partial, dpi=110)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    draw(results).savefig(picture, dpi=110, format="png")
+    write_whole(path, picture.getvalue())
     return path
 
 

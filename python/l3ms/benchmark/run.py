@@ -23,6 +23,7 @@ from l3ms.benchmark.race import Race
 from l3ms.benchmark.results import CaseResult, Results, gather, read, write
 from l3ms.benchmark.shapes import QUICK, SCALING_CONSTRAINTS, SCALING_ROWS, Case
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.whole_files import write_whole
 
 # Times a case's equal share of a budget that it may take: those that come first matter most, and give back what they do not need.
 GENEROUS = 2.5
@@ -202,7 +203,7 @@ def _save(results: Results, plan: Plan, target: Path | None) -> None:
         if path:
             write(results, path)
     if target:
-        target.with_suffix(".md").write_text(tables.report(results), encoding="utf-8")
+        write_whole(target.with_suffix(".md"), tables.report(results))
 
 
 def _draw(results: Results, plan: Plan, target: Path | None) -> None:

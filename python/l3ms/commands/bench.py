@@ -71,6 +71,7 @@ def bench(
     """Options to a `Plan`, and its execution."""
     from l3ms.benchmark.device import missing
     from l3ms.benchmark.shapes import FULL, GPU_BUDGET, GPU_FULL, select_cases
+    from l3ms.config.named_files import check_writable
     from l3ms.config.yaml_reader import ConfigError
 
     named = {"--op": op, "--shape": shape, "--dtype": dtype, "--masked": masked, "--scaling": scaling}
@@ -89,8 +90,8 @@ def bench(
     for option, path, ending in (("--plot", plot, ".png"), ("--json", json, ".json")):
         if path is not None and path.suffix.lower() != ending:
             raise ConfigError(option, f"must be a {ending} file, got {path}")
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(option, f"no such folder: {path.parent}")
+        if path is not None:
+            check_writable(option, path)
     if output is not None and output.exists() and not output.is_dir():
         raise ConfigError("--output", f"must be a folder, and {output} is a file")
 

@@ -33,11 +33,11 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Options to a dry run."""
+    from l3ms.config.named_files import check_writable
     from l3ms.config.run_config import load_config
-    from l3ms.config.yaml_reader import ConfigError
 
-    if json is not None and not json.parent.is_dir():
-        raise ConfigError("--json", f"no such folder: {json.parent}")
+    if json is not None:
+        check_writable("--json", json)
     settings = load_config(config)
 
     from l3ms.verdicts.checking import check as execute

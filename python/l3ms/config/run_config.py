@@ -7,6 +7,7 @@ in the file are relative to the file's folder; paths given by a flag are relativ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from l3ms.config.evaluate import EvaluateConfig, LoggingConfig
 from l3ms.config.sections import Section, Text
 from l3ms.config.train import TrainConfig
 from l3ms.config.watch import WatchConfig
-from l3ms.config.yaml_reader import ConfigError, parse_yaml, read_yaml
+from l3ms.config.yaml_reader import ConfigError, parse_yaml, read_yaml, unnameable
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "load_config"]
 
@@ -158,36 +159,50 @@ def _assign(values: dict[str, Any], field: str, value: Any) -> None:
 def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Make the paths in `values` absolute: `output` always, the others when they exist or look like a path."""
 
-    def resolve(text: Any, *, always: bool = False) -> Any:
-        if not isinstance(text, str) or not text or "\0" in text:
-            return text
-        try:
-            path = Path(text).expanduser()
-        except RuntimeError:  # ~somebody who is not there
-            return text
-        full = path if path.is_absolute() else base / path
-        looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
-        try:
-            return str(full.resolve()) if always or looks_local or full.exists() else text
-        except OSError:  # a name that no file system takes
-            return text
+    def inside(section: Any, prefix: str, *names: str) -> None:
+        if isinstance(section, dict):
+            section.update(
+                {name: _resolve(f"{prefix}{name}", section[name], base) for name in names if name in section}
+            )
 
-    values["output"] = resolve(values.get("output"), always=True)
-    values["model"] = resolve(values.get("model"))
+    inside(values, "", "output", "model")
     values = {key: value for key, value in values.items() if value is not None or key not in {"output", "model"}}
-    data = values.get("data")
-    if isinstance(data, dict):
-        values["data"] = data | {key: resolve(data[key]) for key in ("train", "evaluation") if key in data}
+    inside(values.get("data"), "data.", "train", "evaluation")
     constraints = values.get("constraints")
-    for item in constraints if isinstance(constraints, list) else []:
+    for index, item in enumerate(constraints if isinstance(constraints, list) else []):
         if not isinstance(item, dict):
             continue
-        item.update({key: resolve(item[key]) for key in ("model", "reference") if key in item})
-        if isinstance(item.get("data"), dict):
-            item["data"].update(
-                {key: resolve(item["data"][key]) for key in ("train", "evaluation") if key in item["data"]}
-            )
+        prefix = f"constraints.{index}."
+        inside(item, prefix, "model", "reference")
+        inside(item.get("data"), f"{prefix}data.", "train", "evaluation")
         if isinstance(item.get("function"), str) and ":" in item["function"]:
             source, _, name = item["function"].rpartition(":")
-            item["function"] = f"{resolve(source)}:{name}" if source.endswith(".py") else item["function"]
+            if source.endswith(".py"):
+                item["function"] = f"{_resolve(f'{prefix}function', source, base)}:{name}"
     return values
+
+
+def _resolve(field: str, text: Any, base: Path) -> Any:
+    """The path that `text` is: absolute if it is `output`, exists, or looks like one. Refused by its field where no file can have it."""
+    if not isinstance(text, str) or not text:
+        return text
+    if why := unnameable(text):
+        raise ConfigError(field, f"{why}: {text!r:.80}")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        if field == "output":
+            raise ConfigError(field, f"has no home folder of a user {text.partition('/')[0]!r:.80}") from None
+        return text
+    full = path if path.is_absolute() else base / path
+    looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
+    if field != "output" and not looks_local and not os.path.exists(full):
+        return text
+    try:
+        return str(full.resolve())
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a name that no file system takes; links in a circle (RuntimeError before Python 3.13)
+        reason = getattr(error, "strerror", None) or "symbolic links that lead in a circle"
+        raise ConfigError(field, f"is not a path that can be followed ({reason}): {text:.80}") from None

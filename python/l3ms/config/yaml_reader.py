@@ -6,11 +6,14 @@ are refused, and aliases, since a few nested ones expand to gigabytes.
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from l3ms.regular_files import read_regular
 
 MAX_BYTES = 1 << 20
 
@@ -23,6 +26,17 @@ class ConfigError(ValueError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
+
+
+def unnameable(path: str) -> str | None:
+    """Why no file can have this name; None where one can."""
+    if "\0" in path:
+        return "holds a NUL character"
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate)"
+    return None
 
 
 def _refuse(problem: str, mark: Any) -> yaml.MarkedYAMLError:
@@ -74,19 +88,17 @@ def parse_yaml(text: str, name: str = "value") -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in the file at `path`. Raises `ConfigError` naming the file."""
-    name = str(path)
+    name = ascii(str(path))[1:-1] if unnameable(str(path)) else str(path)
     try:
-        size = path.stat().st_size if path.is_file() else -1
-        if size > MAX_BYTES:
-            raise ConfigError(name, f"is larger than a configuration ({size} bytes)")
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(name, "no such file") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise ConfigError(name, f"cannot be read: {reason}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(name, "cannot be read: is not UTF-8 text") from None
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ConfigError(name, f"is larger than a configuration (more than {MAX_BYTES} bytes)") from None
+        raise ConfigError(name, f"cannot be read: {error.strerror}") from None
     values = parse_yaml(text, name)
     if values is None:
         raise ConfigError(name, "is empty; it needs at least model, output and data")

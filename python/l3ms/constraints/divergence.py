@@ -31,6 +31,7 @@ class KL(Constraint):
             is not lowered by longer responses.
         batch_size: responses scored at a time.
         scale, margin, threshold, monitor: as in `Constraint`.
+        trust_remote_code: run code that comes with a reference that is loaded.
 
     Raises:
         ValueError: as `Constraint`; when it is measured without a model or a reference, or a reference cannot be loaded or has another
@@ -50,13 +51,14 @@ class KL(Constraint):
         margin: float | None = None,
         threshold: float | None = None,
         monitor: bool = False,
+        trust_remote_code: bool = False,
     ):
         super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
         if batch_size < 1:
             raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
         object.__setattr__(self, "per_token", per_token)
         object.__setattr__(self, "batch_size", batch_size)
-        object.__setattr__(self, "_reference", Reference(f"constraint {name!r}", reference))
+        object.__setattr__(self, "_reference", Reference(f"constraint {name!r}", reference, trust_remote_code))
 
     per_token: bool
     batch_size: int
@@ -65,6 +67,11 @@ class KL(Constraint):
     @property
     def samples(self) -> bool:
         return True
+
+    @property
+    def reference_model(self) -> Any:
+        """What it is measured from; None before `prepare`, and where that is the policy without its adapters."""
+        return self._reference.model
 
     def prepare(self, model: Any) -> None:
         self._reference.prepare(model)

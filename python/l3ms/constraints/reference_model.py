@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from l3ms.model.heads import fuse_head
+from l3ms.model.pretrained import load_pretrained, reason
 
 
 class Reference:
     """Given, or loaded or copied once; or the policy itself without its adapters. `where` names its owner in errors."""
 
-    def __init__(self, where: str, given: Any):
-        self.where = where
+    def __init__(self, where: str, given: Any, trust_remote_code: bool = False):
+        self.where, self.trust_remote_code = where, trust_remote_code
         self.source = str(given) if isinstance(given, (str, Path)) else None
         self.model: Any = None if self.source is not None else given
         self.adapters = False  # the reference is the policy without them
@@ -60,7 +61,11 @@ class Reference:
 
         source: Any = self.source
         try:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype).eval().requires_grad_(False)
+            reference = load_pretrained(
+                AutoModelForCausalLM, source, dtype=model.dtype, trust_remote_code=self.trust_remote_code
+            )
+            return reference.eval().requires_grad_(False)
         except Exception as error:  # transformers, the hub client and safetensors raise many kinds
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"{self.where}: reference cannot be loaded from {self.source!r}: {reason}") from error
+            raise ValueError(
+                f"{self.where}: reference cannot be loaded from {self.source!r}: {reason(error)}"
+            ) from error

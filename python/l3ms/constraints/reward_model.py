@@ -11,6 +11,7 @@ import torch
 
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.rewards import text_of
+from l3ms.model.pretrained import load_pretrained, load_tokenizer, reason
 
 ChatTemplate = Literal["auto", True, False]
 
@@ -164,8 +165,8 @@ class Score:
         if os.path.isabs(self.source) and not os.path.isdir(self.source):  # false where pathlib raises
             raise RewardModelError("model", f"must be a checkpoint, no such folder: {self.source}")
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.source, dtype="auto", output_loading_info=True, **options
+            model, found = load_pretrained(
+                AutoModelForSequenceClassification, self.source, dtype="auto", output_loading_info=True, **options
             )
         except Exception as error:  # transformers, the hub client and safetensors raise many kinds
             raise RewardModelError("model", _cannot("load", self.source, error)) from error
@@ -185,7 +186,7 @@ class Score:
         if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("*.model")]:
             raise RewardModelError("model", f"cannot load the tokenizer of {self.source!r}: the folder holds none")
         try:
-            return AutoTokenizer.from_pretrained(self.source, **options)
+            return load_tokenizer(AutoTokenizer, self.source, **options)
         except Exception as error:
             raise RewardModelError("model", _cannot("load the tokenizer of", self.source, error)) from error
 
@@ -274,5 +275,4 @@ class Score:
 
 
 def _cannot(do: str, source: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return f"cannot {do} {source!r}: {reason[:300] or type(error).__name__}"
+    return f"cannot {do} {source!r}: {reason(error)}"

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from l3ms.demo import corpus
 from l3ms.demo.corpus import Pair
+from l3ms.model.pretrained import load_pretrained, load_tokenizer
 
 VERSION = 1  # raise it when the same recipe would give another base
 PAD_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|pad|>", "<|end|>")
@@ -255,8 +256,8 @@ def _load(entry: Path) -> Base | None:
     if not _valid(entry):
         _log.warning("the demo's cache entry %s is damaged and will be rebuilt", entry)
         return None
-    model = LlamaForCausalLM.from_pretrained(entry, local_files_only=True).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(entry, local_files_only=True)
+    model = load_pretrained(LlamaForCausalLM, entry, local_files_only=True).eval()
+    tokenizer = load_tokenizer(PreTrainedTokenizerFast, entry, local_files_only=True)
     pairs = json.loads((entry / _PAIRS).read_text(encoding="utf-8"))
     train, held_out = ([Pair(*pair) for pair in pairs[side]] for side in ("train", "held_out"))
     return Base(model, tokenizer, train, held_out, from_cache=True)

@@ -66,8 +66,10 @@ def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer
     if isinstance(item, KLConfig):
         reference = item.reference or config.model
         constraint = KL(
-            name=item.name, reference=reference, per_token=item.per_token, batch_size=item.batch_size, **options
-        )
+            name=item.name, reference=reference, per_token=item.per_token, batch_size=item.batch_size,
+            # the code that was announced is the model's: a reference of its own brings none
+            trust_remote_code=config.trust_remote_code and reference == config.model, **options,
+        )  # fmt: skip
         constraint.prepare(model)
         return constraint
     return Length(name=item.name, **options)

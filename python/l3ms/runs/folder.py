@@ -17,7 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.runs.whole_files import finite, write_whole
+from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
@@ -56,11 +56,7 @@ def prepare_output(folder: Path, keep: Collection[str] = ()) -> None:
     """Create the folder; what an earlier run left in it goes but for `keep`, other files stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in set(ARTEFACTS) - set(keep):
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
@@ -72,8 +68,9 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
     """`folder/name` with safetensors weights and tokenizer; a full disk leaves no half of it."""
     partial = folder / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     try:
+        partial.mkdir()
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(folder / name)
@@ -113,8 +110,8 @@ class MetricsWriter(TrainerCallback):
         """Append the iteration that was collected."""
         if self._row:
             line = json.dumps(finite(self._row), allow_nan=False)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            with open_to_append(self.path) as file:
+                file.write(f"{line}\n".encode())
             self.iterations = self._row["iteration"]
             self._row = {}
 

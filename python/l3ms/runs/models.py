@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from l3ms.config.train import LoraConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.model.heads import fuse_head
+from l3ms.model.pretrained import load_pretrained, load_tokenizer, reason
 from l3ms.runs.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,13 +24,14 @@ def load_model(
     """Tokenizer and model of a folder or hub id, with adapters when asked for. Raises `ConfigError("model", ...)` in one line."""
     if os.path.isabs(source) and not os.path.isdir(source):  # false where pathlib raises: a name that is too long
         raise ConfigError("model", f"no such folder: {source}")
+    if trust_remote_code:
+        say(console, f"Running the code of {source}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
+        tokenizer = load_tokenizer(AutoTokenizer, source, **options)
+        model: Any = load_pretrained(AutoModelForCausalLM, source, dtype=DTYPES[dtype], **options)
     except Exception as error:  # transformers, the hub client and safetensors raise many kinds
-        reason = " ".join(str(error).split())
-        raise ConfigError("model", f"cannot load {source!r}: {reason[:300] or type(error).__name__}") from error
+        raise ConfigError("model", f"cannot load {source!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError("model", f"the tokenizer of {source!r} has no end-of-sequence token, so no end to a response")
     if tokenizer.pad_token_id is None:

@@ -8,6 +8,7 @@ A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraint
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from l3ms.config.yaml_reader import ConfigError, read_yaml
 from l3ms.runs.labels import MODELS, bounds_text, is_mean_length, model_label
-from l3ms.runs.whole_files import finite, write_json
+from l3ms.runs.whole_files import finite, write_json, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,14 +81,10 @@ def plot_run(folder: str | Path) -> Path:
     except json.JSONDecodeError as error:
         raise ConfigError(str(folder / "report.json"), f"is not JSON: {error.msg} at line {error.lineno}") from None
     baseline = read_metrics(folder / "sft.jsonl") if (folder / "sft.jsonl").exists() else []
-    target = folder / "report.png"
-    partial = folder / ".report.partial.png"
-    try:
-        draw(metrics, report, baseline).savefig(partial, dpi=100)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    picture = io.BytesIO()
+    draw(metrics, report, baseline).savefig(picture, dpi=100, format="png")
+    write_whole(folder / "report.png", picture.getvalue())
+    return folder / "report.png"
 
 
 def _configured_bounds(path: Path) -> list[dict[str, Any]]:

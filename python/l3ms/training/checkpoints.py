@@ -30,7 +30,10 @@ def begin(place: Path) -> Path:
 
 def discard(place: Path) -> None:
     """Remove what was begun in `place` and not sealed."""
-    shutil.rmtree(place / PARTIAL, ignore_errors=True)
+    partial = place / PARTIAL
+    if partial.is_symlink():  # somebody put it there, to have something elsewhere filled or removed
+        partial.unlink()
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def seal(folder: Path, name: str) -> Path:
@@ -50,7 +53,7 @@ def seal(folder: Path, name: str) -> Path:
     for path in (source, *(path for path in source.rglob("*") if path.is_dir())):
         _flush(path)
     target = place / name
-    if target.exists():
+    if os.path.lexists(target):
         target.rename(folder / "replaced")
     source.rename(target)
     _flush(place)
@@ -60,6 +63,8 @@ def seal(folder: Path, name: str) -> Path:
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None where every file is there, of the size and the contents that were written."""
+    if folder.is_symlink():
+        return "it is a link"
     try:
         described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         wanted = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in described.items()}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from l3ms.config.named_files import check_readable, check_writable
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.verdicts.certificates import Range
 
@@ -37,11 +38,9 @@ class CertifyOptions:
             raise ConfigError("--samples", f"must be at least 2, got {self.samples}")
         if self.method not in ("auto", "bernstein", "t"):
             raise ConfigError("--method", f"must be auto, bernstein or t, got {self.method!r}")
-        if self.prompts is not None and not self.prompts.is_file():
-            raise ConfigError("--prompts", f"no such file: {self.prompts}")
+        if self.prompts is not None:
+            check_readable("--prompts", self.prompts)
         if self.prices and self.prompts is not None:
             raise ConfigError("--prices", "are those of the run's own task, on its held-out rows; leave out --prompts")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ConfigError("--json", f"no such folder: {self.json.parent}")
-        if self.json is not None and self.json.is_dir():
-            raise ConfigError("--json", f"is a folder: {self.json}")
+        if self.json is not None:
+            check_writable("--json", self.json)

@@ -49,7 +49,8 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     for name in options.ranges or {}:
         if name not in names:
             raise ConfigError("--range", f"no constraint is called {name!r}; there are {', '.join(sorted(names))}")
-    check_code(config, options.allow_code)
+    # A run folder brings its own code, whatever model it says that it started from
+    check_code(config.model_copy(update={"model": f"{folder} and of {config.model}"}), options.allow_code)
     notes, train, held_out = _rows(config, options)
     options_of_model = {"dtype": config.train.dtype, "trust_remote_code": config.trust_remote_code}
     tokenizer, model = load_model(str(folder), **options_of_model, console=console)  # adapters are in the folder

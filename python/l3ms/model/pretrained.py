@@ -1,0 +1,109 @@
+"""Models and tokenizers of a folder or a hub: the one place that calls `from_pretrained`. What they hold is data: none of it is run.
+
+Code that comes with a checkpoint runs only with `trust_remote_code`. Never, asked for or not, are weights unpickled, files waited on that
+are no files, and attention kernels fetched from a hub because a config.json names them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from l3ms.regular_files import check_folder, is_regular, read_regular
+
+PICKLES = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # name of weights as a pickle -> as safetensors
+UNPICKLED = (
+    "and those are never loaded: save it again as safetensors (save_pretrained does, from a model that you trust)"
+)
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+NAMING_FILES = ("config.json", "tokenizer_config.json", INDEX, ADAPTER)
+MOST_BYTES = 64 << 20  # of a JSON that is read here; a config.json has a few thousand
+
+
+def load_pretrained(kind: Any, source: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """`kind.from_pretrained(source, ...)` of a model's class, weights from safetensors alone. Raises `ValueError` for what is refused here,
+    and whatever transformers, the hub client and safetensors raise."""
+    check_source(source)
+    return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
+
+
+def load_tokenizer(kind: Any, source: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The same of a tokenizer's class."""
+    check_source(source)
+    return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def reason(error: BaseException) -> str:
+    """What a loader raised, in one line; many of them raise without a word."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_source(source: Any) -> None:
+    """Raise `ValueError` where a folder, or the one that its adapters are of, holds weights as a pickle, or what is no regular file."""
+    folder, seen = Path(source), set()
+    while os.path.isdir(folder) and folder not in seen:
+        seen.add(folder)
+        try:
+            check_folder(folder)
+        except OSError as error:
+            raise ValueError(f"{error.filename} {error.strerror}") from None
+        for name, safe in PICKLES.items():
+            pickled = [*folder.glob(f"{name}*.bin"), *folder.glob(f"{name}*.bin.index.json")]
+            if pickled and not [*folder.glob(f"{safe}*.safetensors")]:
+                raise ValueError(f"{pickled[0]} is a pickle, {UNPICKLED}")
+        for name in NAMING_FILES:
+            _check_named(folder, name, _read(folder / name))
+        adapter = _read(folder / ADAPTER)
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+        folder = Path(os.path.abspath(base)) if isinstance(base, str) else Path("\0")
+    if not seen:
+        _check_named(folder, "config.json", _of_hub(source))
+
+
+def _check_named(folder: Path, name: str, values: Any) -> None:
+    """Of a JSON in a folder: what it makes transformers read or fetch."""
+    try:
+        found = list(_texts(values))
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    for key, value in found:
+        if key.endswith("_implementation") and ("/" in value or ":" in value):
+            raise ValueError(f"{name} wants {key} {value!r}, code from a hub: remove it from there")
+        if value.endswith(".bin") and (name == INDEX or key == "transformers_weights"):
+            raise ValueError(f"{name} names {value!r}, which is a pickle, {UNPICKLED}")
+        path = folder / value
+        if "/" in value and os.path.exists(path) and not os.path.isdir(path) and not is_regular(path):
+            raise ValueError(f"{name} names {value!r}, which is not a regular file")
+
+
+def _of_hub(source: Any) -> Any:
+    """The config.json of a model on a hub."""
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
+    except Exception:  # there is none, or no hub: from_pretrained says it
+        return None
+
+
+def _read(path: Path) -> Any:
+    """A JSON file; None where it cannot be read: whoever needs it says so."""
+    try:
+        return json.loads(read_regular(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(the key that it is under, text) of all that is in a JSON."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _texts(value, name if name.endswith("_implementation") else key)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, name)
