@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from l3ms.model.losses import task_loss
     from l3ms.rollouts.rollout import Rollout
     from l3ms.rollouts.sampling import rollout
-    from l3ms.training.trainer import L3MConfig, L3MTrainer
+    from l3ms.training.arguments import L3MConfig
+    from l3ms.training.trainer import L3MTrainer
     from l3ms.verdicts.certificates import Verdict, declare, judge
     from l3ms.verdicts.certifying import certify
     from l3ms.verdicts.options import CertifyOptions
@@ -52,7 +53,7 @@ _MODULES = {
     "AugmentedLagrangian": "barrier.solvers",
     "DualAscent": "barrier.solvers",
     "Penalty": "barrier.solvers",
-    "L3MConfig": "training.trainer",
+    "L3MConfig": "training.arguments",
     "L3MTrainer": "training.trainer",
     "Watch": "watching.watch",
 }

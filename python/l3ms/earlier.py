@@ -62,7 +62,7 @@ MODULES: dict[str, str] = {
     "solvers": "barrier.solvers",
     "state_trees": "training.state_trees",
     "step_reports": "barrier.step_reports",
-    "trainer": "training.trainer",
+    "trainer": "training.trainer training.arguments",
     "user_rewards": "runs.user_rewards",
     "verdict_commands": "commands.certify commands.check",
     "watch": "watching.watch",

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
-from l3ms.barrier import shifts
+from l3ms.barrier import packed_state, shifts
 from l3ms.barrier.clipping import apply, clip, gradients
 from l3ms.barrier.conflicts import ConflictWatch
 from l3ms.barrier.estimates import Estimates, Values
 from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.barrier.solvers import Solver, as_solver
 from l3ms.barrier.step_reports import Progress, StepNumbers, StepReports
+from l3ms.barrier.wrapped import Modes, check_base, first_parameter
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.model.losses import scored_lengths, shift
 
@@ -38,7 +39,7 @@ class ConstraintLoss(NamedTuple):
     seq_weight: Tensor  # (N,) fp32
 
 
-class L3MOptimizer(torch.optim.Optimizer):
+class L3MOptimizer(Modes, torch.optim.Optimizer):
     """Adds constraints to an optimizer: `observe`, `constraint_loss` or `barrier_loss`, then backward and `step()` as usual.
 
     A `step()` after one of these is the constraint half-step, any other the task half-step. Shares `param_groups` and `state`
@@ -88,8 +89,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         max_skipped: int = 5,
         backend: str | None = None,
     ):
-        if not isinstance(base, torch.optim.Optimizer):
-            raise ValueError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        check_base(base)
         if not 0 < smoothing <= 1:
             raise ValueError(f"smoothing must be in (0, 1], got {smoothing}")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -112,7 +112,7 @@ class L3MOptimizer(torch.optim.Optimizer):
         check_resolution(self.schedule, self.constraints)
         self.smoothing, self.max_grad_norm, self.length_norm = smoothing, max_grad_norm, length_norm
         self.clipping = clipping
-        device = base.param_groups[0]["params"][0].device
+        device = first_parameter(base).device
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.estimates = Estimates(
@@ -143,6 +143,7 @@ class L3MOptimizer(torch.optim.Optimizer):
 
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+        packed_state.reserve(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: torch's own would keep the parameters and leave out the barrier. Hooks go, as there."""
@@ -319,30 +320,28 @@ class L3MOptimizer(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's, with the barrier's under `"l3m"`: mu, moving averages, counters. What is being observed is not kept."""
-        return {
-            **self.base.state_dict(),
-            "l3m": {
-                "constraints": [constraint.name for constraint in self.constraints],
-                "mu": self.mu.clone(),
-                **self.estimates.state_dict(),
-                "skipped_steps": self.skipped_steps,
-                "skipped_in_a_row": int(self._progress.in_a_row),
-                **self._reports.state_dict(),
-            },
+        """The wrapped optimizer's, and the barrier's as `"l3m"`: mu, averages, counters (see `packed_state`), not what is observed."""
+        ours = {
+            "constraints": [constraint.name for constraint in self.constraints],
+            "mu": self.mu.clone(),
+            **self.estimates.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": int(self._progress.in_a_row),
+            **self._reports.state_dict(),
         }
+        return packed_state.joined(self.base.state_dict(), ours)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Raises ValueError where the state has no `"l3m"`, or that of other constraints."""
-        if "l3m" not in state_dict:
+        base, ours = packed_state.split(state_dict)
+        if ours is None:
             raise ValueError('load_state_dict: the state has no "l3m"; it is not that of an L3MOptimizer')
-        ours = state_dict["l3m"]
         names = [constraint.name for constraint in self.constraints]
         if ours["constraints"] != names:
             raise ValueError(
                 f"load_state_dict: the state is that of constraints {ours['constraints']}, this optimizer has {names}"
             )
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "l3m"})
+        self.base.load_state_dict(base)
         self._share()
         self._progress = Progress.at(ours["mu"].to(self.mu).clone(), ours["skipped_steps"], ours["skipped_in_a_row"])
         self.estimates.load(ours)

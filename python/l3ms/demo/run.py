@@ -27,7 +27,8 @@ from l3ms.runs.folder import MetricsWriter, check_output, prepare_output, save_w
 from l3ms.runs.progress import ProgressCallback, progress_bar
 from l3ms.runs.report import examples_table, summary_table, write_report
 from l3ms.runs.terminal import say
-from l3ms.training.trainer import L3MConfig, L3MTrainer
+from l3ms.training.arguments import L3MConfig
+from l3ms.training.trainer import L3MTrainer
 
 
 def main(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from l3ms.config.run_config import RunConfig
-from l3ms.training.trainer import L3MConfig
+from l3ms.training.arguments import L3MConfig
 
 
 def training_arguments(config: RunConfig) -> L3MConfig:

@@ -23,7 +23,7 @@ from l3ms.runs.data import Encoded, Example, encode, load_examples
 from l3ms.runs.folder import check_output
 from l3ms.runs.models import context_room, load_model
 from l3ms.runs.terminal import say
-from l3ms.training.trainer import L3MConfig
+from l3ms.training.arguments import L3MConfig
 
 
 @dataclass(frozen=True)

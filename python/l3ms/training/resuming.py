@@ -10,28 +10,25 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
+from l3ms.model.averaging import WeightAverage
 from l3ms.model.orders import Order, PromptOrder
 
 logger = logging.getLogger(__name__)
 
 
 def save_progress(
-    folder: Path, prompts: PromptOrder, average: AveragedModel | None, data: Mapping[str, Order] | None = None
+    folder: Path, prompts: PromptOrder, average: WeightAverage | None, data: Mapping[str, Order] | None = None
 ) -> None:
     """`data`: by constraint, where the run is in its data."""
-    averaged = 0 if average is None else int(average.n_averaged)
     if average is not None:
-        save_file(
-            {name: p.detach().contiguous() for name, p in _trained(average.module)}, folder / "l3m_average.safetensors"
-        )
+        weights = {name: mean.contiguous() for name, mean in average.weights.items()}
+        save_file(weights, folder / "l3m_average.safetensors")
     state = {
         "prompts": prompts.state(),
-        "averaged": averaged,
+        "averaged": 0 if average is None else average.n_averaged,
         "data": {name: order.state() for name, order in (data or {}).items()},
     }
     (folder / "l3m.json").write_text(json.dumps(state), encoding="utf-8")
@@ -39,7 +36,7 @@ def save_progress(
 
 def load_progress(
     folder: Path, prompts: PromptOrder, model: nn.Module, data: Mapping[str, Order] | None = None
-) -> AveragedModel | None:
+) -> WeightAverage | None:
     """-> the average as it was, of `model` as it is now; None where there was none yet."""
     if not (folder / "l3m.json").is_file():
         logger.warning("%s has no l3m.json: the prompts and the average of the weights begin anew", folder)
@@ -54,15 +51,4 @@ def load_progress(
             logger.warning("the checkpoint does not know the data of constraint %r: beginning it anew", name)
     if not state["averaged"]:
         return None
-    average = AveragedModel(model)
-    average.n_averaged.fill_(state["averaged"])
-    kept = load_file(folder / "l3m_average.safetensors")
-    with torch.no_grad():
-        for name, parameter in _trained(average.module):
-            parameter.copy_(kept[name])
-    return average
-
-
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The average of the others is what they are."""
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return WeightAverage.of(state["averaged"], load_file(folder / "l3m_average.safetensors"), model)

@@ -5,94 +5,33 @@ between that step and the learning-rate scheduler's) responses to fresh prompts,
 scheduler ticks once. Callbacks, trackers, PEFT, accelerate come with the Trainer. `solver="none"` leaves the constraints out: plain SFT.
 """
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
-from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import RewardLog
+from l3ms.model.averaging import WeightAverage
 from l3ms.model.batches import CountingCollator
 from l3ms.model.columns import check_names
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import PromptOrder
 from l3ms.rollouts.rollout import Rollout
+from l3ms.training.arguments import L3MConfig
 from l3ms.training.checkpointing import CheckpointingTrainer
 from l3ms.training.constraint_step import constraint_backward
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
 from l3ms.watching.watch import Watch
-
-
-@dataclass
-class L3MConfig(TrainingArguments):
-    """TrainingArguments, and what the constraints add. `max_steps` counts iterations; `max_grad_norm` clips each half-step."""
-
-    solver: str = field(default="barrier", metadata={"help": f"{', '.join(SOLVERS)}, or none: without the constraints"})
-    dual_rate: float = field(default=0.5, metadata={"help": "of dual_ascent and augmented_lagrangian, see solvers"})
-    penalty: float = field(default=5.0, metadata={"help": "of augmented_lagrangian and penalty, see solvers"})
-    mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
-    mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
-    smoothing: float = field(default=0.1, metadata={"help": "weight of a new batch in the estimates"})
-    constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
-    half_steps: str = field(
-        default="alternating",
-        metadata={
-            "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
-        },
-    )
-    clipping: str = field(default="adaptive", metadata={"help": "adaptive or separate, see L3MOptimizer"})
-    length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
-    nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
-    average_fraction: float = field(
-        default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
-    )
-    adam_beta1: float = field(
-        default=0.5, metadata={"help": "momentum; 0.9 makes the constraints' pressure late: the mean swings"}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "rows keep their prompt"})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "equal batches: their means are the mean"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.solver not in (*SOLVERS, "none"):
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
-        self.solver_object()
-        if self.half_steps not in ("alternating", "joint"):
-            raise ValueError(f"half_steps must be alternating or joint, got {self.half_steps!r}")
-        if self.mu not in ("auto", "paper"):
-            raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
-        if self.nonfinite not in ("raise", "drop"):
-            raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
-        if self.constraint_batch_size < 2:
-            raise ValueError(
-                f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
-            )
-        if not 0 <= self.average_fraction <= 1:
-            raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
-
-    def solver_object(self) -> str | Solver:
-        """As `L3MOptimizer` takes it, with its settings."""
-        made: dict[str, Callable[[], Solver]] = {
-            "dual_ascent": lambda: DualAscent(self.dual_rate),
-            "augmented_lagrangian": lambda: AugmentedLagrangian(self.dual_rate, self.penalty),
-            "penalty": lambda: Penalty(self.penalty),
-        }
-        return made[self.solver]() if self.solver in made else self.solver
 
 
 class L3MTrainer(CheckpointingTrainer):
@@ -156,7 +95,7 @@ class L3MTrainer(CheckpointingTrainer):
         for constraint in self.constraints:
             constraint.prepare(self.policy)
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
-        self.average: AveragedModel | None = None
+        self.average: WeightAverage | None = None
         self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
         self.add_callback(_HalfStep(self))
 
@@ -277,16 +216,12 @@ class L3MTrainer(CheckpointingTrainer):
         average was 2 tokens longer than the estimates (`python experiments/run.py length`).
         """
         if self.state.global_step + 1 >= self.average_from:
-            model = self.policy
-            if self.average is None:
-                self.average = AveragedModel(model)
-            self.average.update_parameters(model)
+            self.average = self.average or WeightAverage()
+            self.average.update(self.policy)
 
     def averaged_model(self) -> nn.Module:
-        """The model with the average of the last fifth's weights; a copy of the last iterate where nothing was averaged."""
-        if self.average is None:
-            return copy.deepcopy(self.policy)
-        return self.average.module
+        """A copy of the model with the average of the last fifth's weights; of the last iterate where nothing was averaged."""
+        return (self.average or WeightAverage()).copied(self.policy)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -1,7 +1,7 @@
 """Where a run can go back to: trained weights, optimizer and running average, on the CPU, in memory.
 
-A snapshot of P trained parameters holds them once, AdamW's two moments, and in the averaged part of the run the average: 12 P to 16 P bytes
-in fp32. Two are kept.
+A snapshot of P trained parameters holds them once, AdamW's two moments, and in the averaged part of the run the average, which is fp32
+whatever the weights are: 12 P to 16 P bytes in fp32. Two are kept.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
+from l3ms.model.averaging import WeightAverage, trained
 from l3ms.watching.watched import Watched
 
 
@@ -30,7 +30,7 @@ class Snapshot(NamedTuple):
             trainer.state.global_step,
             _trained(trainer.policy),
             _on_cpu(trainer.l3m_optimizer.state_dict()),
-            None if averaged is None else (int(averaged.n_averaged), _trained(averaged.module)),
+            None if averaged is None else (averaged.n_averaged, _on_cpu(averaged.weights)),
         )
 
     @torch.no_grad()
@@ -51,14 +51,7 @@ class Snapshot(NamedTuple):
         optimizer.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group.update(rate)
-        if self.average is None:
-            trainer.average = None
-        else:
-            count, weights = self.average
-            average = AveragedModel(model) if trainer.average is None else trainer.average
-            average.n_averaged.fill_(count)
-            _copy(weights, average.module)
-            trainer.average = average
+        trainer.average = None if self.average is None else WeightAverage.of(*self.average, model)
 
 
 class Snapshots:
@@ -101,7 +94,7 @@ def halve_learning_rate(trainer: Watched) -> None:
 
 
 def _trained(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: _on_cpu(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    return {name: _on_cpu(p.detach()) for name, p in trained(module)}
 
 
 def _copy(kept: Mapping[str, Tensor], module: torch.nn.Module) -> None:

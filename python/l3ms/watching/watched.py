@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch.optim.swa_utils import AveragedModel
-
 from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.constraints.constraint import Constraint
+from l3ms.model.averaging import WeightAverage
 from l3ms.rollouts.rollout import Rollout
 
 
@@ -23,7 +22,7 @@ class Watched(Protocol):
     last_rollout: Rollout | None
     last_rewards: dict[str, list[float | None]]
     watched: dict[str, float]  # what is added to the next line of the log
-    average: AveragedModel | None  # of the weights, from the iteration on where it begins
+    average: WeightAverage | None  # of the weights, from the iteration on where it begins
 
     @property
     def policy(self) -> Any:

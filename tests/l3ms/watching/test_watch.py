@@ -163,7 +163,7 @@ def test_rollback_restores_the_snapshot_halves_the_rate_and_goes_on_at_most_so_o
     # averaged: the iterations up to the snapshot, and those that followed the rollback up to the last snapshot
     restored = by_iteration[last]["restored"]
     counted = restored if restored < first else by_iteration[first]["restored"] + restored - first
-    assert 0 if trainer.average is None else int(trainer.average.n_averaged) == counted
+    assert (0 if trainer.average is None else trainer.average.n_averaged) == counted
     assert logged(trainer, "watch/rollbacks")[first] == 1
     assert set(logged(trainer, "constraints/open/estimate")) == set(range(1, last + 1))
     assert f"back to iteration {by_iteration[first]['restored']}, with half the learning rate" in caplog.text

@@ -1,0 +1,67 @@
+"""`L3MConfig`: transformers' TrainingArguments, and what the constraints add."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
+
+
+@dataclass
+class L3MConfig(TrainingArguments):
+    """TrainingArguments, and what the constraints add. `max_steps` counts iterations; `max_grad_norm` clips each half-step."""
+
+    solver: str = field(default="barrier", metadata={"help": f"{', '.join(SOLVERS)}, or none: without the constraints"})
+    dual_rate: float = field(default=0.5, metadata={"help": "of dual_ascent and augmented_lagrangian, see solvers"})
+    penalty: float = field(default=5.0, metadata={"help": "of augmented_lagrangian and penalty, see solvers"})
+    mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
+    mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
+    smoothing: float = field(default=0.1, metadata={"help": "weight of a new batch in the estimates"})
+    constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
+    half_steps: str = field(
+        default="alternating",
+        metadata={
+            "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
+        },
+    )
+    clipping: str = field(default="adaptive", metadata={"help": "adaptive or separate, see L3MOptimizer"})
+    length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
+    nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
+    average_fraction: float = field(
+        default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
+    )
+    adam_beta1: float = field(
+        default=0.5, metadata={"help": "momentum; 0.9 makes the constraints' pressure late: the mean swings"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "rows keep their prompt"})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "equal batches: their means are the mean"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver not in (*SOLVERS, "none"):
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
+        self.solver_object()
+        if self.half_steps not in ("alternating", "joint"):
+            raise ValueError(f"half_steps must be alternating or joint, got {self.half_steps!r}")
+        if self.mu not in ("auto", "paper"):
+            raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
+        if self.nonfinite not in ("raise", "drop"):
+            raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
+        if self.constraint_batch_size < 2:
+            raise ValueError(
+                f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
+            )
+        if not 0 <= self.average_fraction <= 1:
+            raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
+
+    def solver_object(self) -> str | Solver:
+        """As `L3MOptimizer` takes it, with its settings."""
+        made: dict[str, Callable[[], Solver]] = {
+            "dual_ascent": lambda: DualAscent(self.dual_rate),
+            "augmented_lagrangian": lambda: AugmentedLagrangian(self.dual_rate, self.penalty),
+            "penalty": lambda: Penalty(self.penalty),
+        }
+        return made[self.solver]() if self.solver in made else self.solver

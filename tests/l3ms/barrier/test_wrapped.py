@@ -1,0 +1,56 @@
+"""What `L3MOptimizer` can wrap, and what it passes on."""
+
+import pytest
+import torch
+
+import l3ms
+
+CONSTRAINTS = [l3ms.Constraint("c", max=1.0)]
+
+
+def test_an_optimizer_whose_first_group_is_empty_is_wrapped():
+    x = torch.nn.Parameter(torch.ones(1))
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([{"params": []}, {"params": [x]}], lr=0.1), CONSTRAINTS)
+    opt.observe({"c": [2.0, 3.0]})
+    x.sum().backward()
+    opt.step()
+    assert x.item() < 1
+
+
+def test_nothing_to_train_and_a_step_with_a_closure_are_refused():
+    with pytest.raises(ValueError, match="base has no parameters: is anything trainable"):
+        l3ms.L3MOptimizer(torch.optim.SGD([{"params": []}], lr=0.1), CONSTRAINTS)
+    x = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="base must step without a closure, which LBFGS needs"):
+        l3ms.L3MOptimizer(torch.optim.LBFGS([x]), CONSTRAINTS)
+
+
+class TwoModes(torch.optim.SGD):
+    """As schedule-free optimizers are: other weights for steps than for evaluation."""
+
+    mode = "eval"
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+    def step(self, closure=None):
+        assert self.mode == "train"
+        return super().step(closure)
+
+
+def test_train_and_eval_are_passed_on_where_there_are_two_modes():
+    x = torch.nn.Parameter(torch.ones(1))
+    base = TwoModes([x], lr=0.1)
+    opt = l3ms.L3MOptimizer(base, CONSTRAINTS)
+    opt.train()
+    assert base.mode == "train"
+    x.sum().backward()
+    opt.step()
+    opt.eval()
+    assert base.mode == "eval"
+    plain = l3ms.L3MOptimizer(torch.optim.SGD([x], lr=0.1), CONSTRAINTS)
+    plain.train()
+    plain.eval()
