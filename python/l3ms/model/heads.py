@@ -2,145 +2,217 @@
 
 With `seq_weight` the model returns the weighted log-likelihood instead of logits, computed where the head's module runs. The call goes
 through the model as usual, so whatever wraps it (DDP, FSDP, PEFT, gradient checkpointing) sees an ordinary forward and has the head's
-weight at hand; nothing depends on the architecture's code.
+weight at hand; nothing depends on the architecture's code. What the model does to its logits and its loss is found by asking it
+(`after_head`), and all is proven on the model at hand, through what will be called (`head_proofs`).
 """
 
 import functools
 import inspect
 import types
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
-from l3m_kernels import weighted_log_likelihood
+from l3m_kernels import log_likelihood, weighted_log_likelihood
+from l3ms.model.after_head import AfterHead, find_after_head, no_cross_entropy, replaced_forward
+from l3ms.model.head_output import HeadOutput as HeadOutput
+from l3ms.model.head_products import Product, head_module, head_rows, product
+from l3ms.model.head_proofs import as_it_was, prompt, prove
 from l3ms.model.losses import shift
-
-
-@dataclass
-class HeadOutput(ModelOutput):
-    """What a model with a fused head returns for `seq_weight`."""
-
-    loss: Tensor | None = None  # (), -sum_n seq_weight_n log pi(y_n)
-    sequence: Tensor | None = None  # (N,) log-likelihoods, detached
-    length: Tensor | None = None  # (N,) scored tokens
-    token: Tensor | None = None  # (N, L) detached
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What the model does to its logits after the head's product."""
-
-    softcap: float | None
-    divisor: float  # of the logits, after the softcap
-
-
-def head_options(model: PreTrainedModel) -> HeadOptions:
-    """Read from the configuration: Gemma's softcap, Cohere's logit_scale, Granite's logits_scaling."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    divisor = 1.0 / (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "logits_scaling", None) or 1.0)
-    return HeadOptions(softcap, divisor)
 
 
 def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
     """Let `model(..., labels=labels, seq_weight=weights)` return a `HeadOutput`, in place; other calls are as before.
 
     Extra arguments of such a call: `labels` (N, L), not shifted, -100 where not scored; `seq_weight` (N,) constants; `temperature`;
-    `scored`, the number of `labels[:, 1:]` that are not -100, where it is known on the host: a GPU then need not be waited for.
+    `scored`, the number of `labels[:, 1:]` that are not -100, where it is known on the host: a GPU then need not be waited for;
+    `auxiliary`: whether the loss holds what the model adds to its own loss (the router loss of a mixture of experts with
+    `output_router_logits`, a z-loss, AdaLoRA's regulariser). That belongs to a mean over tokens: by default it is in the loss times the
+    sum of the tokens' weights, which is 1 for a mean, and not at all where a weight is negative.
+
+    The head is proven on short prompts against the model's own logits, see `head_proofs`; again where this is called again after
+    adapters, wrappers or the configuration have changed.
+
+    Args:
+        model: a transformers model, or what wraps it and will be called: PEFT, torch.compile.
 
     Returns:
         the transformers model (inside PEFT's wrapper, if any).
 
     Raises:
-        ValueError: no linear output head, or a model that does something to its logits which the fused head would leave out: one token
-            is compared.
+        ValueError: what cannot be proven, by name: no linear output head, an unknown adapter on it, an encoder-decoder, a model that is
+            not causal or does something to its logits which the fused head would leave out, a wrapper that does not pass the call on.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = _inner(model)
+    name = type(inner).__name__
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"fuse_head: {name} is an encoder-decoder; only causal language models can be used")
+    head_module(inner)
+    state = _state(model, inner)
+    plain: Any = type(inner)
+    fused = issubclass(plain, _FusedHead)
+    if fused and state in inner._l3m_proven:
+        return inner
+    before = {key: value for key, value in vars(inner).items() if key.startswith("_l3m_")}
+    rebound: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        with as_it_was(model):
+            after = find_after_head(model, inner, prompt(inner))
+        if not fused:
+            inner.__class__ = _fused_class(plain)
+            inner._l3m_backend = backend
+            rebound = _rebind(model, inner, plain)
+        inner._l3m_after = after
+        with as_it_was(model):
+            prove(model, inner, after)
+    except BaseException as error:  # refused: as it was, and refused again the next time
+        for attributes, key, kept in rebound:
+            attributes[key] = kept
+        inner.__class__ = plain
+        for key in [key for key in vars(inner) if key.startswith("_l3m_")]:
+            delattr(inner, key)
+        vars(inner).update(before)
+        if not isinstance(error, Exception) or (isinstance(error, ValueError) and str(error).startswith("fuse_head: ")):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"fuse_head: {name} cannot be tried: {type(error).__name__}: {reason}") from error
+    inner._l3m_proven = (*inner._l3m_proven, state)
+    return inner
+
+
+def _inner(model: Any) -> Any:
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = getattr(inner, "_orig_mod", inner)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(f"fuse_head: wanted a transformers model, got {type(inner).__name__}")
-    if isinstance(inner, _FusedHead):
-        return inner
-    head = inner.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"fuse_head: {type(inner).__name__} has no plain linear output head (got {type(head).__name__}); "
-            "an adapter on lm_head is not supported: leave it out of the adapter's target modules"
-        )
-    plain = type(inner)
-    inner.__class__ = _fused_class(plain)
-    inner._l3m_backend = backend  # type: ignore[attr-defined]
-    training = inner.training
-    try:
-        _check_against_logits(inner.eval())
-    except BaseException:
-        inner.__class__ = plain  # refused: as it was, and refused again the next time
-        raise
-    finally:
-        inner.train(training)
     return inner
+
+
+def _state(model: Any, inner: Any) -> str:
+    """What a proof is about: after a change of it another is wanted."""
+    head = inner.get_output_embeddings()
+    wrappers = [type(m).__name__ for m in model.modules() if any(child is inner for child in m.children())]
+    adapters = [f"{key} {type(value).__name__}" for key, value in (getattr(model, "peft_config", None) or {}).items()]
+    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    kind = type(head).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return f"{wrappers} {adapters} {kind} {hooks} {inner.config.to_json_string(use_diff=False)}"
+
+
+def _rebind(model: nn.Module, inner: Any, plain: Any) -> list[tuple[dict[str, Any], str, Any]]:
+    """Wrappers that kept `inner.forward` from before (PEFT's AdaptionPrompt, accelerate's hooks) keep the new one. -> what they had."""
+    before = []
+    for module in model.modules():
+        for name in ("forward", "_old_forward"):
+            kept = vars(module).get(name)
+            if isinstance(kept, types.MethodType) and kept.__self__ is inner and kept.__func__ is plain.forward:
+                before.append((vars(module), name, kept))
+                vars(module)[name] = types.MethodType(type(inner).forward, inner)
+    return before
 
 
 class _FusedHead:
     """Mixed into the model's class: the fused branch of its forward."""
 
     _l3m_backend: str | None
+    _l3m_after: AfterHead
+    _l3m_proven: tuple[str, ...] = ()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """For pickle and torch.save: the class was made here, so what is kept is the one it was made from."""
         return _unfilled, (type(self).__mro__[2],), super().__reduce_ex__(2)[2]
 
+    def _after_head(self, head: nn.Module) -> AfterHead:
+        """As it was proven; found again for a head that was resized since, or read from a file of 0.1.0."""
+        model: Any = self
+        if "_l3m_after" not in vars(model) or model._l3m_after.rows != head_rows(head):
+            with as_it_was(model):
+                after = find_after_head(model, model, prompt(model))
+            model._l3m_after = after
+        return model._l3m_after
+
     def _fused_forward(
         self,
         forward: Any,
         args: tuple,
-        labels: Tensor,
+        labels: Tensor | None,
         seq_weight: Tensor,
         temperature: float,
         scored: int | None,
+        auxiliary: bool | None,
         kwargs: dict,
     ) -> HeadOutput:
         model: Any = self
-        options = head_options(model)
-        targets = shift(labels)
-        found: list[HeadOutput] = []
+        name, head = type(model).__name__, head_module(model)
+        if labels is None:
+            raise ValueError(f"{name}: seq_weight weighs labels, and there are none")
+        after, targets = self._after_head(head), shift(labels)
+        own_loss = None if auxiliary is False else after.own_loss
+        found: list[tuple[Tensor, Any]] = []
 
-        def run(head: nn.Linear, hidden: Tensor) -> Tensor:
+        def run(module: nn.Module, hidden: Tensor) -> Tensor:
+            if found or hidden.shape[:-1] != targets.shape:
+                what = "twice" if found else f"on {tuple(hidden.shape)} for labels {tuple(targets.shape)}"
+                wanted = "once, on every position: leave logits_to_keep out"
+                raise ValueError(f"{name}: its head was called {what}; with seq_weight it must be {wanted}")
+            hidden, weight, bias = product(module, hidden)
+            if after.columns < after.rows:
+                weight, bias = weight[: after.columns], None if bias is None else bias[: after.columns]
+            head = Product(hidden, weight, bias)
             fused = {
-                "softcap": options.softcap,
-                "temperature": temperature * options.divisor,
+                "softcap": after.softcap,
+                "temperature": temperature * after.divisor,
                 "scored": scored,
                 "backend": model._l3m_backend,
             }
-            loss, seen = weighted_log_likelihood(hidden, head.weight, targets, seq_weight, bias=head.bias, **fused)
-            found.append(HeadOutput(loss=loss, sequence=seen.sequence, length=seen.length, token=seen.token))
-            return hidden.new_zeros((*hidden.shape[:-1], 1))  # what the model's own code takes for logits
+            weights = seq_weight.to(hidden.device)
+            found.append(
+                weighted_log_likelihood(hidden, weight, targets.to(hidden.device), weights, bias=bias, **fused)
+            )
+            if own_loss == "normalised":
+                return _log_normaliser(head, model._l3m_backend)[..., None]
+            # What the model's own code takes for logits. Nobody uses them; who did would be heard of.
+            return hidden.new_full((*hidden.shape[:-1], 1), torch.nan)
 
-        with _replaced_forward(model.get_output_embeddings(), run):
-            forward(*args, **kwargs)
-        return found[0]
+        added = None
+        with replaced_forward(head, run):
+            if own_loss is None:
+                forward(*args, **kwargs)
+            else:
+                with no_cross_entropy(model) as added_to:
+                    out = forward(*args, labels=labels, **kwargs)
+                added = added_to(out.loss if hasattr(out, "loss") else out[0])
+        if not found:
+            raise ValueError(f"{name}: its forward did not call its head")
+        ((loss, seen),) = found
+        weights = seq_weight.to(loss.device)
+        share = None  # of what is added
+        if auxiliary is None:
+            share = torch.where((weights >= 0).all(), (weights * seen.length).sum(), 0.0).to(loss.dtype)
+        elif auxiliary:
+            share = loss.new_ones(())
+        added = None if added is None else added.to(loss)
+        out = HeadOutput(sequence=seen.sequence, length=seen.length, token=seen.token, auxiliary=added)
+        out.hand(loss if added is None or share is None else loss + share * added, share)
+        return out
 
 
 @functools.cache
 def _fused_class(cls: type) -> type:
     """A subclass of the model's class, of the same name (it is written into saved configurations)."""
+    plain: Any = cls
 
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(self, *args, labels=None, seq_weight=None, temperature=1.0, scored=None, **kwargs):
+    @functools.wraps(plain.forward)
+    def forward(self, *args, labels=None, seq_weight=None, temperature=1.0, scored=None, auxiliary=None, **kwargs):
         if seq_weight is None:
-            return (
-                cls.forward(self, *args, **kwargs)
-                if labels is None
-                else cls.forward(self, *args, labels=labels, **kwargs)
-            )  # type: ignore[attr-defined]
-        own = functools.partial(cls.forward, self)  # type: ignore[attr-defined]
-        return self._fused_forward(own, args, labels, seq_weight, temperature, scored, kwargs)
+            given = kwargs if labels is None else {**kwargs, "labels": labels}
+            return plain.forward(self, *args, **given)
+        own = functools.partial(plain.forward, self)
+        return self._fused_forward(own, args, labels, seq_weight, temperature, scored, auxiliary, kwargs)
 
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # generate() reads it
+    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # generate() reads it
     return type(
         cls.__name__, (_FusedHead, cls), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     )
@@ -152,33 +224,9 @@ def _unfilled(plain: type) -> Any:
     return fused.__new__(fused)
 
 
-@contextmanager
-def _replaced_forward(module: nn.Module, run: Any):
-    """`module.forward` is `run(module, x)` inside the block. Hooks around the module's call stay."""
-    before = module.__dict__.get("forward")
-    module.forward = types.MethodType(run, module)
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-@torch.no_grad()
-def _check_against_logits(model: Any) -> None:
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(4, device=model.device) * 7919 % vocabulary)[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    plain = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    fused = model(input_ids=ids, labels=ids, seq_weight=torch.zeros(1, device=ids.device), use_cache=False).token[
-        0, :-1
-    ]
-    # 16-bit logits are rounded in the plain forward, at sizes of 30 by up to 0.06.
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
-    if not torch.allclose(plain, fused.to(plain), atol=tolerance, rtol=tolerance):
-        raise ValueError(
-            f"fuse_head: {type(model).__name__} changes its logits in a way that the fused head does not know "
-            f"(log-likelihoods {plain.tolist()} against {fused.tolist()}); it cannot be used"
-        )
+def _log_normaliser(head: Product, backend: str | None) -> Tensor:
+    """(N, L) logsumexp of the logits of every position, differentiable, without the logits: x_0 - log pi(0)."""
+    first = (head.hidden.float() * head.weight[0].float()).sum(-1)
+    first = first if head.bias is None else first + head.bias[0]
+    zeros = torch.zeros(head.hidden.shape[:-1], dtype=torch.int64, device=head.hidden.device)
+    return first - log_likelihood(head.hidden, head.weight, zeros, bias=head.bias, backend=backend).token
