@@ -73,7 +73,7 @@ def test_a_checkpoint_is_what_was_saved(folder, make_model):
 def test_pickles_are_refused_with_the_way_out(folder, tmp_path, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps({"weight": Bomb(tmp_path / "canary")}))
-    with pytest.raises(ValueError, match="is a pickle, and those are never loaded: save it again as safetensors"):
+    with pytest.raises(ValueError, match=r"is a pickle, and those are never loaded: save it again as safetensors"):
         load(folder)
     assert not (tmp_path / "canary").exists()
 
@@ -89,11 +89,11 @@ def test_a_pickle_that_a_json_names_is_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "evil.bin"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="names 'evil.bin', which is a pickle"):
+    with pytest.raises(ValueError, match=r"names 'evil.bin', which is a pickle"):
         load(folder)
     (folder / "model.safetensors.index.json").unlink()
     change(folder / "config.json", transformers_weights="evil.bin")
-    with pytest.raises(ValueError, match="names 'evil.bin', which is a pickle"):
+    with pytest.raises(ValueError, match=r"names 'evil.bin', which is a pickle"):
         load(folder)
     assert not (tmp_path / "canary").exists()
 
@@ -108,7 +108,7 @@ def test_code_in_a_folder_does_not_run_unless_asked_for(folder, tmp_path, monkey
     )
     auto = {"AutoConfig": "custom.C", "AutoModelForCausalLM": "custom.M"}
     change(folder / "config.json", auto_map=auto, model_type="of-a-stranger")
-    with pytest.raises(ValueError, match="(?i)custom code"):
+    with pytest.raises(ValueError, match=r"(?i)custom code"):
         load_pretrained(AutoModelForCausalLM, folder)
     assert not (tmp_path / "canary").exists()
     load_pretrained(AutoModelForCausalLM, folder, trust_remote_code=True)
@@ -126,15 +126,15 @@ def test_kernels_of_a_hub_are_refused(folder, key, value):
 def test_files_that_are_waited_on_are_refused(folder, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "fifo"))
-    with pytest.raises(ValueError, match="which is not a regular file"):
+    with pytest.raises(ValueError, match=r"which is not a regular file"):
         load(folder)
     change(folder / "tokenizer_config.json", vocab_file="../fifo")
-    with pytest.raises(ValueError, match="which is not a regular file"):
+    with pytest.raises(ValueError, match=r"which is not a regular file"):
         load(folder)
     change(folder / "tokenizer_config.json", vocab_file=None)
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="config.json is a FIFO, not a regular file"):
+    with pytest.raises(ValueError, match=r"config.json is a FIFO, not a regular file"):
         load(folder)
 
 
@@ -146,7 +146,7 @@ def test_what_adapters_are_put_on_is_looked_at_too(folder, tmp_path):
     )
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
-    with pytest.raises(ValueError, match="base/pytorch_model.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"base/pytorch_model.bin is a pickle"):
         load_pretrained(AutoModelForCausalLM, adapter)
     change(adapter / "adapter_config.json", base_model_name_or_path=str(adapter))  # a circle ends
     with pytest.raises((OSError, ValueError)):
