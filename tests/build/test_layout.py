@@ -51,7 +51,6 @@ LIGHT = (
     "L3MOptimizer",
     "Length",
     "Rollout",
-    "rewards",
     "sequence_nll",
     "task_loss",
 )
