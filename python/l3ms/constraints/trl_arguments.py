@@ -14,9 +14,11 @@ NAMES = ("trainer_state", "log_extra", "log_metric")
 
 def trl_arguments(*, iteration: int = 0, iterations: int = 0) -> dict[str, Any]:
     """Where no training asks: the state is that after `iteration` of `iterations`, and nothing is kept of what is logged."""
-    from transformers import TrainerState
-
-    state = TrainerState(global_step=iteration, max_steps=iterations)
+    try:
+        from transformers import TrainerState as State
+    except ImportError:  # a loop of one's own needs torch alone
+        from types import SimpleNamespace as State
+    state = State(global_step=iteration, max_steps=iterations)
     log = RewardLog()
     return {"trainer_state": state, "log_extra": log.log_extra, "log_metric": log.log_metric}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import sys
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ def test_a_function_called_by_itself_gets_what_it_names():
 
     l3ms.Constraint("all", takes_all, max=1).rewards(["p"], ["x"], [1], topic=[4])
     assert seen == {"topic": [4]}
+
+
+def test_the_state_needs_no_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert responses().rewards([l3ms.Constraint("asks", asks, max=1)]) == {"asks": [0.0, 0.0]}
 
 
 def test_what_is_logged_is_the_mean_since_the_last_time():

@@ -50,6 +50,7 @@ def found(word, text):
         ("bad", "_bad_ and **bold**"),
         ("forbidden", "for\u00adbidden"),
         ("cat", "cat\u200d cat"),
+        ("\u200ccat", "a cat"),
         ("a b", "(a b)"),
     ],
 )
@@ -86,7 +87,7 @@ def test_a_part_of_a_word_or_of_a_character_is_not(word, text):
     assert not found(word, unicodedata.normalize("NFD", text))
 
 
-@pytest.mark.parametrize("word", ["\u0301", "\u0301a", "\ufe0f", "\u00ad", "\u0e34"])
+@pytest.mark.parametrize("word", ["\u0301", "\u0301a", "\ufe0f", "\u00ad", "\u200d", "\u0e34"])
 def test_a_word_that_cannot_stand_by_itself_is_refused(word):
     for make in (R.contains, R.avoids):
         with pytest.raises(ValueError, match=r"words must be texts (that can be seen|with a character to begin with)"):

@@ -176,6 +176,18 @@ def test_missing_files_are_named(tmp_path):
         load_examples(DataConfig(train=there, evaluation_split="test"), seed=0)
 
 
+def test_columns_whose_names_are_taken_are_left_out_and_said(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "a", "completion": "b", "ended": 1, "log_metric": 2, "number": 3}
+    path.write_text("\n".join(json.dumps({**row, "prompt": prompt}) for prompt in "abcd"))
+    train, _ = load_examples(DataConfig(train=str(path)), seed=0)
+    encoded = encode(train, tokenizer, max_length=8)
+    assert set(encoded.rows[0]) == {"input_ids", "labels", "prompt", "number"}
+    assert encoded.notes("data.train") == [
+        "data.train: left out, since reward functions are given something else by these names: ended, log_metric"
+    ]
+
+
 def test_other_columns_and_a_limit(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"q": f"{i}", "a": "b"} for i in range(9)])
     config = DataConfig(train=path, prompt="q", completion="a", limit=4, evaluation=path)
