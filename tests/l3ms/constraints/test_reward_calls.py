@@ -143,3 +143,10 @@ def test_what_is_logged_is_the_mean_since_the_last_time():
         log.log_metric("a", "x")
     with pytest.raises(ValueError, match=r"log_extra\('x', \.\.\.\): wanted a list, one value per response, got 'abc'"):
         log.log_extra("x", "abc")
+
+
+def test_means_are_over_the_ranks_and_a_metric_may_be_of_one_alone(monkeypatch):
+    log = RewardLog()
+    log.log_metric("a", 1)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, {"a": [2.0, 6.0], "b": [4.0]}])
+    assert log.means(2) == {"a": 3.0, "b": 4.0}
