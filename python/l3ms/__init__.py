@@ -91,16 +91,17 @@ earlier.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "rewards":
+        return importlib.import_module("l3ms.rewards")
     if name == "__version__":
         return importlib.import_module("l3m_kernels").__version__
-    if name != "rewards" and name not in _MODULES:
-        raise AttributeError(f"module 'l3ms' has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f"l3ms.{_MODULES.get(name, name)}")
-    except ModuleNotFoundError as error:
-        line = missing(f"l3ms.{name}", error)
-        raise error if line is None else ImportError(line) from error
-    return module if name == "rewards" else getattr(module, name)
+    if name in _MODULES:
+        try:
+            return getattr(importlib.import_module(f"l3ms.{_MODULES[name]}"), name)
+        except ModuleNotFoundError as error:
+            line = missing(f"l3ms.{name}", error)
+            raise error if line is None else ImportError(line) from error
+    raise AttributeError(f"module 'l3ms' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -33,12 +33,13 @@ options = l3ms.L3MOptimizer(torch.optim.SGD([weight], lr=0.1), [l3ms.Length(max=
 l3ms.task_loss(hidden, weight, labels).backward(); options.step(); options.zero_grad()
 out = options.constraint_loss(hidden, weight, labels, {"length": [2.0, 1.0], "even": [0.0, 1.0]})
 out.loss.backward(); options.step(); assert options.metrics()["constraints/length/estimate"] == 1.5
+assert l3ms.rewards.contains(["yes"])([""], ["oh yes"]) == [1.0]
 """
     done = python("-W", "error", "-c", BARE + code, cwd=ROOT.parent, **PATHS)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["L3MTrainer", "rewards", "rollout", "fuse_head", "KL", "Watch", "certify"])
+@pytest.mark.parametrize("name", ["L3MTrainer", "rollout", "fuse_head", "KL", "Watch", "certify"])
 def test_a_name_that_needs_more_says_so(python, name):
     done = python("-c", f"{BARE}import l3ms; l3ms.{name}", cwd=ROOT.parent, **PATHS)
     last = done.stderr.splitlines()[-1]

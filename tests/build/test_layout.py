@@ -51,6 +51,7 @@ LIGHT = (
     "L3MOptimizer",
     "Length",
     "Rollout",
+    "rewards",
     "sequence_nll",
     "task_loss",
 )
