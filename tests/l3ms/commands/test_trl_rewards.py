@@ -18,11 +18,11 @@ def asks(prompts, completions, trainer_state, log_extra, log_metric, **columns):
     log_extra("rows", list(range(len(prompts))))
     return [trainer_state.global_step / max(trainer_state.max_steps, 1)] * len(prompts)
 
-def forgetful(prompts, completions, **columns):
-    return [columns["tag"] for _ in prompts]
+def divides(prompts, completions, **columns):
+    return [1 / 0 for _ in prompts]
 
 def late(prompts, completions, **columns):
-    return [columns["tag"] if len(prompts) == 8 else 1.0 for _ in prompts]
+    return [1 / 0 if len(prompts) == 8 else 1.0 for _ in prompts]
 """
 
 
@@ -56,9 +56,9 @@ def test_from_the_trial_call_to_the_certificate(constrained, capsys):
 
 
 def test_what_a_function_raises_is_one_line_with_its_name(constrained, capsys):
-    constrained("forgetful")
+    constrained("divides")
     assert main(["train", "run.yaml", "--allow-code"]) == 2
-    assert "constraints.0.function: raised KeyError on a trial call: " in one_line(capsys)
+    assert "constraints.0.function: raised ZeroDivisionError on a trial call: " in one_line(capsys)
     constrained("late")
     assert main(["train", "run.yaml", "--allow-code"]) == 1
-    assert "constraint 'mine': late: tag" in capsys.readouterr().err
+    assert "constraint 'mine': late: division by zero" in capsys.readouterr().err

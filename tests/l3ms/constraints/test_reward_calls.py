@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,7 +86,8 @@ def test_an_error_names_constraint_and_function_and_stays_of_its_kind(kind, erro
     constraint = l3ms.Constraint(
         "polite", {"plain": plain, "asynchronous": asynchronous, "generator": generator}[kind], max=1
     )
-    for call in (lambda: responses().rewards([constraint]), lambda: constraint.rewards(["p"] * 2, ["x"] * 2, [1] * 2)):
+    texts = replace(responses(), prompts=["p"] * 2, completions=["x"] * 2)
+    for call in (lambda: texts.rewards([constraint]), lambda: constraint.rewards(["p"] * 2, ["x"] * 2, [1] * 2)):
         with pytest.raises(error) as caught:
             call()
         line = explain(caught.value)[0]
