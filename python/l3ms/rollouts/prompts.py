@@ -56,8 +56,8 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text that stands by itself. Where it opens with the BOS token already, that is not put there again."""
     ids = list(tokenizer(text)["input_ids"])
     bos, sign = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "bos_token", None)
-    if bos is not None and ids[:2] == [bos, bos] and not text.startswith(2 * str(sign)):
-        del ids[0]
+    if bos is not None and ids[:2] == [bos, bos] and text.lstrip().startswith(str(sign)):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids
 
 
@@ -95,10 +95,11 @@ def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
         raise
     except Exception as error:  # a template is a program: of any kind
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        if type(error).__name__ == "TemplateSyntaxError":
-            line = getattr(error, "lineno", "?")
-            raise BrokenTemplate(f"its chat template is none: line {line}: {said}") from error
-        if not isinstance(error, ValueError) and type(error).__name__ != "TemplateError":
+        import jinja2  # with torch
+
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            raise BrokenTemplate(f"its chat template is none: line {error.lineno}: {said}") from error
+        if not isinstance(error, ValueError) and type(error) is not jinja2.TemplateError:
             said = f"{type(error).__name__}: {said}"
         raise TemplateRefusal(said) from error
 
