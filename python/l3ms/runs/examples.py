@@ -187,9 +187,11 @@ def _check_text(name: str, spot: str, value: Any) -> None:
 
 
 def _check_whole(name: str, spot: str, value: Any) -> None:
-    """No half characters, which no tokenizer takes."""
+    """No half characters, which no tokenizer takes, and nothing of a table that JSON has not."""
     try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")
+    except TypeError as error:
+        raise ConfigError(name, f"{spot} holds what JSON has not: {error}") from None
     except UnicodeEncodeError:
         raise ConfigError(name, f"{spot} holds half a character (a lone surrogate)") from None

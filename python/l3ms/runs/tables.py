@@ -15,6 +15,7 @@ from typing import Any, cast
 from l3ms.config.yaml_reader import ConfigError
 
 TABLES = (".csv", ".tsv", ".parquet")
+BUILDERS = {".txt": "text", ".arrow": "arrow"}  # what `datasets` calls them
 Rows = Iterator[tuple[str, Any]]  # (`FILE, line N`, row)
 EMPTY = ("", "NA", "N/A", "NaN", "nan", "null", "None")  # of a column of numbers
 TRUTH = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
@@ -24,8 +25,10 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 def table_rows(name: str, path: str, suffix: str, split: str, texts: Collection[str]) -> Rows:
     """The rows of a file that is no JSON; in a CSV the columns `texts` are not taken for numbers."""
     if suffix not in TABLES:
-        builder = {".txt": "text"}.get(suffix, suffix.lstrip("."))
-        yield from _loaded(name, path, builder, None, split, texts, glob.escape(path))
+        if suffix not in BUILDERS:
+            kinds = f".jsonl, .json (both also .gz), {', '.join([*TABLES, *BUILDERS])}"
+            raise ConfigError(name, f"{path} is of no kind that is read: {kinds}")
+        yield from _loaded(name, path, BUILDERS[suffix], None, split, texts, glob.escape(path))
         return
     rows = _parquet_rows(name, path, texts) if suffix == ".parquet" else _csv_rows(name, path, texts)
     yield from rows if split == "train" else _sliced(name, path, split, list(rows))

@@ -1,5 +1,6 @@
 """Rows of every shape become what they say, or are refused by file and line."""
 
+import datetime
 import json
 
 import pytest
@@ -91,6 +92,7 @@ def test_tools_may_be_json_as_tables_hold_them():
         ({"messages": [USER, ANSWER | {"content": None, "tool_calls": []}]}, "messages[1].content must be text"),
         ({"messages": [USER, {"role": None, "content": "a"}]}, "messages[1].role must be text"),
         ({"messages": ["hot"]}, "messages[0] must hold role and content"),
+        ({"messages": [USER | {"at": datetime.date(2000, 1, 1)}, ANSWER]}, "messages[0].at holds what JSON has not: "),
         ({"text": 3}, "field 'text' must be text"),
     ],
 )

@@ -95,6 +95,13 @@ def test_a_field_that_is_given_twice_is_refused(tmp_path, suffix):
     assert "line 1: field 'prompt' is given twice" in refused(str(path))
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    """Its suffix is not taken for the name of a data set."""
+    for name in ("rows.xlsx", "rows.csv.gz", "rows"):
+        (tmp_path / name).write_text("x")
+        assert f"{name} is of no kind that is read: .jsonl, .json" in refused(str(tmp_path / name))
+
+
 def test_damaged_gzip_is_one_line(tmp_path):
     whole = gzip.compress(lines(pairs(0, 400)).encode())
     path = tmp_path / "rows.jsonl.gz"
