@@ -67,7 +67,11 @@ class Encoded:
             )
         for what, count in sorted(self.unrendered.items()):
             lines.append(f"{name}: {what} of {count} of {self.total} rows left out, {UNRENDERED}")
-        lines += [f"{name}: column {column!r} is left out: {why}" for column, why in sorted(self.columns.items())]
+        taken = ", ".join(sorted(self.columns.keys() & TAKEN))
+        if taken:
+            lines.append(f"{name}: left out, since reward functions are given something else by these names: {taken}")
+        others = sorted((column, why) for column, why in self.columns.items() if column not in TAKEN)
+        lines += [f"{name}: column {column!r} is left out: {why}" for column, why in others]
         return lines
 
     def nothing(self, limit: int) -> str:
@@ -145,7 +149,7 @@ def _columns(examples: Sequence[Example], result: Encoded) -> list[str]:
     counts = Counter(column for example in examples for column in example.columns)
     for column, count in counts.items():
         if column in RESERVED:
-            result.columns[column] = "the name is that of something that rows and rewards have of their own"
+            result.columns[column] = "rows of tokens have something else by that name"
         elif not column.isidentifier():
             result.columns[column] = "no argument of a reward function can have this name"
         elif count < len(examples):

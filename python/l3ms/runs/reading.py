@@ -6,13 +6,13 @@ import glob
 import gzip
 import json
 import os
-import stat
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.regular_files import open_regular
 from l3ms.runs.tables import TABLES, dataset_rows, table_rows
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -65,18 +65,18 @@ def files_of(name: str, source: Source) -> list[str]:
 
 
 def regular(name: str, path: str) -> str:
-    """`path`, if a regular file stands there: another kind of file may never end, or be empty for ever."""
+    """`path`, if a regular file stands there: another kind of file may never end."""
     try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise ConfigError(name, f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(name, f"{path!r} cannot be read: {_reason(error)}") from None
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise ConfigError(name, f"{path} cannot be read: it is {kind}, wanted a regular file")
+        open_regular(path).close()
+    except OSError as error:
+        raise _unreadable(name, path, error) from None
     return path
+
+
+def _unreadable(name: str, path: str, error: OSError) -> ConfigError:
+    if isinstance(error, FileNotFoundError):
+        return ConfigError(name, f"no such file: {path}")
+    return ConfigError(name, f"{ascii(path)[1:-1]} cannot be read: {_reason(error)}")
 
 
 def is_glob(text: str) -> bool:
@@ -108,10 +108,11 @@ def is_table(path: str) -> bool:
 
 def json_rows(name: str, path: str) -> Rows:
     """(`FILE, line N`, parsed line) of every line that is not blank; a .json may be one array."""
-    regular(name, path)
-    zipped = path.endswith(".gz")
     try:
-        with cast("IO[bytes]", gzip.open(path) if zipped else open(path, "rb")) as file:
+        with (
+            open_regular(path) as plain,
+            cast("IO[bytes]", gzip.open(plain) if path.endswith(".gz") else plain) as file,
+        ):
             if _suffix(path) == ".json" and _opens_array(file):
                 yield from _array_rows(name, path, file.read())
             else:
@@ -119,7 +120,7 @@ def json_rows(name: str, path: str) -> Rows:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(name, f"{path} cannot be read: as gzip it is damaged ({_reason(error)})") from None
     except OSError as error:
-        raise ConfigError(name, f"{path} cannot be read: {_reason(error)}") from None
+        raise _unreadable(name, path, error) from None
 
 
 def _opens_array(file: IO[bytes]) -> bool:

@@ -281,6 +281,8 @@ def test_a_glob_in_a_folder_that_looks_like_one(tmp_path):
     assert glob.glob(str(config.data.train)) == [str(folder / "a.jsonl")]
 
 
-def test_links_in_a_circle_stay_where_they_are(write, tmp_path):
-    (tmp_path / "rows.jsonl").symlink_to("rows.jsonl")
-    assert load_config(write(GOOD)).data.train == str(tmp_path / "rows.jsonl")
+def test_paths_of_a_list_that_no_file_can_have(write, tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for path, words in (("loop.jsonl", "circle"), ("a\0b", "NUL")):
+        with pytest.raises(ConfigError, match=rf"^data\.train\.1: .*({words})"):
+            load_config(write(GOOD | {"data": {"train": ["rows.jsonl", f"./{path}"]}}))

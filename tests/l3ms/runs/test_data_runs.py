@@ -92,7 +92,7 @@ def test_tools_and_calls_of_a_chat_model(project, checkpoint, capsys):
     set_data(project, train="rows.json")
     assert l3ms(project / "run.yaml", "--model", chat, "--iterations", 1) == 0, capsys.readouterr().err
     said = " ".join(capsys.readouterr().out.split())
-    assert "data.train: column 'ended' is left out" in said
+    assert "data.train: left out, since reward functions are given something else by these names: ended" in said
     assert "dropped" not in said
     report = json.loads((project / "out" / "report.json").read_text())
     assert report["examples"][0]["prompt"].endswith("?")

@@ -267,8 +267,10 @@ def test_columns_that_are_left_out_are_said():
     examples = [Example("hot", "cold", columns), Example("hot", "rain", columns | {"extra": 1})]
     encoded = encode(examples, words(), max_length=9)
     assert set(encoded.rows[0]) == {"input_ids", "labels", "prompt", "answer"}
-    assert [note.partition(" is left out")[0] for note in encoded.notes("x")] == [
-        f"x: column {name!r}" for name in ("completion_ids", "extra", "log_metric", "my column", "trainer_state")
+    assert encoded.notes("x") == [
+        "x: left out, since reward functions are given something else by these names: completion_ids, log_metric, trainer_state",
+        "x: column 'extra' is left out: only 1 of 2 rows have it",
+        "x: column 'my column' is left out: no argument of a reward function can have this name",
     ]
 
 

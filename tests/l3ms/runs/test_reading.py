@@ -119,20 +119,20 @@ def test_only_regular_files_are_opened(tmp_path):
     with socket.socket(socket.AF_UNIX) as end:
         end.bind(str(tmp_path / "s.jsonl"))
     for name, words in (
-        ("fifo.jsonl", "it is a FIFO, wanted a regular file"), ("folder.jsonl", "it is a folder"), ("s.jsonl", "it is a socket"),
-        ("loop.jsonl", "Too many levels of symbolic links"), ("nowhere.jsonl", "no such file"), ("a\0.jsonl", "null byte"),
+        ("fifo.jsonl", "is a FIFO, not a regular file"), ("folder.jsonl", "is a folder, not a regular file"), ("s.jsonl", "is a socket"),
+        ("loop.jsonl", "Too many levels of symbolic links"), ("nowhere.jsonl", "no such file"), ("a\0.jsonl", "a NUL character"),
         ("x" * 300 + ".jsonl", "File name too long"), ("null\0", "no such file or folder"),
     ):  # fmt: skip
         found = refused(str(tmp_path / name))
         assert found.startswith("data.train: "), name
         assert words in found
-    assert "it is a device" in refused("/dev/null")
+    assert "is a device" in refused("/dev/null")
     os.mkfifo(tmp_path / "fifo.csv")
     os.mkfifo(tmp_path / "fifo.parquet")
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo.csv", "fifo.parquet", "fifo"):
-        assert "it is a FIFO" in refused(str(tmp_path / name))
-    assert "it is a FIFO" in refused(str(tmp_path / "fifo.*"))
+        assert "is a FIFO" in refused(str(tmp_path / name))
+    assert "is a FIFO" in refused(str(tmp_path / "fifo.*"))
 
 
 def test_splits_and_configurations_of_files_are_refused(folder):
