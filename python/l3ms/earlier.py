@@ -32,7 +32,7 @@ MODULES: dict[str, str] = {
     "config_watch": "config.watch",
     "conflicts": "barrier.conflicts",
     "constraint_step": "training.constraint_step",
-    "data": "runs.data",
+    "data": "runs.data runs.examples runs.encoding",
     "data_constraints": "constraints.data_nll constraints.divergence",
     "estimates": "barrier.estimates",
     "evaluation": "measuring.evaluation",

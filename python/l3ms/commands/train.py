@@ -18,7 +18,7 @@ HELP = """Run the constrained fine-tune that CONFIG describes.
     model: HuggingFaceTB/SmolLM2-135M-Instruct   # hub id, or a folder
     output: out/short
     data:
-      train: train.jsonl   # lines of {"prompt", "completion"} or {"messages"}
+      train: train.jsonl   # lines of {"prompt", "completion"}, {"messages"} or {"text"}
     constraints:
       - {type: length, min: 50, max: 100}        # mean response, tokens
     train: {iterations: 200, learning_rate: 1e-5, batch_size: 8}
@@ -37,6 +37,9 @@ the divergence from the first weights, ready-made rewards.
       - {type: data_nll, name: general, data: {train: general.jsonl}, max: 2.1}
       - {type: kl, max: 5}
       - {type: reward, name: thanks, reward: contains, words: [thank you, thanks], min: 0.3}
+
+[bold]Data[/bold] may be several files, [a.jsonl, "more/*.jsonl.gz", b.csv]: JSON lines or arrays (also .gz), CSV, Parquet, or the name of \
+a data set that `datasets` loads. Chat templates get the column `tools` and all that messages hold.
 
 [bold]Flags override the file[/bold]: every field has one, with dots between the levels.
 

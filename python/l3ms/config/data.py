@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from l3ms.config.sections import Section, Share, Text
 
+SHARE = 0.1
+Files = Annotated[list[Text], Field(min_length=1)]
+
 
 class DataConfig(Section):
-    """Task data: rows of `{"prompt", "completion"}` or `{"messages": [...]}`; its prompts are those of the rollouts."""
+    """Task data: rows of `{"prompt", "completion"}` (texts, or both lists of messages), `{"messages": [...]}` or `{"text"}`, with `tools`
+    where the chat template takes some; its prompts are those of the rollouts.
 
-    train: Text  # a JSONL file, or a name that `datasets.load_dataset` knows
-    evaluation: Text | None = None  # JSONL file with the held-out rows
+    A source is a file (.jsonl, .json: lines or one array, both also .gz; .csv, .tsv, .parquet), a glob, a list of these, or the name of a
+    `datasets` data set.
+    """
+
+    train: Text | Files
+    evaluation: Text | Files | None = None  # the held-out rows
     name: Text | None = None  # `datasets` configuration name
     split: Text = "train"  # `datasets` split
     evaluation_split: Text | None = None  # `datasets` split with the held-out rows
-    evaluation_share: Share = 0.1  # held out from the training rows when nothing else is named
+    evaluation_share: Share = SHARE  # held out from the training rows when nothing else is named
     prompt: Text = "prompt"  # column names
     completion: Text = "completion"
     messages: Text = "messages"
+    text: Text = "text"
+    tools: Text = "tools"
     chat_template: bool = True  # a text prompt becomes one user turn when the tokenizer has a chat template
     max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of prompt + completion; longer rows are cut and counted
     limit: Annotated[int, Field(ge=2)] | None = None  # read at most this many rows
+
+    @model_validator(mode="after")
+    def _check_held_out(self) -> DataConfig:
+        if self.evaluation is not None and self.evaluation_split is not None:
+            raise ValueError("evaluation_split names held-out rows, and so does evaluation: give one of them")
+        given = "evaluation" if self.evaluation is not None else "evaluation_split"
+        if getattr(self, given) is not None and self.evaluation_share != SHARE:
+            raise ValueError(f"evaluation_share is of no use where {given} names the held-out rows: leave one out")
+        return self

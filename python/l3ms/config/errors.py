@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a configuration, in one line that names the dotted field and, misspelt, the right one."""
+"""What pydantic found wrong with a configuration, in one line that names each dotted field and, misspelt, the right one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,38 @@ from pydantic import BaseModel, ValidationError
 
 from l3ms.config.yaml_reader import ConfigError
 
+MOST = 8  # fields of which more than the name is said
+
 
 def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
-    """The first problem of a pydantic error on a `root` model, unknown fields first."""
-    details = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    """All problems of a pydantic error on a `root` model, unknown fields first."""
+    found = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    # A list is no text, says the branch of a union that it was not meant for
+    lists = [item for item in found if item["type"] == "string_type" and isinstance(item.get("input"), list)]
+    return together([_explained(item, root) for item in found if item not in lists or len(found) == len(lists)])
+
+
+def together(errors: Iterable[ConfigError]) -> ConfigError:
+    """Several errors as one, in one line, of each field the first; `field` is that of the first of all."""
+    kept: dict[str, ConfigError] = {}
+    for error in errors:
+        kept.setdefault(error.field, error)
+    first, *others = kept.values()
+    parts = [first.message, *(str(error) for error in others[: MOST - 1])]
+    if others[MOST - 1 :]:
+        parts.append(f"and {', '.join(error.field for error in others[MOST - 1 :])}")
+    return ConfigError(first.field, "; ".join(parts))
+
+
+def _explained(details: Any, root: type[BaseModel]) -> ConfigError:
     location = list(details["loc"])
     tagged = len(location) > 2 and location[0] == "constraints"
     names = [location[0], *location[2:]] if tagged else location
     own, section = (".".join(map(str, part)) for part in (names, names[:-1]))
     if tagged:
         del location[2]  # pydantic puts the constraint's type here
-    while len(location) > 1 and isinstance(location[-1], str) and ("[" in location[-1] or location[-1] in {"str"}):
-        location.pop()  # and the branch of a union here
+    last = len(location) - (details["type"] == "extra_forbidden")  # that is a name as it was written
+    location = [part for at, part in enumerate(location) if not (0 < at < last and _is_branch(part))]
     field = ".".join(str(part) for part in location) or "config"
     kind, value, message = details["type"], details.get("input"), details["msg"]
     if kind == "extra_forbidden":
@@ -39,6 +59,13 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     if kind == "model_type":
         return ConfigError(field, f"must be a section with fields of its own, got {_short(value)}")
     return ConfigError(field, f"{message.replace('Input should', 'must')}, got {_short(value)}")
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether it is what pydantic calls a branch of a union, which is no part of the field's name."""
+    return isinstance(part, str) and (
+        "[" in part or part.startswith("constrained-") or part in {"str", "int", "float", "bool"}
+    )
 
 
 def blame(section: str, fields: Iterable[str], message: str) -> ConfigError:

@@ -7,6 +7,7 @@ in the file are relative to the file's folder; paths given by a flag are relativ
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,15 @@ from pydantic import BaseModel, Field, ValidationError
 
 from l3ms.config.constraints import ConstraintConfig, FunctionConfig, LengthConfig
 from l3ms.config.data import DataConfig
-from l3ms.config.errors import explain, models_in, type_of
+from l3ms.config.errors import explain, models_in, together, type_of
 from l3ms.config.evaluate import EvaluateConfig, LoggingConfig
 from l3ms.config.sections import Section, Text
 from l3ms.config.train import TrainConfig
 from l3ms.config.watch import WatchConfig
 from l3ms.config.yaml_reader import ConfigError, parse_yaml, read_yaml, unnameable
+
+# Suffixes of files, not of names on a hub
+LOCAL = {".jsonl", ".ndjson", ".json", ".gz", ".csv", ".tsv", ".parquet", ".py", ".gguf"}
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "load_config"]
 
@@ -63,7 +67,9 @@ def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain(error, RunConfig) from None
-    _check_across(config)
+    wrong = list(_wrong_across(config))
+    if wrong:
+        raise together(wrong)
     return config
 
 
@@ -102,22 +108,22 @@ def _constraint_fields(sections: list[type[BaseModel]]) -> Iterator[tuple[str, s
         yield f"constraints.N.{field}", next(iter(defaults)) if everywhere else "; ".join(texts)
 
 
-def _check_across(config: RunConfig) -> None:
-    """Rules that involve two sections."""
+def _wrong_across(config: RunConfig) -> Iterator[ConfigError]:
+    """What breaks rules that involve two sections."""
     if config.train.solver != "none" and all(item.monitor for item in config.constraints):
         only = " that is no monitor" if config.constraints else ""
-        raise ConfigError(
+        yield ConfigError(
             "constraints",
             f"solver {config.train.solver!r} needs at least one constraint{only}; or set train.solver: none",
         )
     if config.train.warmup is not None and config.train.warmup >= config.train.iterations:
-        raise ConfigError(
+        yield ConfigError(
             "train.warmup", f"must be below train.iterations ({config.train.iterations}), got {config.train.warmup}"
         )
     seen: set[str] = set()
     for index, item in enumerate(config.constraints):
         if item.name in seen:
-            raise ConfigError(f"constraints.{index}.name", f"{item.name!r} is used twice; names must differ")
+            yield ConfigError(f"constraints.{index}.name", f"{item.name!r} is used twice; names must differ")
         seen.add(item.name)
         if isinstance(item, LengthConfig):
             option = "min" if item.threshold is None else "threshold"
@@ -125,7 +131,7 @@ def _check_across(config: RunConfig) -> None:
             # Of those that are cut at the limit a share can be bounded; a mean of all at the limit cannot
             if value is not None and (value > longest or (option == "min" and value == longest)):
                 wanted = "below" if option == "min" else "at most"
-                raise ConfigError(
+                yield ConfigError(
                     f"constraints.{index}.{option}",
                     f"must be {wanted} train.max_new_tokens ({longest}), got {value:g}: no response can be that long",
                 )
@@ -184,6 +190,8 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
 
 def _resolve(field: str, text: Any, base: Path) -> Any:
     """The path that `text` is: absolute if it is `output`, exists, or looks like one. Refused by its field where no file can have it."""
+    if isinstance(text, list):
+        return [_resolve(f"{field}.{index}", item, base) for index, item in enumerate(text)]
     if not isinstance(text, str) or not text:
         return text
     if why := unnameable(text):
@@ -195,7 +203,9 @@ def _resolve(field: str, text: Any, base: Path) -> Any:
             raise ConfigError(field, f"has no home folder of a user {text.partition('/')[0]!r:.80}") from None
         return text
     full = path if path.is_absolute() else base / path
-    looks_local = text.startswith((".", "~", "/")) or path.suffix in {".jsonl", ".json", ".py"}
+    if ".data." in f".{field}" and glob.has_magic(text) and not os.path.lexists(full):
+        return str(path) if path.is_absolute() else os.path.join(glob.escape(str(base)), path)
+    looks_local = text.startswith((".", "~", "/")) or path.suffix in LOCAL
     if field != "output" and not looks_local and not os.path.exists(full):
         return text
     try:

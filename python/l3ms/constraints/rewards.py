@@ -20,8 +20,10 @@ MOST_READABLE = 121.22  # one sentence of one-syllable words: the largest value 
 
 
 def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
-    """The text of a completion: of a conversation the contents of its messages, one per line."""
-    return completion if isinstance(completion, str) else "\n".join(str(turn["content"]) for turn in completion)
+    """The text of a completion: of a conversation the contents of its messages, one per line; a turn of calls alone has none."""
+    return (
+        completion if isinstance(completion, str) else "\n".join(str(turn.get("content") or "") for turn in completion)
+    )
 
 
 def ends_with_eos(

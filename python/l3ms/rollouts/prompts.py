@@ -1,15 +1,117 @@
-"""Prompts, and their tokens."""
+"""Prompts, and their tokens: where a rollout starts is, token for token, the prompt part of a training row."""
 
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-Prompt = str | list[dict[str, str]]
+Message = dict[str, Any]  # role, content, and what else the chat template reads: tool_calls, name, tool_call_id, ...
+Prompt = str | list[Message]
+
+TOOLS = "tools"  # a column: JSON schemas
+TEMPLATE_OPTIONS = "chat_template_kwargs"  # a column: what else the chat template of the row reads, as in TRL
+MARK = "\ue000"  # of Unicode's private use: no template writes it
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Tokens of a prompt, ready to be continued."""
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+class TemplateRefusal(ValueError):
+    """A chat template that does not render a conversation: what it said, in one line."""
+
+
+class BrokenTemplate(TemplateRefusal):
+    """One that renders none: it is not a template."""
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt, **options: Any) -> list[int]:
+    """Tokens of a prompt, ready to be continued.
+
+    Args:
+        options: of the chat template, for messages: `tools`, and what else it reads.
+
+    Raises:
+        TemplateRefusal: the chat template does not render the messages.
+    """
+    if not isinstance(prompt, str):
+        return encode_chat(tokenizer, prompt, add_generation_prompt=True, **options)
+    ids = encode_text(tokenizer, prompt)
+    end, sign = tokenizer.eos_token_id, getattr(tokenizer, "eos_token", None)
+    keep = 1 if end == getattr(tokenizer, "bos_token_id", None) else 0  # that one opens the text
+    if sign and prompt.rstrip().endswith(sign):  # the prompt's own
+        while ids[-2:] == [end, end]:
             ids.pop()
         return ids
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+    while len(ids) > keep and ids[-1] == end:  # some tokenizers close every text
+        ids.pop()
+    return ids
+
+
+def template_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
+    """What the chat template is given beside the messages of a row."""
+    tools, more = (columns[name][row] if name in columns else None for name in (TOOLS, TEMPLATE_OPTIONS))
+    tools = tools if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else None
+    return ({"tools": tools} if tools else {}) | (dict(more) if isinstance(more, Mapping) else {})
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that stands by itself. Where it opens with the BOS token already, that is not put there again."""
+    ids = list(tokenizer(text)["input_ids"])
+    bos, sign = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "bos_token", None)
+    if bos is not None and ids[:2] == [bos, bos] and text.lstrip().startswith(str(sign)):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, **options: Any
+) -> list[int]:
+    """Tokens of a conversation, as the chat template renders it."""
+    return list(_render(tokenizer, messages, tokenize=True, add_generation_prompt=add_generation_prompt, **options))
+
+
+def chat_text(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, **options: Any
+) -> str:
+    """What the chat template renders of a conversation."""
+    return _render(tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+    parts = _takes_parts_only(tokenizer, str(getattr(tokenizer, "chat_template", None)))
+    return _apply(tokenizer, [_plain(message, parts) for message in messages], **options)
+
+
+def _plain(message: Mapping[str, Any], parts: bool) -> Message:
+    """Without what is null, which some templates would write as None."""
+    given = {key: value for key, value in message.items() if value is not None}
+    if parts and isinstance(given.get("content"), str):
+        given["content"] = [{"type": "text", "text": given["content"]}]
+    return given
+
+
+def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: of any kind
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        import jinja2  # with torch
+
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            raise BrokenTemplate(f"its chat template is none: line {error.lineno}: {said}") from error
+        if not isinstance(error, ValueError) and type(error) is not jinja2.TemplateError:
+            said = f"{type(error).__name__}: {said}"
+        raise TemplateRefusal(said) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _takes_parts_only(tokenizer: Any, template: str) -> bool:
+    """Whether the template reads a content as a list of parts, and nothing of one that is text."""
+
+    def shows(content: Any) -> bool:
+        try:
+            return MARK in _apply(tokenizer, [{"role": "user", "content": content}], tokenize=False)
+        except TemplateRefusal:
+            return False
+
+    return not shows(MARK) and shows([{"type": "text", "text": MARK}])

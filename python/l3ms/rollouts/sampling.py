@@ -4,13 +4,13 @@ Sampling is `transformers.generate` with every filter off (no top-k, top-p, pena
 distribution that was sampled. Sequences come back right-padded whatever the tokenizer does, so that positions count from 0 as in training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from l3ms.rollouts.prompts import Prompt, encode_prompt
+from l3ms.rollouts.prompts import Prompt, TemplateRefusal, encode_prompt, template_options
 from l3ms.rollouts.rollout import Rollout, check_columns
 from l3ms.rollouts.shrinking import sample
 
@@ -37,12 +37,13 @@ def rollout(
         temperature: of the sampling; give the same to the loss.
         batch_size: responses sampled at a time; by default all.
         prompt_ids: tokens of the prompts, where they are at hand; otherwise the tokenizer makes them.
-        columns: more columns of the data, a value per prompt, passed on to the rewards.
+        columns: more columns of the data, a value per prompt, passed on to the rewards; those called `tools` and `chat_template_kwargs` the
+            chat template gets as well.
         options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
 
     Raises:
-        ValueError: no prompt, an empty one, no EOS token, or temperature or max_new_tokens not positive; a column of another length, or
-            with a name that reward functions know as something else.
+        ValueError: no prompt, an empty one or one that the chat template refuses, no EOS token, or temperature or max_new_tokens not
+            positive; a column of another length, or with a name that reward functions know as something else.
     """
     if not prompts:
         raise ValueError("rollout: prompts must not be empty")
@@ -54,7 +55,7 @@ def rollout(
     if tokenizer.eos_token_id is None:
         raise ValueError("rollout: the tokenizer has no EOS token, so no response could end")
     if prompt_ids is None:
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        prompt_ids = _encoded(tokenizer, prompts, columns or {})
     for row, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(f"rollout: prompts[{row}] has no tokens")
@@ -113,6 +114,17 @@ def rollout(
         host_lengths=lengths,
         temperature=temperature,
     )
+
+
+def _encoded(tokenizer: Any, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]]) -> list[list[int]]:
+    """Tokens of the prompts; the chat template gets of the columns what is its own, as in training."""
+    tokens = []
+    for row, prompt in enumerate(prompts):
+        try:
+            tokens.append(encode_prompt(tokenizer, prompt, **template_options(columns, row)))
+        except TemplateRefusal as error:
+            raise ValueError(f"rollout: prompts[{row}]: the chat template refuses it: {error}") from error
+    return tokens
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """A run from a YAML file: `loading` makes it of a configuration, `executing` takes it from there to a report in its `folder`.
 
-`data` and `user_rewards` are what it reads, `resuming_runs` where it goes on, `report`, `figure` and `progress` what a person sees of it,
-with the words of `labels`. `whole_files` writes a file whole or not at all.
+`data` and `user_rewards` are what it reads (`data`: files, by `reading` and `tables`, to `examples`, to tokens by `encoding`), `resuming`
+where it goes on, `report`, `figure` and `progress` what a person sees of it, with the words of `labels`. `whole_files` writes a file whole
+or not at all.
 """

@@ -83,14 +83,17 @@ def _constraint_rows(
         sides = load_examples(item.data, seed=config.seed)
         limit = min(item.data.max_length, context_of(model))
         options = {"max_length": limit, "chat_template": item.data.chat_template}
-        encoded = [encode(examples, tokenizer, **options) for examples in sides]
+        fields = ("data.train", "data.evaluation")
+        encoded = [encode(side, tokenizer, name=name, **options) for name, side in zip(fields, sides, strict=True)]
     except ConfigError as error:  # names data.train, data.evaluation
+        if not error.field.startswith("data."):  # the model
+            raise
         raise ConfigError(f"{field}.{error.field}", error.message) from error
-    for name, side in zip(("data.train", "data.evaluation"), encoded, strict=True):
+    for name, side in zip(fields, encoded, strict=True):
         for note in side.notes(f"{field}.{name}"):
             say(console, note)
         if not side.rows:
-            raise ConfigError(f"{field}.{name}", f"no prompt fits in {limit - 1} tokens")
+            raise ConfigError(f"{field}.{name}", side.nothing(limit - 1))
     return encoded[0].rows, encoded[1].rows
 
 

@@ -58,7 +58,7 @@ def examples(samples: dict[str, Samples], count: int = 3) -> list[dict[str, str]
     """The first prompts with the responses of the models, for the table: of a conversation the last turn."""
 
     def text(turns: Any) -> str:
-        return turns if isinstance(turns, str) else turns[-1]["content"]
+        return turns if isinstance(turns, str) else str(turns[-1].get("content") or "")
 
     prompts = samples["average"].prompts[:count]
     shown = {key: found for key, found in samples.items() if key != "last"}

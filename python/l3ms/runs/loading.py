@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from l3ms.barrier.schedules import ExponentialDecay, check_resolution
 from l3ms.config.constraints import DataNLLConfig
+from l3ms.config.data import DataConfig
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
@@ -22,6 +24,7 @@ from l3ms.runs.constraints import build_constraints, try_rewards
 from l3ms.runs.data import Encoded, Example, encode, load_examples
 from l3ms.runs.folder import check_output
 from l3ms.runs.models import context_room, load_model
+from l3ms.runs.reading import files_of
 from l3ms.runs.terminal import say
 from l3ms.training.arguments import L3MConfig
 
@@ -98,15 +101,16 @@ def encode_sides(
     context, room = context_room(model, config.train.max_new_tokens)
     sides = []
     for name, examples in (("data.train", train), ("held-out data", held_out)):
+        field = name if name == "data.train" else "data.evaluation"
         encoded = encode(
             examples, tokenizer, max_length=min(config.data.max_length, context), max_prompt=room,
-            chat_template=config.data.chat_template,
+            chat_template=config.data.chat_template, name=field,
         )  # fmt: skip
         for note in encoded.notes(name):
             say(console, note)
         if not encoded.rows:
             limit = min(config.data.max_length - 1, room)
-            raise ConfigError(name if name == "data.train" else "data.evaluation", f"no prompt fits in {limit} tokens")
+            raise ConfigError(field, encoded.nothing(limit))
         sides.append(encoded)
     wanted = config.train.batch_size * config.train.gradient_accumulation
     if len(sides[0].rows) < wanted:
@@ -119,14 +123,27 @@ def encode_sides(
 
 
 def _local_inputs(config: RunConfig) -> dict[str, str]:
-    paths = {"model": config.model, "data.train": config.data.train, "data.evaluation": config.data.evaluation}
+    """Field -> a path that is read; of a field with several files they are numbered."""
+    paths = {"model": config.model, **_files("data", config.data)}
     for index, item in enumerate(config.constraints):
         for name in ("model", "reference"):
-            paths[f"constraints.{index}.{name}"] = getattr(item, name, None)
+            if getattr(item, name, None) is not None:
+                paths[f"constraints.{index}.{name}"] = getattr(item, name)
         if isinstance(item, DataNLLConfig):
-            paths[f"constraints.{index}.data.train"] = item.data.train
-            paths[f"constraints.{index}.data.evaluation"] = item.data.evaluation
-    return {field: path for field, path in paths.items() if path is not None and Path(path).is_absolute()}
+            paths |= _files(f"constraints.{index}.data", item.data)
+    return {field: path for field, path in paths.items() if Path(path).is_absolute()}
+
+
+def _files(section: str, data: DataConfig) -> dict[str, str]:
+    found = {}
+    for name, source in (("train", data.train), ("evaluation", data.evaluation)):
+        field = f"{section}.{name}"
+        files = files_of(field, source) if source is not None else []
+        found |= {
+            field if len(files) == 1 else f"{field}.{i}": os.path.realpath(path) if os.path.isabs(path) else path
+            for i, path in enumerate(files)
+        }
+    return found
 
 
 def _trained_on(train: Encoded, constraints: list[Constraint]) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,10 @@ def load_model(
     source: str, *, dtype: str, trust_remote_code: bool = False, lora: LoraConfig | None = None, console: Console
 ) -> tuple[Any, Any]:
     """Tokenizer and model of a folder or hub id, with adapters when asked for. Raises `ConfigError("model", ...)` in one line."""
+    if source.lower().endswith(".gguf"):
+        raise ConfigError("model", _gguf(source))
+    if os.path.isfile(source):
+        raise ConfigError("model", f"is a file, wanted the folder of a checkpoint, got {source}")
     if os.path.isabs(source) and not os.path.isdir(source):  # false where pathlib raises: a name that is too long
         raise ConfigError("model", f"no such folder: {source}")
     if trust_remote_code:
@@ -56,6 +60,16 @@ def load_model(
     except ValueError as error:
         raise ConfigError("model", str(error)) from error
     return tokenizer, model
+
+
+def _gguf(source: str) -> str:
+    """How its quantised weights become a checkpoint that can be trained."""
+    folder, name = os.path.split(source)
+    load = f"from_pretrained({folder or '.'!r}, gguf_file={name!r})"
+    return (
+        f"a GGUF file is for inference, got {source}: make a checkpoint of it with transformers' AutoModelForCausalLM and "
+        f"AutoTokenizer, {load} (needs the package gguf) and save_pretrained(FOLDER), and give that folder"
+    )
 
 
 def context_of(model: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +58,13 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     if config.train.device == "auto" and torch.cuda.is_available():
         model = model.cuda()
     context, room = context_room(model, config.train.max_new_tokens)
+    field = "data.evaluation" if options.prompts is None else "--prompts"
     encoded = encode(
         held_out, tokenizer, max_length=min(config.data.max_length, context), max_prompt=room,
-        chat_template=config.data.chat_template,
+        chat_template=config.data.chat_template, name=field,
     )  # fmt: skip
     if not encoded.rows:
-        field = "data.evaluation" if options.prompts is None else "--prompts"
-        raise ConfigError(field, f"no prompt fits in {room} tokens")
+        raise ConfigError(field, encoded.nothing(room))
     notes += encoded.notes("held-out prompts") + _overlap(train, held_out)
     return Subject(config, folder, model, tokenizer, constraints, encoded, notes)
 
@@ -82,6 +81,6 @@ def _rows(config: RunConfig, options: CertifyOptions) -> tuple[list[str], list[E
 
 
 def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
-    trained = {json.dumps(example.prompt, sort_keys=True) for example in train}
-    known = sum(json.dumps(example.prompt, sort_keys=True) in trained for example in held_out)
+    trained = {example.key for example in train}
+    known = sum(example.key in trained for example in held_out)
     return [f"{known} of {len(held_out)} prompts are in the training data: not held out"] if known else []

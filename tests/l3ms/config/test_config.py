@@ -217,3 +217,72 @@ def test_frozen_and_code_is_listed(write):
         config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
     assert len(config.runs_code) == 2
     assert RunConfig.model_validate(config.model_dump()) == config
+
+
+def test_all_wrong_fields_are_named_at_once(write):
+    values = copy.deepcopy(GOOD)
+    values["train"] |= {"iterations": -3, "learning_rat": 1}
+    values["data"] |= {"train": ["a.jsonl", 3], "limit": "many"}
+    values["constraints"][0]["max"] = "16"
+    values["seed"] = -1
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(values))
+    assert caught.value.field == "train.learning_rat"
+    text = str(caught.value)
+    assert "did you mean learning_rate" in text
+    for field in ("data.train.1", "data.limit", "constraints.0.max", "train.iterations", "seed"):
+        assert f"; {field}: " in text
+    assert "data.train: " not in text
+    assert "\n" not in text
+    many = {f"unknown{i:02}": i for i in range(20)}
+    with pytest.raises(ConfigError, match=r"unknown00: unknown field.*; and unknown08, .*, unknown19$"):
+        load_config(write(GOOD | many))
+
+
+def test_all_broken_rules_between_sections_are_named_at_once(write):
+    values = copy.deepcopy(GOOD)
+    values["train"] |= {"warmup": 60, "max_new_tokens": 12}
+    values["constraints"][1]["name"] = "length"
+    with pytest.raises(
+        ConfigError, match=r"^train\.warmup: .*; constraints\.0\.min: .*; constraints\.1\.name: .* is used twice"
+    ):
+        load_config(write(values))
+
+
+def test_lists_and_globs_of_data_start_at_the_file(write, tmp_path, monkeypatch):
+    (tmp_path / "part [1].jsonl").write_text("")
+    data = {"train": ["a.jsonl", "more/*.jsonl.gz", "part [1].jsonl"], "evaluation": "held/**/*.json"}
+    nll = {"type": "data_nll", "name": "old", "data": {"train": ["b.csv", "c.parquet"]}, "max": 2}
+    path = write(GOOD | {"data": data, "constraints": [nll]})
+    monkeypatch.chdir("/")
+    config = load_config(path)
+    assert config.data.train == [
+        str(tmp_path / "a.jsonl"),
+        f"{tmp_path}/more/*.jsonl.gz",
+        str(tmp_path / "part [1].jsonl"),
+    ]
+    assert config.data.evaluation == f"{tmp_path}/held/**/*.json"
+    assert config.constraints[0].data.train == [str(tmp_path / "b.csv"), str(tmp_path / "c.parquet")]  # pyright: ignore
+    assert load_config(write(config.model_dump())) == config
+    assert load_config(path, [parse_override("--data.train.1", "x.jsonl")]).data.train[1] == "/x.jsonl"
+    for nothing in ([], [""], [None], {}):
+        with pytest.raises(ConfigError, match=r"^data\.train"):
+            load_config(write(GOOD | {"data": {"train": nothing}}))
+
+
+def test_a_glob_in_a_folder_that_looks_like_one(tmp_path):
+    import glob
+
+    folder = tmp_path / "[x]"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("")
+    (folder / "run.yaml").write_text(yaml.safe_dump(GOOD | {"data": {"train": "*.jsonl"}}))
+    config = load_config(folder / "run.yaml")
+    assert glob.glob(str(config.data.train)) == [str(folder / "a.jsonl")]
+
+
+def test_paths_of_a_list_that_no_file_can_have(write, tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for path, words in (("loop.jsonl", "circle"), ("a\0b", "NUL")):
+        with pytest.raises(ConfigError, match=rf"^data\.train\.1: .*({words})"):
+            load_config(write(GOOD | {"data": {"train": ["rows.jsonl", f"./{path}"]}}))
