@@ -61,9 +61,8 @@ def run(split, rank, world):
         opt.zero_grad()
         last = opt.estimates.last
         assert last is not None
-        found.append(
-            [first, last.multiplier, last.estimate, last.stderr, opt.mu.clone(), gradient, head.detach().clone()]
-        )
+        values = (first, last.multiplier, last.estimate, last.stderr, opt.estimates.batch_mean, opt.mu.clone())
+        found.append([*values, gradient, head.detach().clone()])
     return found
 
 

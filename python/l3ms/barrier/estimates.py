@@ -60,6 +60,7 @@ class Estimates:
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
         self.steps = torch.zeros((), dtype=torch.int64, device=device)  # applied constraint steps
+        self.batch_mean = torch.full_like(self._per_unit, math.nan)  # (R,) of the last applied step, over all ranks
         self._last: BarrierWeights | None = None
         self.discard()
 
@@ -95,6 +96,7 @@ class Estimates:
             *(torch.where(applied, after, before) for after, before in zip(new, old, strict=True))
         )
         self.state = torch.where(applied, new.state, self.state)
+        self.batch_mean = torch.where(applied, self._sums[:-1, 1] / self._sums[:-1, 0], self.batch_mean)
         if self.solver is not None:
             advanced = self.solver.advance(self._batch_violation(), self.memory)
             self.memory = torch.where(applied, advanced, self.memory)
@@ -176,6 +178,8 @@ class Estimates:
                 sides = [k for k, owner in enumerate(self.owner) if owner == i]
                 values[f"{prefix}/estimate"] = float(last.estimate[i])
                 values[f"{prefix}/stderr"] = float(last.stderr[i])
+                if not math.isnan(mean := float(self.batch_mean[i])):
+                    values[f"{prefix}/batch_mean"] = mean
                 if sides:
                     values[f"{prefix}/lambda"] = float(last.multiplier[sides].sum())
                     values[f"{prefix}/slack"] = float(-last.violation[sides].max())
@@ -193,6 +197,7 @@ class Estimates:
             "integral": [tensor.clone() for tensor in self.integral],
             "missing": self.missing.clone(),
             "dropped": self.dropped.clone(),
+            "batch_mean": self.batch_mean.clone(),
             "last": [tensor.clone() for tensor in self.last or ()],
             "constraint_steps": int(self.steps),
         }
@@ -203,6 +208,8 @@ class Estimates:
         self.memory = kept["memory"].to(self.memory)
         self.integral = shifts.Integral(*(tensor.to(self.state) for tensor in kept["integral"]))
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
+        unknown = torch.full_like(self.batch_mean, math.nan)  # 0.1.0 did not keep it
+        self.batch_mean = kept.get("batch_mean", unknown).to(self.state).clone()
         self.steps = torch.full_like(self.steps, kept["constraint_steps"])
         self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
         self.discard()

@@ -298,7 +298,7 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
     def metrics(self) -> dict[str, float]:
         """Of the last applied constraint step, as floats: for each constraint `constraints/<name>/`
 
-        * `estimate`, `stderr`: native units;
+        * `estimate`, `stderr`, and `batch_mean`, of this step's values alone, over all ranks (none: no such key): native units;
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
         * `lambda`: the multiplier, of both bounds together (a monitor has neither);
         * `missing`: steps without a sample, `dropped`: values not finite;

@@ -17,12 +17,14 @@ that it is feasible already, and the share of responses that are within the boun
 \b
     l3ms check short.yaml
     l3ms check short.yaml --samples 256 --json check.json
+    l3ms check short.yaml --train.dtype bfloat16 --constraints.0.max 60     # fields by flags, as in train
 
 Exit code 2, and the field, for whatever would stop [bold]l3ms train[/bold].
 """
 
 
 def check(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", show_default=False)],
     samples: Annotated[int, typer.Option(min=2, help="Responses of the untrained model.")] = 64,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was found.", show_default=False)] = None,
@@ -34,11 +36,11 @@ def check(
 ) -> None:
     """Options to a dry run."""
     from l3ms.config.named_files import check_writable
-    from l3ms.config.run_config import load_config
+    from l3ms.config.run_config import load_config, parse_override
 
     if json is not None:
         check_writable("--json", json)
-    settings = load_config(config)
+    settings = load_config(config, [parse_override(flag, text) for flag, text in context.obj or []])
 
     from l3ms.verdicts.checking import check as execute
 

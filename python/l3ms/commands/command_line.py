@@ -15,7 +15,7 @@ import typer
 
 from l3ms.commands import bench, certify, check, demo, plot, train
 from l3ms.commands.ending import INTERRUPTED, explain
-from l3ms.commands.options import Debug
+from l3ms.commands.options import Debug, literal
 
 app = typer.Typer(
     name="l3ms",
@@ -50,12 +50,12 @@ def _version() -> str:
         return "(run from a source tree that is not installed)"
 
 
-app.command(help=train.HELP)(train.train)
-app.command()(demo.demo)
+app.command(help=literal(train.HELP))(train.train)
+app.command(help=literal(demo.HELP))(demo.demo)
 app.command()(plot.plot)
-app.command(help=check.HELP)(check.check)
-app.command(help=certify.HELP)(certify.certify)
-app.command(help=bench.HELP)(bench.bench)
+app.command(help=literal(check.HELP))(check.check)
+app.command(help=literal(certify.HELP))(certify.certify)
+app.command(help=literal(bench.HELP))(bench.bench)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,11 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         overrides: list[tuple[str, str]] = []
-        if next((word for word in arguments if not word.startswith("-")), "") == "train":
-            arguments, overrides = train.split_overrides(arguments)
-            if {"-h", "--help"} & set(arguments):
-                command = next(item for item in app.registered_commands if item.callback is train.train)
-                command.help = train.help_with_fields()
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        if command in ("train", "check"):
+            named = train.NAMED if command == "train" else frozenset()
+            arguments, overrides = train.split_overrides(arguments, named)
+            if command == "train" and {"-h", "--help"} & set(arguments):
+                registered = next(item for item in app.registered_commands if item.callback is train.train)
+                registered.help = literal(train.help_with_fields())
         code = app(arguments, prog_name="l3ms", standalone_mode=False, obj=overrides)
     except KeyboardInterrupt:
         code = INTERRUPTED

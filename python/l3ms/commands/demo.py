@@ -9,6 +9,17 @@ import typer
 
 from l3ms.commands.options import Debug, Overwrite
 
+HELP = """Teach a small model to write docstrings of 12 to 16 tokens on average, on this machine, in a few minutes.
+
+Nothing is downloaded: the task is mined from the docstrings of the installed Python packages, and a small Llama is \
+pre-trained on them once and cached. Plain fine-tuning (SFT) and the constrained one (L3M) then start from the same \
+weights, and a table and a picture compare them.
+
+\b
+    l3ms demo
+    l3ms demo --min 40 --max 50 --output out/long
+"""
+
 
 def demo(
     minimum: Annotated[float, typer.Option("--min", help="Lower bound on the mean response, tokens.")] = 12,
@@ -18,14 +29,7 @@ def demo(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Teach a small model to write docstrings of 12 to 16 tokens on average, on this machine, in a few minutes.
-
-    Nothing is downloaded: the task is mined from the docstrings of the installed Python packages, and a small Llama \
-    is pre-trained on them once and cached. Plain fine-tuning (SFT) and the constrained one (L3M) then start from the \
-    same weights, and a table and a picture compare them.
-
-    [bold]l3ms demo --min 40 --max 50 --output out/long[/bold]
-    """
+    """Options to a demo."""
     from l3ms.demo.run import main as run_demo
 
     run_demo(min=minimum, max=maximum, seed=seed, output=output, overwrite=overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 from l3ms.extras import missing
 
@@ -16,7 +17,7 @@ class Interrupted(Exception):
 def explain(error: Exception) -> tuple[str, int]:
     """(one line, exit code) for what a command raised."""
     if hasattr(error, "format_message"):  # wrong use of the command line, from typer
-        return f"{error.format_message()} (see l3ms --help)", BAD_INPUT  # pyright: ignore[reportAttributeAccessIssue]
+        return _usage(error), BAD_INPUT
     text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
     if isinstance(error, Interrupted):
         return text, INTERRUPTED
@@ -31,3 +32,13 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ValueError):
         return text, BAD_INPUT
     return f"{type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def _usage(error: Any) -> str:
+    """What typer says of wrong arguments, with what was given and whose help says more."""
+    reasons = getattr(
+        error.__cause__, "errors", list
+    )()  # typer has options read by pydantic, which leaves out what it got
+    given = f", got {reasons[0]['input']!r}" if reasons else ""
+    command = "l3ms" if error.ctx is None else error.ctx.command_path
+    return f"{error.format_message()}{given} (see {command} --help)"

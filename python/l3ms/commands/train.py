@@ -97,11 +97,13 @@ def help_with_fields() -> str:
     return f"{HELP}\n[bold]Every field and its default[/bold]\n\n\b\n" + "\n".join(rows)
 
 
-def split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Take `--section.field VALUE` and `--section.field=VALUE` (and whole sections) out of the arguments of `train`."""
+NAMED = frozenset({"model", "output", "seed"})  # fields that are options of the command
+
+
+def split_overrides(arguments: list[str], named: frozenset[str] = NAMED) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take `--section.field VALUE` and `--section.field=VALUE` (and whole sections) out of the arguments, but for the `named` fields."""
     from l3ms.config.run_config import ConfigError, RunConfig
 
-    named = {"model", "output", "seed"}  # real options of the command
     rest: list[str] = []
     overrides: list[tuple[str, str]] = []
     queue = iter(arguments)

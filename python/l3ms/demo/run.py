@@ -97,7 +97,7 @@ def main(
         **{key: evaluation.summary for key, evaluation in found.items()},
     }
     picture = write_report(folder, report, {key: evaluation.lengths for key, evaluation in found.items()})
-    console.print(summary_table(report), examples_table(report["examples"]))
+    console.print(summary_table(report), examples_table(report["examples"], report))
     say(console, f"Report and picture: {picture.with_suffix('.json')}, {picture}")
     say(console, f"A verdict from fresh samples: l3ms certify {folder}")
     return report

@@ -79,7 +79,7 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
     report = _report(run, trainer, metrics, samples)
     picture = write_report(run.folder, report, {key: found.lengths for key, found in samples.items()})
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    console.print(summary_table(report), examples_table(report["examples"]))
+    console.print(summary_table(report), examples_table(report["examples"], report))
     say(console, f"Report and picture: {picture.with_suffix('.json')}, {picture}")
     return report
 

@@ -12,11 +12,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from l3ms.runs.labels import model_label, solver_label
+from l3ms.runs.labels import bounds_text, model_label, solver_label
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
-CURVES = (BLUE, "#b5651d", "#6b4fa3", RED)
-LEGEND: dict[str, Any] = {"framealpha": 0.8, "edgecolor": "none"}
+CURVES = (BLUE, "#b5651d", "#6b4fa3", RED, "#1f8a8a", "#8a7a1f", "#c05a94", "#555b66")
+LEGEND: dict[str, Any] = {
+    "loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 7.5, "borderpad": 0.2, "borderaxespad": 0,
+    "handlelength": 1.6, "handletextpad": 0.5, "columnspacing": 1.2, "labelspacing": 0.25,
+}  # fmt: skip
+LONGEST_IN_LEGEND, LONGEST_IN_TITLE = 32, 48  # names
 Z95 = 1.959964
 
 Rows = Sequence[Mapping[str, Any]]
@@ -65,7 +69,7 @@ def iterations(metrics: Rows) -> np.ndarray:
 
 
 def style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", parse_math=False)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(which="both", labelsize=8)
@@ -74,6 +78,47 @@ def style(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> Non
     axes.set_axisbelow(True)
     if xlabel == "iteration":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def legend(axes: Axes) -> None:
+    """Between the title and the axes, where no data is, in as few lines as have room."""
+    count = len(axes.get_legend_handles_labels()[1])
+    renderer = axes.figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    room = 1.12 * axes.get_window_extent(renderer).width  # the layout makes axes wider than they are before it
+    for columns in range(count, 0, -1):
+        made = axes.legend(**LEGEND, ncols=columns)
+        for text in made.get_texts():
+            text.set_parse_math(False)  # a name with $ is no formula
+        extent = made.get_window_extent(renderer)
+        if extent.width <= room:
+            break
+    title = axes.get_title(loc="left")
+    axes.set_title(
+        title, loc="left", pad=3 + extent.height * 72 / axes.figure.dpi, fontsize=10, fontweight="bold", parse_math=False
+    )  # fmt: skip
+
+
+def empty(axes: Axes, text: str) -> None:
+    """Says why nothing is drawn."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def curve(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> None:
+    """A line; values without a neighbour, which a line does not show, are dots."""
+    axes.plot(x, y, **options)
+    known = ~np.isnan(y)
+    alone = known & ~np.concatenate([[False], known[:-1]]) & ~np.concatenate([known[1:], [False]])
+    options = {**options, "label": None, "linestyle": "none"}
+    axes.plot(x[alone], y[alone], marker="o", markersize=3, **options)
+    if len(x) == 1:
+        axes.set_xlim(x[0] - 1, x[0] + 1)
+
+
+def clipped(name: str, longest: int) -> str:
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mapping[str, Any]) -> None:
@@ -92,29 +137,35 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
     bottom, top = min([*shown, bottom]), max([*shown, top])
     pad = 0.06 * (top - bottom) or 1.0
     axes.set_ylim(bottom - pad, top + pad)
-    shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim())
+    shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim(), label=f"bounds: {bounds_text(low, high)}")
     axes.fill_between(x, y - band, y + band, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(x, y, color=BLUE, linewidth=1.8, label="running estimate, 95% band")
+    curve(axes, x, y, color=BLUE, linewidth=1.8, label="running estimate, 95% band")
     start = report.get("average_from")
     if start is not None:
-        axes.axvline(start, color=GREY, linewidth=0.9, linestyle=":")
-        axes.annotate(
-            "weights averaged", (start, 1), xycoords=("data", "axes fraction"), xytext=(4, -11),
-            textcoords="offset points", fontsize=7.5, color=GREY,
-        )  # fmt: skip
-    span = max(x[-1] - x[0], 1.0)
-    for index, (label, colour, mean, below, above) in enumerate(points):
+        axes.axvline(start, color=GREY, linewidth=0.9, linestyle=":", label="weights averaged from here")
+    step = 0.03 * (x[-1] - x[0]) or 0.3
+    left, right = float(x[0]), float(x[-1])
+    for label, colour, mean, below, above in points:
+        if label == model_label("initial"):  # where it was measured: before the first iteration
+            at = left = left - step
+        else:
+            at = right = right + step
         axes.errorbar(
-            x[-1] + span * 0.03 * (index + 1), mean, yerr=[[mean - below], [above - mean]],
-            fmt="o", markersize=4.5, capsize=3, color=colour, label=f"{label}: fresh samples",
+            at, mean, yerr=[[mean - below], [above - mean]], fmt="o", markersize=4.5, capsize=3, color=colour,
+            label=f"{label}: fresh samples",
         )  # fmt: skip
+    if len(x) > 1:
+        axes.set_xlim(left - step, right + step)
+    else:
+        axes.errorbar(x, y, yerr=band, color=BLUE, capsize=3)
     style(axes, *_words(item))
-    axes.legend(fontsize=8, **LEGEND, loc="best")
+    legend(axes)
 
 
 def _words(item: Mapping[str, Any]) -> tuple[str, str]:
     """(title, unit) of a constraint's panel."""
-    name, kind = item["name"], item.get("type", "length" if item["name"] == "length" else None)
+    name = clipped(item["name"], LONGEST_IN_TITLE)
+    kind = item.get("type", "length" if name == "length" else None)
     if item.get("threshold") is not None:
         return f"{name} ≥ {item['threshold']:g}", "share of responses"
     if kind == "length":
@@ -167,29 +218,23 @@ def _multipliers(axes: Axes, metrics: Rows, constraints: Sequence[Mapping[str, A
             values = series(metrics, key)
             values[values <= 0] = math.nan
             suffix = key.removeprefix(prefix).strip("_")
-            label = " ".join(part for part in (item["name"], suffix) if part)
-            dashes = "--" if side else "-"
-            axes.plot(x, values, dashes, color=CURVES[index % len(CURVES)], linewidth=1.4, label=label)
-    _log_scale(axes)
-    style(axes, "Multiplier λ", "λ (log scale)")
-    if len(axes.lines) > 1:
-        axes.legend(fontsize=8, **LEGEND)
+            label = " ".join(part for part in (clipped(item["name"], LONGEST_IN_LEGEND), suffix) if part)
+            looks: dict[str, Any] = {"linestyle": "--" if side else "-", "color": CURVES[index % len(CURVES)]}
+            if not np.isnan(values).all():
+                curve(axes, x, values, **looks, linewidth=1.4, label=label)
+    _finished(axes, "Multiplier λ", "λ (log scale)", "nothing is constrained")
 
 
 def _mu(axes: Axes, metrics: Rows) -> None:
     x = iterations(metrics)
-    axes.plot(x, series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6, label="μ")
+    curve(axes, x, series(metrics, "l3m/mu"), color=BLUE, linewidth=1.6, label="μ")
     for key, label in (("l3m/noise_floor", "noise floor"), ("l3m/task_share", "share of the task's step")):
         values = series(metrics, key)
         values[values <= 0] = math.nan
         if not np.isnan(values).all():
-            axes.plot(
-                x, values, color=GREY, linewidth=1.1, linestyle="--" if key == "l3m/noise_floor" else ":", label=label
-            )
-    _log_scale(axes)
-    style(axes, "Barrier strength μ", "μ (log scale)")
-    if len(axes.lines) > 1:
-        axes.legend(fontsize=8, **LEGEND)
+            dashes = "--" if key == "l3m/noise_floor" else ":"
+            curve(axes, x, values, color=GREY, linewidth=1.1, linestyle=dashes, label=label)
+    _finished(axes, "Barrier strength μ", "μ (log scale)", "not logged")
 
 
 def _gradient_norms(axes: Axes, metrics: Rows) -> None:
@@ -199,18 +244,22 @@ def _gradient_norms(axes: Axes, metrics: Rows) -> None:
         values = series(metrics, f"l3m/grad_norm/{key}" if key == "constraint" else "grad_norm")
         values[values <= 0] = math.nan
         if not np.isnan(values).all():
-            axes.plot(x, values, color=colour, linewidth=1.2, label=label)
-    _log_scale(axes)
-    style(axes, "Gradient norms before clipping", "norm (log scale)")
-    if len(axes.lines) > 1:
-        axes.legend(fontsize=8, **LEGEND)
+            curve(axes, x, values, color=colour, linewidth=1.2, label=label)
+    _finished(axes, "Gradient norms before clipping", "norm (log scale)", "not logged")
 
 
-def _log_scale(axes: Axes) -> None:
-    """Logarithmic, labelled 0.3 and 4 where less than two decades are shown."""
+def _finished(axes: Axes, title: str, ylabel: str, nothing: str) -> None:
+    """On a logarithmic scale, labelled 0.3 and 4 where less than two decades are shown; a legend where there are several curves."""
+    style(axes, title, ylabel)
+    curves = len(axes.get_legend_handles_labels()[1])
+    if not curves:
+        empty(axes, nothing)
+        return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_PlainLog())
     axes.yaxis.set_minor_formatter(_PlainLog(minor_thresholds=(1.5, 0.5)))
+    if curves > 1:
+        legend(axes)
 
 
 class _PlainLog(LogFormatter):
@@ -225,10 +274,10 @@ def _loss(axes: Axes, metrics: Rows, baseline: Rows, report: Mapping[str, Any]) 
         if rows:
             loss = series(rows, "loss")
             axes.plot(iterations(rows), loss, color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(iterations(rows), smooth(loss), color=colour, linewidth=1.6, label=label)
+            curve(axes, iterations(rows), smooth(loss), color=colour, linewidth=1.6, label=label)
     style(axes, "Task loss", "nats per token")
     if baseline:
-        axes.legend(fontsize=8, **LEGEND)
+        legend(axes)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -251,15 +300,17 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
     low, high = ((report.get("bounds") or {}).get(side) for side in ("min", "max"))
     style(axes, "Length of responses", "% of responses", "tokens")
     if not counts:
-        axes.text(0.5, 0.5, "no samples yet", ha="center", va="center", transform=axes.transAxes, color=GREY)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        empty(axes, "no samples yet")
         return
+    cut = _cut_at(report, counts)
     edge = max(_quantile(value, 0.99) for value in counts.values()) + 1
     edge = max(edge, 1.1 * (high or low or 0))
     width = max(1, round(edge / 30))
     edges = np.arange(0, edge + width, width)
+    if cut is not None and cut < edge:  # the responses that were cut have a bar of their own
+        edges = np.concatenate([edges[edges < cut], np.arange(cut, max(edge, cut + 1) + width, width)])
     shade(axes.axvspan, axes.axvline, low, high, (0.0, float(edges[-1])), label="bounds on the mean")
+    marked = False
     for key, label, colour in _models(report):
         if key in counts:
             value = np.array(counts[key], dtype=float)
@@ -269,8 +320,19 @@ def _lengths(axes: Axes, report: Mapping[str, Any]) -> None:
             axes.stairs(share, edges, color=colour, fill=True, alpha=0.22)
             axes.stairs(share, edges, color=colour, linewidth=1.4, label=f"{label}, mean {mean:.1f}")
             axes.axvline(mean, color=colour, linewidth=1.2, linestyle="--")
+            lost = 100 * (1 - (report[key].get("ended") or 0.0))
+            if cut is not None and cut in edges and lost > 0:
+                bar = {"color": "none", "edgecolor": colour, "hatch": "////", "linewidth": 0}
+                axes.bar(cut, lost, width, align="edge", **bar, label=None if marked else f"cut at {cut}")
+                marked = True
     axes.set_xlim(0, edges[-1])
-    axes.legend(fontsize=8, **LEGEND)
+    legend(axes)
+
+
+def _cut_at(report: Mapping[str, Any], counts: Mapping[str, Sequence[int]]) -> int | None:
+    """The most tokens that a response may have, where one was cut there: then it is the longest of its model."""
+    cut = [len(value) - 1 for key, value in counts.items() if (report[key].get("ended") or 0.0) < 1]
+    return max(cut, default=None)
 
 
 def _quantile(counts: Sequence[int], share: float) -> int:

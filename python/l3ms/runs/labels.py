@@ -20,6 +20,12 @@ def solver_label(report: Mapping[str, Any] | None = None) -> str:
     return {"none": "SFT", "barrier": "L3M"}.get(solver, solver.replace("_", " "))
 
 
+def constraint_label(item: Mapping[str, Any]) -> str:
+    """What is bounded: the mean of `polite`, or the share `P(polite >= 0.5)` of responses that reach a threshold."""
+    threshold = item.get("threshold")
+    return item["name"] if threshold is None else f"P({item['name']} >= {threshold:g})"
+
+
 def bounds_text(minimum: float | None, maximum: float | None) -> str:
     """`in [12, 16]`, `>= 12` or `<= 16`; empty without bounds."""
     if minimum is not None and maximum is not None:

@@ -78,15 +78,33 @@ class ProgressCallback(TrainerCallback):
 
 
 @contextmanager
-def progress_bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """`with progress_bar(console, "sampling") as advance: advance(done, total)`; shows nothing without a terminal."""
+def progress_bar(
+    console: Console, title: str, *, lines: int = 4, every: float = 60.0
+) -> Iterator[Callable[[int, int], None]]:
+    """`with progress_bar(console, "sampling") as advance: advance(done, total)`.
+
+    Without a terminal a plain line, `sampling: 128/512`, `lines` times over the whole, and where `every` seconds have passed.
+    """
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield _plain_lines(console, title, lines, every)
         return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(escape(title), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _plain_lines(console: Console, title: str, lines: int, every: float) -> Callable[[int, int], None]:
+    part, last = 0, time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal part, last
+        reached, now = lines * done // max(total, 1), time.monotonic()
+        if reached > part or now - last > every:
+            part, last = reached, now
+            console.print(f"{title}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)
+
+    return advance
 
 
 def status(logs: Mapping[str, Any], bounds: Sequence[Mapping[str, Any]]) -> str:

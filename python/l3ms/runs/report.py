@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from l3ms.config.yaml_reader import ConfigError, read_yaml
-from l3ms.runs.labels import MODELS, bounds_text, is_mean_length, model_label
+from l3ms.runs.labels import MODELS, bounds_text, constraint_label, is_mean_length, model_label
 from l3ms.runs.whole_files import finite, write_json, write_whole
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def write_report(
@@ -93,57 +96,72 @@ def _configured_bounds(path: Path) -> list[dict[str, Any]]:
     return [{key: item.get(key) for key in ("name", "type", "min", "max", "threshold")} for item in items]
 
 
-def summary_table(report: Mapping[str, Any]) -> Table:
-    """The models of a report side by side: length with its 95% interval, percentiles, share ended, task perplexity."""
-    from rich import box
-    from rich.table import Table
+def summary_table(report: Mapping[str, Any]) -> Group:
+    """The models of a report side by side: length with its 95% interval, percentiles, share ended, task perplexity.
 
+    Below it a table of the constraints on anything else: a row each, a column for each model. Side by side they would be cut off where
+    the terminal is narrow.
+    """
+    items = report.get("constraints") or []
+    shown = next((item for item in items if is_mean_length(item)), None)  # in the columns of the length
+    others = [item for item in items if item is not shown]
+    return Group(_models_table(report), *([_constraints_table(report, others)] if others else []))
+
+
+def _table(**options: Any) -> Table:
     style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
-    table = Table(title=_title(report), box=box.SIMPLE_HEAD, pad_edge=False, **style)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **style, **options)
+
+
+def _models_table(report: Mapping[str, Any]) -> Table:
+    table = _table(title=Text(_title(report)))
     table.add_column("model", no_wrap=True)
     for heading in ("length", "95% interval", "p5", "p50", "p95", "ended", "perplexity"):
         table.add_column(heading, justify="right", no_wrap=True)
-    items = report.get("constraints", [])
-    shown = next((item for item in items if is_mean_length(item)), None)  # in the columns of the length
-    extra = [item["name"] for item in items if item is not shown]
-    for name in extra:
-        table.add_column(name, justify="right")
     bounds = report.get("bounds") or {}
-    for key in MODELS:
-        summary = report.get(key)
-        if not summary:
-            continue
+    for key in _models(report):
+        summary = report[key]
         length = summary["length"]
-        low, high = length["ci95"]
-        form = ".2f" if high < 100 else ".1f"
-        inside = _inside(length["mean"], bounds)
-        mean = f"{length['mean']:.2f}" if inside is None else f"[{'green' if inside else 'red'}]{length['mean']:.2f}[/]"
-        cells = [
-            model_label(key, report),
-            mean,
-            f"{low:{form}} to {high:{form}}",
+        low, high = length.get("ci95") or (None, None)
+        table.add_row(
+            Text(model_label(key, report)),
+            _coloured(f"{length['mean']:.2f}", _inside(length["mean"], bounds)),
+            _interval(low, high),
             *(f"{length[name]:.0f}" for name in ("p5", "p50", "p95")),
-        ]
-        cells += [f"{100 * summary['ended']:.1f}%", _number(summary.get("perplexity"), ".3f")]
-        rewards = summary.get("constraints", {})
-        cells += [_number((rewards.get(name) or {}).get("mean"), ".3g") for name in extra]
-        table.add_row(*cells)
-    samples = next((report[key]["samples"] for key in MODELS if report.get(key)), None)
+            f"{100 * summary['ended']:.1f}%",
+            _number(summary.get("perplexity"), ".3f"),
+        )
+    samples = next((report[key]["samples"] for key in _models(report)), None)
     if samples:
         table.caption = f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
     return table
 
 
-def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
-    """Responses to the same prompts side by side: `{"prompt", <model key>: response, ...}` per example."""
-    from rich.table import Table
-    from rich.text import Text
+def _constraints_table(report: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> Table:
+    """Mean of each constraint's values on fresh samples, and half of its 95% interval."""
+    keys = _models(report)
+    table = _table()
+    table.add_column("constraint", overflow="fold")
+    table.add_column("wanted")
+    for key in keys:
+        table.add_column(Text(model_label(key, report)), justify="right")
+    for item in items:
+        found = [(report[key].get("constraints") or {}).get(item["name"]) or {} for key in keys]
+        cells = [_coloured(_mean(values), _inside(values.get("mean"), item)) for values in found]
+        table.add_row(Text(constraint_label(item)), Text(bounds_text(item.get("min"), item.get("max")) or "-"), *cells)
+    return table
 
+
+def examples_table(examples: Iterable[Mapping[str, str]], report: Mapping[str, Any] | None = None) -> Table:
+    """Responses to the same prompts side by side: `{"prompt", <model key>: response, ...}` per example.
+
+    `report` says by which solver the models were made: those of plain fine-tuning are not called L3M.
+    """
     rows = list(examples)
     keys = [key for key in MODELS if any(key in row for row in rows)]
     table = Table(title="Examples", title_style="bold", header_style="bold", show_lines=True, title_justify="left")
-    for heading in ("prompt", *(model_label(key) for key in keys)):
-        table.add_column(heading, overflow="fold", ratio=1)
+    for heading in ("prompt", *(model_label(key, report) for key in keys)):
+        table.add_column(Text(heading), overflow="fold", ratio=1)
     for row in rows:
         table.add_row(*(Text(_clip(row.get(key, ""))) for key in ("prompt", *keys)))
     return table
@@ -151,16 +169,39 @@ def examples_table(examples: Iterable[Mapping[str, str]]) -> Table:
 
 def _title(report: Mapping[str, Any]) -> str:
     constraints = report.get("constraints") or [{"name": "length", **(report.get("bounds") or {})}]
-    bounds = {item["name"]: bounds_text(item.get("min"), item.get("max")) for item in constraints}
+    bounds = {constraint_label(item): bounds_text(item.get("min"), item.get("max")) for item in constraints}
     wanted = [f"{name} {text}" for name, text in bounds.items() if text]
-    return f"Wanted: {', '.join(wanted) or 'the task alone'}".replace("[", r"\[")
+    return f"Wanted: {', '.join(wanted) or 'the task alone'}"
 
 
-def _inside(value: float, bounds: Mapping[str, float | None]) -> bool | None:
+def _models(report: Mapping[str, Any]) -> list[str]:
+    return [key for key in MODELS if report.get(key)]
+
+
+def _inside(value: float | None, bounds: Mapping[str, Any]) -> bool | None:
     low, high = bounds.get("min"), bounds.get("max")
-    if low is None and high is None:
+    if value is None or (low is None and high is None):
         return None
     return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _coloured(text: str, inside: bool | None) -> Text:
+    return Text(text, style={True: "green", False: "red", None: ""}[inside])
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None or high is None or not math.isfinite(high - low):  # of one sample
+        return "-"
+    form = ".2f" if high < 100 else ".1f"
+    return f"{low:{form}} to {high:{form}}"
+
+
+def _mean(values: Mapping[str, Any]) -> str:
+    mean, interval = values.get("mean"), values.get("ci95")
+    if mean is None:
+        return "-"
+    half = "" if not interval else f" ± {(interval[1] - interval[0]) / 2:.2g}"
+    return f"{mean:.4g}{half}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from l3ms.constraints.constraint import Constraint
-from l3ms.runs.labels import bounds_text
+from l3ms.runs.labels import bounds_text, constraint_label
 from l3ms.runs.terminal import say
 from l3ms.verdicts.certificates import Verdict
 from l3ms.verdicts.prices import Prices
@@ -59,8 +59,7 @@ def verdict_table(
     table.add_column("bounds by")
     table.add_column("verdict", no_wrap=True)
     for verdict, item in zip(verdicts, constraints, strict=True):
-        threshold = getattr(item, "threshold", None)
-        name = item.name if threshold is None else f"P({item.name} >= {threshold:g})"
+        name = constraint_label({"name": item.name, "threshold": getattr(item, "threshold", None)})
         table.add_row(
             escape(name),
             escape(bounds_text(item.min, item.max)),

@@ -10,7 +10,7 @@ import torch
 
 import l3ms
 
-NAMES = ("multiplier of the samples", "multiplier", "estimate", "stderr", "mu", "gradient", "weights")
+NAMES = ("multiplier of the samples", "multiplier", "estimate", "stderr", "batch mean", "mu", "gradient", "weights")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,53 @@ def test_the_estimate_is_the_bias_corrected_average_of_batch_means():
         assert opt.metrics()["constraints/r/estimate"] == pytest.approx(expected, rel=1e-14)
 
 
+def test_the_mean_of_the_batch_is_beside_the_estimate():
+    constraints = [
+        l3ms.Constraint("r", max=9.0),
+        l3ms.Constraint("seen", monitor=True),
+        l3ms.Constraint("nll", max=1.0),
+    ]
+    opt = make(*constraints, nonfinite="drop")
+    opt.observe({"r": [1.0, None, 4.0], "seen": [1.0, math.nan, 2.0]})
+    opt.observe({"r": [7.0, 8.0], "seen": [None, 6.0]})  # of the same step
+    opt.barrier_loss({"nll": torch.tensor([0.5, 1.0, 3.0])})
+    step(opt)
+    found = opt.metrics()
+    assert {name: found[f"constraints/{name}/batch_mean"] for name in ("r", "seen", "nll")} == {
+        "r": 5,
+        "seen": 3,
+        "nll": 1.5,
+    }
+    observe(opt, {"r": [2.0, 4.0]})
+    found = opt.metrics()
+    assert found["constraints/r/batch_mean"] == 3
+    assert 3 < found["constraints/r/estimate"] < 5
+    assert "constraints/seen/batch_mean" not in found  # nothing in this batch
+    assert found["constraints/seen/estimate"] == 3
+
+
+def test_a_step_that_was_skipped_leaves_the_mean_of_the_batch():
+    opt = make(l3ms.Constraint("r", max=9.0))
+    observe(opt, {"r": [1.0, 3.0]})
+    opt.observe({"r": [5.0, 7.0]})
+    for group in opt.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.full_like(parameter, math.nan)
+    opt.step()
+    assert opt.skipped_steps == 1
+    assert opt.metrics()["constraints/r/batch_mean"] == 2
+
+
+def test_a_state_of_0_1_0_has_no_mean_of_a_batch():
+    opt, other = make(l3ms.Constraint("r", max=9.0)), make(l3ms.Constraint("r", max=9.0))
+    observe(opt, {"r": [1.0, 3.0]})
+    state = opt.state_dict()
+    del state["l3m"]["batch_mean"]
+    other.load_state_dict(state)
+    expected = {key: value for key, value in opt.metrics().items() if "constraints" in key and "batch_mean" not in key}
+    assert {key: value for key, value in other.metrics().items() if "constraints" in key} == expected
+
+
 def test_standard_error_of_one_batch_is_the_textbooks():
     opt = make(l3ms.Constraint("r", max=9.0))
     batch = torch.tensor([1.0, 3.0, 4.0, 8.0], dtype=torch.float64)

@@ -26,7 +26,9 @@ def test_train_writes_the_whole_run_and_can_be_repeated(project, checkpoint, cap
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     wanted = {"loss", "learning_rate", "l3m/mu", "l3m/skipped_steps", "l3m/truncated"}
-    assert wanted | {f"constraints/length/{key}" for key in ("estimate", "stderr", "lambda", "slack")} <= set(rows[0])
+    assert wanted | {
+        f"constraints/length/{key}" for key in ("estimate", "stderr", "batch_mean", "lambda", "slack")
+    } <= set(rows[0])
     assert list(out.glob("tensorboard/events*"))
 
     report = json.loads((out / "report.json").read_text())
@@ -56,6 +58,7 @@ def test_train_writes_the_whole_run_and_can_be_repeated(project, checkpoint, cap
     assert said.err == ""
     assert "180 rows to train on, 20 held out" in said.out
     assert "L3M 4/4  loss" in said.out
+    assert "sampling, averaged weights: 16/16\n" in said.out
     assert "in [4, 9]" in said.out
     assert "L3M averaged" in said.out
 
@@ -86,7 +89,9 @@ def test_train_on_messages_with_adapters_and_rewards(project, checkpoint, capsys
 
 def test_plain_fine_tuning(project, capsys):
     assert l3ms(project / "run.yaml", "--train.solver", "none", "--iterations", 2, "--constraints", "[]") == 0
-    assert "SFT averaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("SFT averaged") == 2  # in the table, and above the examples
+    assert "L3M" not in said
     report = json.loads((project / "out/report.json").read_text())
     assert (report["mu_end"], report["bounds"]) == (None, {"min": None, "max": None})
 

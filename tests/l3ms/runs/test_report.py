@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import pytest
 from rich.console import Console
@@ -38,8 +39,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def shown(table):
-    console = Console(file=io.StringIO(), width=140)
+def shown(table, width=140):
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -114,6 +115,67 @@ def test_tables():
     text = shown(examples_table([{"prompt": "def f(x)", "sft": "A [bold]long[/bold] one", "average": "Short."}]))
     assert "A [bold]long[/bold] one" in text
     assert "\x1b]0;title" not in shown(examples_table([{"prompt": "x", "average": "\x1b]0;title\x07" + "y" * 999}]))
+
+
+def item(name, kind="length", minimum=None, maximum=None, threshold=None):
+    return {"name": name, "type": kind, "min": minimum, "max": maximum, "threshold": threshold}
+
+
+def test_every_constraint_is_in_the_tables_however_narrow():
+    items = [
+        item("length", maximum=0.05, threshold=100), item("mean", minimum=12, maximum=16), item("second", maximum=20),
+        item("kl", "kl", maximum=5), item("watched", "function"), item("unseen", "function", 1),
+    ]  # fmt: skip
+    means = {"length": 0.0311, "mean": 14.2, "second": 14.2, "kl": 7.25, "watched": 12.5}
+    measured = {"constraints": {name: {"mean": mean, "ci95": [mean - 0.5, mean + 0.5]} for name, mean in means.items()}}
+    found = {"initial": summary(14.2, **measured), "average": summary(14.2, **measured)}
+    text = shown(summary_table({"constraints": items, "bounds": {"min": 12, "max": 16}, **found}), width=80)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["P(length", ">=", "100)", "<=", "0.05", *["0.0311", "±", "0.5"] * 2] in rows
+    assert ["second", "<=", "20", *["14.2", "±", "0.5"] * 2] in rows
+    assert ["kl", "<=", "5", *["7.25", "±", "0.5"] * 2] in rows
+    assert ["watched", "-", *["12.5", "±", "0.5"] * 2] in rows
+    assert ["unseen", ">=", "1", "-", "-"] in rows
+    assert not any(row[:1] == ["mean"] for row in rows)  # in the columns of the length
+    assert "mean in [12, 16], second <= 20" in " ".join(text.split())
+    assert "…" not in text
+
+
+def test_names_with_markup_are_shown_as_they_are():
+    names = ["[red]polite[/red]", "[/]", "a[b]\\", ":smile:"]
+    values = {name: {"mean": 0.5, "ci95": [0.4, 0.6]} for name in names}
+    text = shown(summary_table({"constraints": [item(name, "function", 1) for name in names],
+                                "average": summary(3.0, constraints=values)}))  # fmt: skip
+    for name in names:
+        assert text.count(name) == 2  # wanted, and its row
+
+
+def test_values_beyond_their_bounds_are_red():
+    items = [item("length", minimum=12), item("kl", "kl", maximum=5)]
+    values = {"kl": {"mean": 7.25, "ci95": [7, 7.5]}}
+    table = summary_table({"constraints": items, "bounds": {"min": 12}, "average": summary(14.0, constraints=values)})
+    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="standard")
+    console.print(table)
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert re.search(r"\x1b\[31m *7\.25 ± 0\.25\x1b", text)
+    assert re.search(r"\x1b\[32m *14\.00\x1b", text)
+
+
+def test_an_interval_of_one_sample_is_none():
+    one = summary(14.0)
+    for interval in ([-math.inf, math.inf], [None, None], None):
+        one["length"]["ci95"] = interval
+        rows = [line.split() for line in shown(summary_table({"average": one})).splitlines()]
+        assert ["L3M", "averaged", "14.00", "-", "3", "14", "28", "99.5%", "12.346"] in rows
+
+
+@pytest.mark.parametrize(
+    ("solver", "word"), [("none", "SFT"), ("barrier", "L3M"), ("penalty", "penalty"), (None, "L3M")]
+)
+def test_examples_are_headed_by_the_solver(solver, word):
+    text = shown(examples_table([{"prompt": "x", "initial": "y", "average": "z"}], {"solver": solver}))
+    assert f"{word} averaged" in text
+    assert ("L3M" in text) == (word == "L3M")
 
 
 def test_a_share_of_lengths_is_not_the_mean_length():
