@@ -21,8 +21,8 @@ HIDDEN, HEADS, HEAD = 32, 4, 8
 # a tiny value <- names of a size in the configurations of transformers
 SIZES = (
     (VOCABULARY, "vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size unpadded_vocab_size"),
-    (HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size lru_width adapter_in_dim adapter_input_size"),
-    (HIDDEN, "word_embed_proj_dim attention_hidden_size pronunciation_embed_dim shape_embed_dim router_hidden_size ple_embed_dim"),
+    (HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size lru_width adapter_in_dim hidden_size_global"),
+    (HIDDEN, "word_embed_proj_dim attention_hidden_size pronunciation_embed_dim shape_embed_dim router_hidden_size ple_embed_dim adapter_input_size adapter_out_dim"),
     (48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size shared_expert_intermediate_size dim_ff dff d_inner"),
     (48, "ffn_hidden_size expert_ffn_hidden_size shared_intermediate_size shared_experts_intermediate_size intermediate_size_mlp n_inner"),
     (48, "dense_intermediate_size moe_shared_expert_intermediate_size feed_forward_size"),
@@ -59,6 +59,7 @@ ODD: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA, "num_hidden_layers": 2, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}, "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 48, "moe_top_k": 2}},
+    "doge": {"keep_window_size": 64},  # a longer sequence is cut to the best keys, later ones among them
     "dots3_note": {"num_key_value_heads": HEADS},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
@@ -72,6 +73,7 @@ ODD: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": 64, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (8, 24), "attn_layers": ["local", "lsh"]},
+    "xlm": {"causal": True},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -111,7 +113,7 @@ def _shrunk(config_class: Any) -> dict[str, Any]:
                 found[name] = BOS
         elif value is None and name in UNSET:
             found[name] = UNSET[name]
-        elif isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_prob"))):
+        elif isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith(("_pdrop", "_prob"))):
             found[name] = 0.0
     if "is_decoder" in values:
         found["is_decoder"] = True  # the encoders look at later tokens without it

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 import l3ms
 from l3ms.model.heads import fuse_head
+from l3ms.rollouts import stepping
 
 TOLERANCE = 1e-3  # of log-likelihoods, nats; gradients and steps: of the largest entry
 REFUSALS = ("fuse_head: ", "rollout: ")  # how a refusal begins
@@ -170,19 +171,25 @@ def _recorded(model: Any):
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     drawn: dict[tuple[int, ...], Tensor] = {}
 
+    def record(rows: Any, scores: Tensor) -> None:
+        for ids, row in zip(rows, scores.float().log_softmax(-1), strict=True):
+            start = next((i for i, token in enumerate(ids) if token != PAD), len(ids))
+            drawn.setdefault(tuple(ids[start:]), row)
+
     class Record(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
-            for ids, row in zip(input_ids.tolist(), scores.float().log_softmax(-1), strict=True):
-                start = next((i for i, token in enumerate(ids) if token != PAD), len(ids))
-                drawn.setdefault(tuple(ids[start:]), row)
+            record(input_ids.tolist(), scores)
             return scores
 
     generate: Callable[..., Any] = inner.generate
     inner.generate = lambda *args, **options: generate(*args, **options, logits_processor=LogitsProcessorList([Record()]))
+    draw = stepping.draw
+    stepping.draw = lambda rows, logits: (record(rows, logits), draw(rows, logits))[1]
     try:
         yield drawn
     finally:
         del inner.generate
+        stepping.draw = draw
 
 
 @dataclass

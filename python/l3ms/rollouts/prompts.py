@@ -13,3 +13,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
             ids.pop()
         return ids
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+
+
+def as_turns(tokenizer: Any, prompt: Prompt) -> Prompt:
+    """A text becomes one user turn where the tokenizer has a chat template, as the model was trained to be asked."""
+    if isinstance(prompt, str) and prompt and getattr(tokenizer, "chat_template", None):
+        return [{"role": "user", "content": prompt}]
+    return prompt

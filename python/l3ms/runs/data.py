@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.model.columns import ROW, TAKEN
-from l3ms.rollouts.prompts import Prompt, encode_prompt
+from l3ms.rollouts.prompts import Prompt, as_turns, encode_prompt
 
 if TYPE_CHECKING:
     from l3ms.config.run_config import DataConfig
@@ -223,8 +223,8 @@ def encode(
         if not isinstance(prompt, str) and not template:
             hint = "use prompt/completion rows"
             raise ConfigError("data.train", f"rows hold messages, but the tokenizer has no chat template; {hint}")
-        if isinstance(prompt, str) and template and chat_template and prompt:
-            prompt = [{"role": "user", "content": prompt}]
+        if chat_template:
+            prompt = as_turns(tokenizer, prompt)
         head, tail = _tokens(tokenizer, prompt, example.completion)
         if not head or len(head) > longest_prompt:
             result.dropped += 1
