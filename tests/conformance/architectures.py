@@ -107,8 +107,8 @@ def _shrunk(config_class: Any) -> dict[str, Any]:
         elif name in SPECIAL:
             found[name] = SPECIAL[name]
         elif isinstance(value, int) and not isinstance(value, bool):
-            if name in TINY:
-                found[name] = min(value, TINY[name]) if value else value
+            if (size := TINY.get(name, TINY.get(name.removeprefix("swa_")))) is not None:
+                found[name] = min(value, size)
             elif name.endswith("_token_id") and value >= VOCABULARY:
                 found[name] = BOS
         elif value is None and name in UNSET:

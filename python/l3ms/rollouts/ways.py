@@ -64,7 +64,7 @@ def way_of(model: Any, tokenizer: Any, pad: int) -> Way:
 
 
 def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
-    exact = model.dtype in (torch.float32, torch.float64)
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
     limit = EXACT if exact else max(NARROW, NOISE * _noise(model, tokens, pad))
     kinds: tuple[Literal["padded", "equal lengths"], ...] = ("padded", "equal lengths")
     for kind in kinds:
