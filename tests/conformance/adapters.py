@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
     "oft_block_size": 8,
 }
 ODD: dict[str, dict[str, Any]] = {
+    "ADAPTION_PROMPT": {"target_modules": None},
     "ADALORA": {"init_r": 6, "target_r": 4, "total_step": 10, "tinit": 1, "tfinal": 1},
     "CPT": {"cpt_token_ids": [5, 6, 7], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
     "IA3": {"feedforward_modules": []},

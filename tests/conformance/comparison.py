@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from architectures import BOS, EOS, PAD, VOCABULARY, NotBuilt
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -54,7 +55,8 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     @staticmethod
-    def made() -> "Batch":
+    def made(*weights: float) -> "Batch":
+        """Three rows."""
         drawn = torch.Generator().manual_seed(4)
         ids = torch.randint(4, VOCABULARY, (3, 13), generator=drawn)
         mask, labels = torch.ones_like(ids), ids.clone()
@@ -62,19 +64,33 @@ class Batch:
             labels[row, :prompt] = -100
             labels[row, end:] = -100
             ids[row, end:], mask[row, end:] = PAD, 0
-        return Batch(ids, mask, labels, torch.tensor([0.5, -0.2, 0.3]))
+        return Batch(ids, mask, labels, torch.tensor(weights))
 
 
 # ---- what the model's own logits say ----
 
 
 def own_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(-sum_n seq_weight_n log pi(y_n) and what the model adds to its loss, (N,) log-likelihoods)."""
-    logits = model(**batch.seen, use_cache=False).logits.float()[:, -batch.labels.shape[1] :]
+    """(the loss that is wanted, (N,) log-likelihoods).
+
+    -sum_n seq_weight_n log pi(y_n), and what the model adds to its own mean cross-entropy (a router loss): times the sum of the tokens'
+    weights, which is 1 for a mean; not at all where a weight is negative.
+    """
+    try:
+        out = model(**batch.seen, labels=batch.labels, use_cache=False)
+    except ValueError:  # a loss of its own for labels of another shape
+        out = model(**batch.seen, use_cache=False)
+    logits = out.logits.float()[:, -batch.labels.shape[1] :]
     targets = batch.labels[:, 1:]
     scored = targets != -100
     token = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * scored
-    return -(batch.seq_weight * token.sum(1)).sum(), token.sum(1)
+    loss = -(batch.seq_weight * token.sum(1)).sum()
+    if (batch.seq_weight >= 0).all() and out.loss is not None:
+        plain = -token.sum() / scored.sum()
+        aligned = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())  # some expect labels that are shifted
+        if abs(float(out.loss - aligned)) > 1e-5 * abs(float(aligned)):
+            loss = loss + (batch.seq_weight * scored.sum(1)).sum() * (out.loss - plain)
+    return loss, token.sum(1)
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -109,7 +125,7 @@ def runs_by_itself(model: Any) -> None:
     """Its own forward and backward, without ours."""
     try:
         torch.manual_seed(0)
-        loss, _ = own_loss(model.train(), Batch.made())
+        loss, _ = own_loss(model.train(), Batch.made(*WEIGHTS[0]))
         finite = bool(loss.isfinite())
         gradients(model, loss)
     except Exception as error:
@@ -118,19 +134,27 @@ def runs_by_itself(model: Any) -> None:
         raise NotBuilt("its own loss is not finite")
 
 
+WEIGHTS = ((0.05, 0.1, 0.02), (0.5, -0.2, 0.3))  # of a task, which has the model's own loss terms, and of constraints
+
+
 def compare_loss(model: Any) -> None:
-    batch = Batch.made()
+    batches = [Batch.made(*weights) for weights in WEIGHTS]
     model.train()
-    torch.manual_seed(0)
-    wanted, sequence = own_loss(model, batch)
-    wanted_gradients = gradients(model, wanted)
+    wanted = []
+    for batch in batches:
+        torch.manual_seed(0)
+        loss, sequence = own_loss(model, batch)
+        wanted.append((loss.detach(), sequence.detach(), gradients(model, loss)))
     _refusing(lambda: fuse_head(model))
     model.train()
-    torch.manual_seed(0)
-    out = _refusing(lambda: model(**batch.seen, labels=batch.labels, seq_weight=batch.seq_weight, use_cache=False))
-    same("log-likelihood", sequence, out.sequence)
-    same("loss", wanted.detach(), out.loss.detach())
-    same_gradients("gradient", wanted_gradients, gradients(model, out.loss))
+    for batch, (loss, sequence, slope) in zip(batches, wanted, strict=True):
+        torch.manual_seed(0)
+        out = _refusing(
+            lambda batch=batch: model(**batch.seen, labels=batch.labels, seq_weight=batch.seq_weight, use_cache=False)
+        )
+        same("log-likelihood", sequence, out.sequence)
+        same("loss", loss, out.loss.detach())
+        same_gradients("gradient", slope, gradients(model, out.loss))
 
 
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [15, 16, 17, 18], [19, 20], [21, 22, 23, 24])
@@ -139,11 +163,11 @@ PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [15, 16, 17, 18], [19, 20], 
 def compare_sampling(model: Any) -> None:
     """The log-likelihoods by which tokens were drawn are those that the training's forward gives them."""
     model.eval()
+    options: dict[str, Any] = {"prompts": ["w5"] * len(PROMPTS), "prompt_ids": PROMPTS}
     torch.manual_seed(0)
+    _refusing(lambda: l3ms.rollout(model, tokenizer(), max_new_tokens=1, **options))  # its way is tried, which is no sampling
     with _recorded(model) as drawn:
-        out = _refusing(
-            lambda: l3ms.rollout(model, tokenizer(), ["w5"] * len(PROMPTS), prompt_ids=PROMPTS, max_new_tokens=6)
-        )
+        out = _refusing(lambda: l3ms.rollout(model, tokenizer(), max_new_tokens=6, **options))
     with torch.no_grad():
         scored = model(
             input_ids=out.input_ids,
@@ -151,7 +175,7 @@ def compare_sampling(model: Any) -> None:
             labels=out.labels,
             seq_weight=torch.zeros(len(out)),
             use_cache=False,
-        ).token
+        ).token[:, -out.input_ids.shape[1] :]  # a learned prefix is before them
     for row, prompt in enumerate(PROMPTS):
         answer = out.completion_ids()[row]
         for place, token in enumerate(answer):
@@ -199,11 +223,13 @@ class _Steps(TrainerCallback):
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)  # S, by which L3MOptimizer multiplies a gradient
+    states: list[Tensor] = field(default_factory=list)  # of the random generator
     optimizer: Callable[[], Any] = lambda: None
 
     def see(self, module: Any, args: Any, given: dict[str, Any]) -> None:
         if given.get("seq_weight") is not None and torch.is_grad_enabled():
             self.weights.append(_trained(module))
+            self.states.append(torch.get_rng_state())
             names = ("input_ids", "attention_mask", "labels", "seq_weight")
             total = self.optimizer().estimates.total
             self.factors.append(float(self.optimizer().task_share if total is None else total))
@@ -246,13 +272,13 @@ def compare_step(model: Any) -> None:
         raise Wrong(f"step: {len(steps.batches)} calls of the model for 2 half-steps")
     after = [*steps.weights[1:], _trained(model)]
     named = dict(model.named_parameters())
-    halves = zip(("task", "constraint"), steps.factors, steps.weights, steps.batches, after, strict=True)
-    for half, factor, before, batch, got in halves:
+    halves = zip(("task", "constraint"), steps.factors, steps.weights, steps.batches, steps.states, after, strict=True)
+    for half, factor, before, batch, state, got in halves:
         with torch.no_grad():
             for name, value in before.items():
                 named[name].copy_(value)
         model.train()
-        torch.manual_seed(0)
+        torch.set_rng_state(state)
         slope = gradients(model, own_loss(model, batch)[0])
         moved = {name: (before[name] - got[name]) / RATE for name in before}
         # of a weight that was subtracted from
@@ -274,4 +300,4 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-COMPARISONS = (compare_loss, compare_sampling, compare_step)
+COMPARISONS = {"loss": compare_loss, "sampling": compare_sampling, "step": compare_step}
