@@ -1,7 +1,7 @@
 """`make conformance`: every architecture and adapter, one after the other, each with a time limit; the page is written from what came out.
 
-    python tests/conformance                     # all, and docs/conformance.md
-    python tests/conformance llama LORA --dry    # some, and no page
+python tests/conformance                     # all, and docs/conformance.md
+python tests/conformance llama LORA --dry    # some, and no page
 """
 
 import argparse
@@ -52,7 +52,9 @@ def judged(name: str, group: str, make: Callable[[], Any]) -> Result:
         return Result(name, group, "wrong", str(error))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(where.filename).name}:{where.lineno})"
+        line = (
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(where.filename).name}:{where.lineno})"
+        )
         return Result(name, group, "crash", line)
     return Result(name, group, "right", "")
 
@@ -72,7 +74,9 @@ def limited(seconds: int) -> Iterator[None]:
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("names", nargs="*", help="model types of transformers, adapter types of peft; all where none is given")
+    options.add_argument(
+        "names", nargs="*", help="model types of transformers, adapter types of peft; all where none is given"
+    )
     options.add_argument("--limit", type=int, default=90, help="seconds for each")
     options.add_argument("--dry", action="store_true", help="write no page")
     given = options.parse_args()
@@ -91,7 +95,11 @@ def main() -> int:
         group, make = everything[name]
         began = time.perf_counter()
         try:
-            with limited(given.limit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                limited(given.limit),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 result = judged(name, group, make)
         except TooSlow as error:
             result = Result(name, group, "crash", str(error))

@@ -109,7 +109,9 @@ def same(what: str, wanted: Tensor, got: Tensor, *, size: float = 0.0, rounding:
         raise Wrong(f"{what}: {apart:.2g} apart, of {size:.2g}")
 
 
-def same_gradients(what: str, wanted: dict[str, Tensor], got: dict[str, Tensor], rounding: dict[str, float] | None = None) -> None:
+def same_gradients(
+    what: str, wanted: dict[str, Tensor], got: dict[str, Tensor], rounding: dict[str, float] | None = None
+) -> None:
     """A gradient that is not there is one of 0."""
     largest = max((float(value.abs().max()) for value in wanted.values()), default=0.0)
     for name in sorted(wanted.keys() | got.keys()):
@@ -165,7 +167,9 @@ def compare_sampling(model: Any) -> None:
     model.eval()
     options: dict[str, Any] = {"prompts": ["w5"] * len(PROMPTS), "prompt_ids": PROMPTS}
     torch.manual_seed(0)
-    _refusing(lambda: l3ms.rollout(model, tokenizer(), max_new_tokens=1, **options))  # its way is tried, which is no sampling
+    _refusing(
+        lambda: l3ms.rollout(model, tokenizer(), max_new_tokens=1, **options)
+    )  # its way is tried, which is no sampling
     with _recorded(model) as drawn:
         out = _refusing(lambda: l3ms.rollout(model, tokenizer(), max_new_tokens=6, **options))
     with torch.no_grad():
@@ -206,7 +210,9 @@ def _recorded(model: Any):
             return scores
 
     generate: Callable[..., Any] = inner.generate
-    inner.generate = lambda *args, **options: generate(*args, **options, logits_processor=LogitsProcessorList([Record()]))
+    inner.generate = lambda *args, **options: generate(
+        *args, **options, logits_processor=LogitsProcessorList([Record()])
+    )
     draw = stepping.draw
     stepping.draw = lambda rows, logits: (record(rows, logits), draw(rows, logits))[1]
     try:
@@ -248,11 +254,30 @@ def compare_step(model: Any) -> None:
     rows = []
     for i in range(6):
         prompt, answer = (torch.randint(4, VOCABULARY, (n,), generator=drawn).tolist() for n in (1 + i % 3, 2 + i % 4))
-        rows.append({"input_ids": [*prompt, *answer, EOS], "labels": [-100] * len(prompt) + [*answer, EOS], "prompt": "w5"})
+        rows.append(
+            {"input_ids": [*prompt, *answer, EOS], "labels": [-100] * len(prompt) + [*answer, EOS], "prompt": "w5"}
+        )
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"max_steps": 1, "constraint_batch_size": 6, "per_device_train_batch_size": 6, "max_new_tokens": 5}
-        options |= {"learning_rate": RATE, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "report_to": []}
-        options |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "average_fraction": 0.0}
+        options: dict[str, Any] = {
+            "max_steps": 1,
+            "constraint_batch_size": 6,
+            "per_device_train_batch_size": 6,
+            "max_new_tokens": 5,
+        }
+        options |= {
+            "learning_rate": RATE,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+            "report_to": [],
+        }
+        options |= {
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "average_fraction": 0.0,
+        }
         trainer = _refusing(
             lambda: l3ms.L3MTrainer(
                 model,
@@ -283,7 +308,9 @@ def compare_step(model: Any) -> None:
         moved = {name: (before[name] - got[name]) / RATE for name in before}
         # of a weight that was subtracted from
         rounding = {name: 4e-7 * float(value.abs().max()) / RATE for name, value in before.items()}
-        same_gradients(f"{half} half-step", {name: factor * slope[name] for name in before if name in slope}, moved, rounding)
+        same_gradients(
+            f"{half} half-step", {name: factor * slope[name] for name in before if name in slope}, moved, rounding
+        )
 
 
 def _refusing(call: Callable[[], Any]) -> Any:

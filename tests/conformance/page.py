@@ -26,9 +26,10 @@ def written(results: Sequence[Result]) -> str:
     lines = [
         "# Conformance",
         "",
-        "Written by `make conformance`, not by hand: every causal-LM architecture that the installed transformers maps, built tiny in float32, and a tiny",
-        "Llama with every adapter type of the installed peft. Each is compared with its own logits: loss and gradients of the fused head (with what the",
-        "model adds to its own loss), the distribution that responses are sampled from, both half-steps of an iteration of `L3MTrainer`.",
+        "Written by `make conformance`, not by hand: every causal-LM architecture that the installed transformers maps, built tiny in",
+        "float32, and a tiny Llama with every adapter type of the installed peft. Each is compared with its own logits: loss and gradients",
+        "of the fused head (with what the model adds to its own loss, a router loss), the distribution that responses are sampled from, both",
+        "half-steps of an iteration of `L3MTrainer`.",
         "",
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}.",
         "",
@@ -39,8 +40,8 @@ def written(results: Sequence[Result]) -> str:
         lines.append(f"| {group}s | {sum(row)} | " + " | ".join(map(str, row)) + " |")
     lines += [
         "",
-        "*right*: equal to what its own logits give, within 1e-3. *refused*: one line, before anything is computed. *not built*: it cannot be made",
-        "tiny here, or its own forward fails as a causal language model. *wrong*, *crash*: faults of this package.",
+        "*right*: equal to what its own logits give, within 1e-3. *refused*: one line, before anything is computed. *not built*: it",
+        "cannot be made tiny here, or its own forward fails as a causal language model. *wrong*, *crash*: faults of this package.",
     ]
     for group in groups:
         of_group = [result for result in results if result.group == group]

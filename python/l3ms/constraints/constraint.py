@@ -22,7 +22,7 @@ Rewards = Sequence[float | None]
 Reward = Callable[..., Rewards | Awaitable[Rewards]]
 
 # What a function of texts raises on lists, and what it is told.
-SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError)
+SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
 MESSAGES = (
     "prompts and completions are lists of messages here, since the model has a chat template: "
     'read completion[-1]["content"], or keep text prompts plain with chat_template false'

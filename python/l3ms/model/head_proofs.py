@@ -1,11 +1,11 @@
 """The proof that a fused head is the model's own, on the model at hand and through what will be called.
 
-A handful of forwards of three short prompts, without gradients: the logits do not see later tokens, nor padding on the right (what padding on
-the left does to sampling is `rollouts.ways`'s); log-likelihoods are those of the model's own logits, at their own size and at thirty times that; what the model
-adds to its own loss is known. Tolerances are the rounding of the model's own precision, and nothing of the model is changed.
+A handful of forwards of three short prompts, without gradients: the logits do not see later tokens, nor padding on the right (what padding
+on the left does to sampling is for `rollouts.ways`); log-likelihoods are those of the model's own logits, at their own size and at thirty
+times that; what the model adds to its own loss is known. Tolerances are the rounding of the model's own precision, and nothing of the model
+is changed.
 """
 
-import inspect
 import random
 import warnings
 from collections.abc import Iterator

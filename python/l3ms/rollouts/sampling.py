@@ -2,8 +2,8 @@
 
 Sampling is `transformers.generate` with every filter off (no top-k, top-p, penalties): the gradient of the constraints is that of the
 distribution that was sampled. Sequences come back right-padded whatever the tokenizer does, so that positions count from 0 as in training.
-Prompts go in one batch, in batches of one length, or through a whole forward for each token: `ways` finds what a model needs to be sampled as
-it is scored.
+Prompts go in one batch, in batches of one length, or through a whole forward for each token: `ways` finds what a model needs to be sampled
+as it is scored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -95,7 +95,13 @@ def rollout(
                     f"rollout: {name} is not sampled by generate, which has another distribution than its forward: leave out "
                     f"{', '.join(sorted(options))}"
                 )
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+            sampling = {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+                "repetition_penalty": 1.0,
+            }
             ending = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
             config = GenerationConfig(**sampling, **ending, **options)
             responses: list[list[int]] = [[] for _ in prompt_ids]

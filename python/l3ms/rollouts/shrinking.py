@@ -100,9 +100,11 @@ def selects(cache: Any) -> bool:
     """
     if type(cache) is not DynamicCache or not cache.layers:
         return False
-    if any(type(layer) is not DynamicLayer or layer.get_seq_length() == 0 for layer in cache.layers):
+    layers: list[Any] = cache.layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
         return False
-    return len({layer.get_seq_length() for layer in cache.layers}) == 1
+    lengths = {layer.get_seq_length() for layer in layers}
+    return len(lengths) == 1 and lengths != {0}
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 
 def sample_by_forward(
-    model: Any, prompts: Sequence[Sequence[int]], pad: int, end: Sequence[int], *, temperature: float, max_new_tokens: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    end: Sequence[int],
+    *,
+    temperature: float,
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """As `shrinking.sample`, with no filter and no cache: rows leave the batch as they end."""
     rows = [list(prompt) for prompt in prompts]
@@ -43,4 +49,6 @@ def scored_logits(model: Any, rows: Sequence[Sequence[int]], pad: int) -> Tensor
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width:]  # a learned prefix is before them
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+        :, -width:
+    ]  # a learned prefix is before them

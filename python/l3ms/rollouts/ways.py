@@ -1,10 +1,10 @@
 """Which way of `generate` draws from the policy that a training's forward scores: tried once for each model, on a few tokens.
 
 `generate` pads prompts on the left and keeps a cache; a training pads on the right and keeps none. To most models that is the same. Where a
-state runs through the padding (RWKV, xLSTM), positions count it (BART's decoder and its kin), or a cache keeps less than the forward sees, another
-distribution would be sampled than is scored, and nothing would say so. So the probabilities of a few next tokens are compared: as generate
-has them, step by step, and as one forward of the whole gives them. The first way that agrees is taken: prompts in one batch, those of one length
-at a time, a whole forward for each token (`stepping`). A model that sees later tokens has none, and is refused.
+state runs through the padding (RWKV, xLSTM), positions count it (BART's decoder and its kin), or a cache keeps less than the forward sees,
+another distribution would be sampled than is scored, and nothing would say so. So the probabilities of a few next tokens are compared: as
+generate has them, step by step, and as one forward of the whole gives them. The first way that agrees is taken: prompts in one batch, those
+of one length at a time, a whole forward for each token (`stepping`). A model that sees later tokens has none, and is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ STRIDE = 7919  # a prime: tokens from all over the vocabulary
 class Way(NamedTuple):
     """How responses are sampled."""
 
-    kind: Literal["padded", "equal lengths", "forward"]  # generate with prompts of unlike lengths, or of one; no generate
+    kind: Literal[
+        "padded", "equal lengths", "forward"
+    ]  # generate with prompts of unlike lengths, or of one; no generate
     shrink: bool  # its cache goes on with some of its rows
 
 
@@ -81,8 +83,9 @@ def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
         return Way("forward", shrink=True)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     raise ValueError(
-        f"rollout: {type(inner).__name__} sees later tokens: the next one has another probability where they are there ({apart:.2g} apart in "
-        "total variation), so no response can be sampled as it is scored; an encoder needs is_decoder=True in its configuration"
+        f"rollout: {type(inner).__name__} sees later tokens: the next one has another probability where they are there "
+        f"({apart:.2g} apart in total variation), so no response can be sampled as it is scored; an encoder needs "
+        "is_decoder=True in its configuration"
     )
 
 
@@ -116,7 +119,7 @@ def _tried(model: Any, tokens: Sequence[int], pad: int, *, padded: bool, exact: 
 def _generated(
     model: Any, prompts: list[list[int]], pad: int
 ) -> tuple[list[Tensor], list[tuple[list[int], Tensor | None]], bool]:
-    """Per row (STEPS, V) logits of the first tokens; all tokens, and the logits of the later ones where it stayed; whether the cache went on."""
+    """Per row (STEPS, V) logits of the first tokens; all tokens, and the logits of the later ones where it stayed. If the cache went on."""
     ids, mask = left_padded(prompts, pad, model.device)
     width = ids.shape[1]
     config = GenerationConfig(
@@ -153,7 +156,9 @@ def _generated(
 def _noise(model: Any, tokens: Sequence[int], pad: int) -> float:
     """Of the forward itself, between a batch and one of its rows alone."""
     rows = [list(tokens[start : start + length]) for start, length in enumerate(LENGTHS)]
-    return _summary([_apart(scored_logits(model, rows, pad)[1, : len(rows[1])], scored_logits(model, rows[1:2], pad)[0])], False)
+    return _summary(
+        [_apart(scored_logits(model, rows, pad)[1, : len(rows[1])], scored_logits(model, rows[1:2], pad)[0])], False
+    )
 
 
 def _apart(one: Tensor, other: Tensor) -> Tensor:

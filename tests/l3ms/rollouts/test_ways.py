@@ -2,6 +2,8 @@
 
 import types
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ from transformers import DynamicCache, GenerationConfig
 import l3ms
 from l3ms.rollouts import sampling, shrinking, ways
 
-SPECIAL = {"vocab_size": 17, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SPECIAL: dict[str, Any] = {"vocab_size": 17, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [3, 4, 5], [15]]
 
 
-def small(kind, **given):
-    config = {
+def small(kind, **given) -> Any:
+    made: dict[str, Callable[[], Any]] = {
         "Bart": lambda: transformers.BartConfig(
             d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=24, dropout=0.0, **SPECIAL
         ),
@@ -27,7 +29,8 @@ def small(kind, **given):
             hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, intermediate_size=24, **SPECIAL
         ),
         "Mamba": lambda: transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **SPECIAL),
-    }[kind]()
+    }
+    config = made[kind]()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -127,13 +130,13 @@ def test_ended_rows_leave_a_sampling_by_forwards(tokenizer):
 
 
 def test_options_of_generate_are_refused_where_it_is_not_used(tokenizer):
-    with pytest.raises(ValueError, match="RobertaForCausalLM is not sampled by generate.*leave out top_k"):
+    with pytest.raises(ValueError, match=r"RobertaForCausalLM is not sampled by generate.*leave out top_k"):
         l3ms.rollout(small("Roberta"), tokenizer, ["a"], max_new_tokens=2, top_k=3)
 
 
 def test_ranks_with_shards_are_refused_where_their_calls_would_differ(tokenizer, make_model, monkeypatch):
     monkeypatch.setattr(sampling, "_in_step", lambda model: True)
-    with pytest.raises(ValueError, match="BartForCausalLM .* keep the whole model on each rank"):
+    with pytest.raises(ValueError, match=r"BartForCausalLM .* keep the whole model on each rank"):
         l3ms.rollout(small("Bart"), tokenizer, ["a"], max_new_tokens=2)
     l3ms.rollout(make_model(), tokenizer, ["a"], max_new_tokens=2)
 
@@ -168,14 +171,15 @@ def test_states_are_left_behind_when_rows_leave():
 # ---- outside of autocast ----
 
 
-def wrapped_by_accelerate(model):
+def wrapped_by_accelerate(model) -> Any:
     from accelerate import Accelerator
 
     return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
 
 
 def test_sampling_is_outside_of_autocast_and_the_training_inside(make_model, tokenizer):
-    model, seen = wrapped_by_accelerate(make_model()), []
+    model: Any = wrapped_by_accelerate(make_model())
+    seen = []
     model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         out = l3ms.rollout(model, tokenizer, ["a", "b c"], max_new_tokens=3)
