@@ -256,7 +256,11 @@ def _named(where: str, completions: Sequence[Any] = ()) -> Iterator[None]:
         yield
     except Exception as error:
         if where not in str(error) and len(error.args) < 2 and all(isinstance(words, str) for words in error.args):
-            given = [MESSAGES] if isinstance(error, SHAPE_ERRORS) and completions and isinstance(completions[0], list) else []
+            given = (
+                [MESSAGES]
+                if isinstance(error, SHAPE_ERRORS) and completions and isinstance(completions[0], list)
+                else []
+            )
             error.args = ("; ".join([": ".join([where, *error.args]), *given]),)
         if where not in str(
             error
