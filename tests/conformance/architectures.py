@@ -74,6 +74,7 @@ ODD: dict[str, dict[str, Any]] = {
     "dots3_note": {"num_key_value_heads": HEADS},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "flint": {"output_router_logits": False},  # its own forward fails with it
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 48, "activation_sparsity_pattern": [0.5, 0.0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 # What every reward function gets of the responses, and of the training that asks, as in TRL; and the arguments of our own on the way.
 TAKEN = frozenset(
-    "prompts completions completion_ids raw_completions ended trainer_state log_extra log_metric lengths self".split()
+    ("prompts", "completions", "completion_ids", "raw_completions", "ended")
+    + ("trainer_state", "log_extra", "log_metric", "lengths", "self")
 )
 # Of a row: what is no further column.
 ROW = frozenset(("input_ids", "labels", "attention_mask", "prompt", "completion"))

@@ -9,7 +9,7 @@ of one length at a time, a whole forward for each token (`stepping`). A model th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -90,7 +90,7 @@ def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
 
 
 def _seen_ahead(model: Any, tokens: Sequence[int], pad: int, *, exact: bool) -> float:
-    (rows,) = _batches(model, tokens, padded=True)
+    rows = _batches(model, tokens, padded=True)[0]
     whole = scored_logits(model, rows, pad)
     parts = []
     for cut in range(1, STEPS + 1):
@@ -102,8 +102,9 @@ def _seen_ahead(model: Any, tokens: Sequence[int], pad: int, *, exact: bool) -> 
 
 def _tried(model: Any, tokens: Sequence[int], pad: int, *, padded: bool, exact: bool) -> Tried:
     first, resumed, selected = [], [], True
-    for prompts in _batches(model, tokens, padded):
-        known, known_later, taken = _generated(model, prompts, pad)
+    batches = _batches(model, tokens, padded)
+    # One after the other, as in a sampling: states that a model keeps in itself would be cleared by a forward in between.
+    for prompts, (known, known_later, taken) in [(prompts, _generated(model, prompts, pad)) for prompts in batches]:
         selected &= taken
         sequences = [sequence for sequence, _ in known_later]
         scored = scored_logits(model, sequences, pad)
@@ -176,12 +177,12 @@ def _summary(parts: list[Tensor], exact: bool) -> float:
 # ---- what is tried ----
 
 
-def _batches(model: Any, tokens: Sequence[int], padded: bool) -> Iterable[list[list[int]]]:
+def _batches(model: Any, tokens: Sequence[int], padded: bool) -> list[list[list[int]]]:
     room = _context(model) - 2 * STEPS - 2
     lengths = [max(1, min(length, room)) for length in LENGTHS]
     prompts = [[tokens[(5 * row + i) % len(tokens)] for i in range(length)] for row, length in enumerate(lengths)]
     if padded:
-        return [prompts]
+        return [prompts, [prompt[:1] for prompt in prompts]]
     return [[prompt, [tokens[(i + 11) % len(tokens)] for i in range(len(prompt))]] for prompt in prompts]
 
 
