@@ -18,7 +18,7 @@ GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +68,9 @@ bench-gpu: $(VENV)/peers ## all peers on a CUDA device, in 8 minutes; writes to 
 bench-results: $(VENV)/peers ## measure all for bench/results and the README: hours, on an idle machine
 	$(BIN)/l3ms bench --full --output bench/results $(ARGS)
 	$(BIN)/python bench/update_readme.py
+
+conformance: dev ## every causal LM of transformers and adapter of peft against its own logits; docs/conformance.md; ARGS="llama LORA --dry"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance $(ARGS)
 
 docs: $(VENV)/documented ## the pages as a site in build/site
 	rm -rf build/pages build/site

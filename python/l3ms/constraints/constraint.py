@@ -21,6 +21,13 @@ from l3ms.rollouts.rollout import Rollout
 Rewards = Sequence[float | None]
 Reward = Callable[..., Rewards | Awaitable[Rewards]]
 
+# What a function of texts raises on lists, and what it is told.
+SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
+MESSAGES = (
+    "prompts and completions are lists of messages here, since the model has a chat template: "
+    'read completion[-1]["content"], or keep text prompts plain with chat_template false'
+)
+
 BOUNDING = ("min", "max", "scale", "margin")  # the options that a monitor has no use for
 
 
@@ -32,9 +39,10 @@ class Constraint:
         name: how it appears in metrics (`constraints/<name>/...`) and in errors.
         function: TRL's reward signature, `(prompts, completions, **columns) -> list[float]`, one value per response; `None` in the list
             excludes that response. May be asynchronous (return an awaitable): those of a rollout run at the same time. Without
-            `**columns` it gets the ones it names. TRL's `trainer_state`, `log_extra` and `log_metric` are given as well, see
-            `trl_arguments`. What it gets are lists of its own. Without a function the values come through `L3MOptimizer.observe` or
-            `.barrier_loss`.
+            `**columns` it gets the ones it names; of every rollout `completion_ids`, `ended` and `raw_completions` (texts with special
+            tokens). Where the tokenizer has a chat template, prompts and completions are lists of messages. TRL's `trainer_state`,
+            `log_extra` and `log_metric` are given as well, see `trl_arguments`. What it gets are lists of its own. Without a function the
+            values come through `L3MOptimizer.observe` or `.barrier_loss`.
         min, max: bounds in native units; at least one.
         threshold: makes it a chance constraint, `min <= P(r >= threshold) <= max`: the reward is replaced by 1 where it is at least the
             threshold and 0 elsewhere, and the bounds are probabilities.
@@ -152,8 +160,8 @@ class Constraint:
 
     def begin(self, rollout: Rollout, model: Any = None) -> Asked:
         """Ask, and let an asynchronous function run in the background until the values are wanted."""
-        with _named(self.where):
-            return Asked(self, async_rewards.begin(self.ask(rollout, model)), len(rollout))
+        with _named(self.where, rollout.completions):
+            return Asked(self, async_rewards.begin(self.ask(rollout, model)), len(rollout), rollout.completions)
 
     def measure(self, rollout: Rollout, model: Any = None) -> list[float | None]:
         """One value per response of a rollout, NaN and inf let through; 0 or 1 with a threshold.
@@ -182,7 +190,7 @@ class Constraint:
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
         """The rewards themselves, before a threshold, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
-        with _named(self.where):
+        with _named(self.where, completions):
             answer = async_rewards.begin(self.call(prompts, completions, lengths, **columns))
             return self.checked(async_rewards.wait(answer), len(completions))
 
@@ -207,10 +215,11 @@ class Asked(NamedTuple):
     constraint: Constraint
     answer: Any  # of its function, or on its way
     count: int
+    completions: Sequence[Any] = ()
 
     def values(self) -> list[float | None]:
         """As `Constraint.measure`."""
-        with _named(self.constraint.where):
+        with _named(self.constraint.where, self.completions):
             return self.constraint.indicator(self.constraint.checked(async_rewards.wait(self.answer), self.count))
 
     def cancel(self) -> None:
@@ -240,13 +249,19 @@ def _own(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Around what a function does: an error says whose, and stays of its kind, which callers may catch."""
+def _named(where: str, completions: Sequence[Any] = ()) -> Iterator[None]:
+    """Around what a function does: an error says whose, and stays of its kind, which callers may catch. That of a function of texts on
+    messages says nothing of them by itself."""
     try:
         yield
     except Exception as error:
         if where not in str(error) and len(error.args) < 2 and all(isinstance(words, str) for words in error.args):
-            error.args = (": ".join([where, *error.args]),)
+            given = (
+                [MESSAGES]
+                if isinstance(error, SHAPE_ERRORS) and completions and isinstance(completions[0], list)
+                else []
+            )
+            error.args = ("; ".join([": ".join([where, *error.args]), *given]),)
         if where not in str(
             error
         ):  # it makes its words of something else: a note, which Python 3.11 prints, and our commands do

@@ -115,3 +115,10 @@ def _takes_parts_only(tokenizer: Any, template: str) -> bool:
             return False
 
     return not shows(MARK) and shows([{"type": "text", "text": MARK}])
+
+
+def as_turns(tokenizer: Any, prompt: Prompt) -> Prompt:
+    """A text becomes one user turn where the tokenizer has a chat template, as the model was trained to be asked."""
+    if isinstance(prompt, str) and prompt and getattr(tokenizer, "chat_template", None):
+        return [{"role": "user", "content": prompt}]
+    return prompt

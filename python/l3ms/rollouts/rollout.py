@@ -51,6 +51,7 @@ class Rollout:
     host_lengths: list[int] = field(default_factory=list)  # `lengths`, with no device to wait for; made where not given
     temperature: float = 1.0  # of the sampling
     training: Mapping[str, Any] = field(default_factory=dict)  # what reward functions get of the training that asks
+    raw_completions: list[str] = field(default_factory=list)  # texts with their special tokens
 
     def __post_init__(self) -> None:
         check_columns("Rollout", self.columns, len(self.prompts))
@@ -100,8 +101,10 @@ class Rollout:
                 answer.cancel()
 
     def reward_columns(self) -> dict[str, list[Any]]:
-        """What reward functions get beside prompts and completions: the data's columns, `completion_ids` and `ended` (bool)."""
-        return {**self.columns, "completion_ids": self.completion_ids(), "ended": self.ended.tolist()}
+        """What reward functions get beside prompts and completions: the data's columns, `completion_ids`, `ended` (bool), and
+        `raw_completions`, the texts with their special tokens."""
+        own = {"completion_ids": self.completion_ids(), "ended": self.ended.tolist()}
+        return {**self.columns, **own, **({"raw_completions": self.raw_completions} if self.raw_completions else {})}
 
     def completion_ids(self) -> list[list[int]]:
         """The response tokens of each sequence."""

@@ -2,17 +2,22 @@
 
 Sampling is `transformers.generate` with every filter off (no top-k, top-p, penalties): the gradient of the constraints is that of the
 distribution that was sampled. Sequences come back right-padded whatever the tokenizer does, so that positions count from 0 as in training.
+Prompts go in one batch, in batches of one length, or through a whole forward for each token: `ways` finds what a model needs to be sampled
+as it is scored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig
 
-from l3ms.rollouts.prompts import Prompt, TemplateRefusal, encode_prompt, template_options
+from l3ms.rollouts.prompts import Prompt, TemplateRefusal, as_turns, encode_prompt, template_options
 from l3ms.rollouts.rollout import Rollout, check_columns
 from l3ms.rollouts.shrinking import sample
+from l3ms.rollouts.stepping import sample_by_forward
+from l3ms.rollouts.ways import outside_autocast, way_of
 
 
 @torch.no_grad()
@@ -26,24 +31,33 @@ def rollout(
     batch_size: int | None = None,
     prompt_ids: Sequence[Sequence[int]] | None = None,
     columns: dict[str, list[Any]] | None = None,
+    chat_template: bool = True,
+    special_tokens: bool = False,
     **options: Any,
 ) -> Rollout:
-    """Sample one response to each prompt. Draws from torch's global generator.
+    """Sample one response to each prompt. Draws from torch's global generator, outside of any autocast.
+
+    The first call for a model takes a dozen forwards more: whether padding and cache leave its distribution as it is scored.
 
     Args:
         model: a transformers causal LM.
-        prompts: texts, or lists of messages (through the tokenizer's chat template).
+        prompts: texts, or lists of messages (through the tokenizer's chat template). Where the tokenizer has a template, a text becomes one
+            user turn, and rewards get messages, as in a run from a YAML file.
         max_new_tokens: a response that has not ended by then is truncated.
         temperature: of the sampling; give the same to the loss.
         batch_size: responses sampled at a time; by default all.
-        prompt_ids: tokens of the prompts, where they are at hand; otherwise the tokenizer makes them.
+        prompt_ids: tokens of the prompts, where they are at hand, and the prompts are what they were made of; otherwise the tokenizer makes
+            them.
         columns: more columns of the data, a value per prompt, passed on to the rewards; those called `tools` and `chat_template_kwargs` the
             chat template gets as well.
+        chat_template: False keeps a text prompt plain.
+        special_tokens: leave special tokens in the text of the completions, the end token too. Rewards that want both versions take the
+            argument `raw_completions`, which always has them.
         options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
 
     Raises:
         ValueError: no prompt, an empty one or one that the chat template refuses, no EOS token, or temperature or max_new_tokens not
-            positive; a column of another length, or with a name that reward functions know as something else.
+            positive; a column of another length, or with a name that reward functions know as something else; a model that cannot be sampled as it is scored.
     """
     if not prompts:
         raise ValueError("rollout: prompts must not be empty")
@@ -55,33 +69,52 @@ def rollout(
     if tokenizer.eos_token_id is None:
         raise ValueError("rollout: the tokenizer has no EOS token, so no response could end")
     if prompt_ids is None:
+        if chat_template:
+            prompts = [as_turns(tokenizer, prompt) for prompt in prompts]
         prompt_ids = _encoded(tokenizer, prompts, columns or {})
     for row, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(f"rollout: prompts[{row}] has no tokens")
     end = _end_tokens(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end,
-        pad_token_id=pad,
-        **options,
-    )
-    # generate() fills what `config` leaves open from the model's own settings: min_p, penalties, suppressed tokens, beams.
+    # generate() fills what its configuration leaves open from the model's own settings: min_p, penalties, suppressed tokens, beams.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     training, own = model.training, inner.generation_config
     inner.generation_config = GenerationConfig()
     model.eval()
     try:
-        responses: list[list[int]] = []
-        for start in range(0, len(prompt_ids), batch_size or len(prompt_ids)):
-            part = prompt_ids[start : start + (batch_size or len(prompt_ids))]
-            responses += sample(model, part, pad, end, config, shrink=not options)
+        with outside_autocast(model):
+            way = way_of(model, tokenizer, pad)
+            name = type(inner).__name__
+            if way.kind != "padded" and _in_step(model):
+                raise ValueError(
+                    f"rollout: {name} cannot be sampled as it is scored from prompts of unlike lengths in one call of generate, and ranks "
+                    "with shards of a model have to make the same calls; keep the whole model on each rank"
+                )
+            if way.kind == "forward" and options:
+                raise ValueError(
+                    f"rollout: {name} is not sampled by generate, which has another distribution than its forward: leave out "
+                    f"{', '.join(sorted(options))}"
+                )
+            sampling = {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+                "repetition_penalty": 1.0,
+            }
+            ending = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
+            config = GenerationConfig(**sampling, **ending, **options)
+            responses: list[list[int]] = [[] for _ in prompt_ids]
+            for rows in _batches(prompt_ids, batch_size or len(prompt_ids), equal=way.kind == "equal lengths"):
+                part = [prompt_ids[row] for row in rows]
+                if way.kind == "forward":
+                    stop = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+                    answers = sample_by_forward(model, part, pad, end, **stop)
+                else:
+                    answers = sample(model, part, pad, end, config, shrink=way.shrink and not options)
+                for row, answer in zip(rows, answers, strict=True):
+                    responses[row] = answer
     finally:
         inner.generation_config = own
         model.train(training)
@@ -95,7 +128,8 @@ def rollout(
         input_ids[row, : len(sequence)] = torch.tensor(sequence)
         labels[row, len(sequence) - len(response) : len(sequence)] = torch.tensor(response)
         attention_mask[row, : len(sequence)] = 1
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    raw = tokenizer.batch_decode(responses, skip_special_tokens=False)
+    texts = raw if special_tokens else tokenizer.batch_decode(responses, skip_special_tokens=True)
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
@@ -113,6 +147,7 @@ def rollout(
         columns=columns or {},
         host_lengths=lengths,
         temperature=temperature,
+        raw_completions=raw,
     )
 
 
@@ -125,6 +160,24 @@ def _encoded(tokenizer: Any, prompts: Sequence[Prompt], columns: Mapping[str, Se
         except TemplateRefusal as error:
             raise ValueError(f"rollout: prompts[{row}]: the chat template refuses it: {error}") from error
     return tokens
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int, *, equal: bool) -> Iterator[list[int]]:
+    """Rows that are sampled together: in order, or those with prompts of one length."""
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt) if equal else 0, []).append(row)
+    for rows in groups.values():
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _in_step(model: Any) -> bool:
+    """Whether ranks hold shards of one model, so that each takes every step of `generate` with the others."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return False
+    sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
+    return sharded or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -40,13 +40,8 @@ def sample(
         config: of generate, with `max_new_tokens`.
         shrink: let ended rows leave, where the model's cache can (a `DynamicCache` of plain attention) and no other rank waits.
     """
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(prompts):
-        ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
-        mask[row, width - len(tokens) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask = left_padded(prompts, pad, model.device)
+    width = ids.shape[1]
     most = config.max_new_tokens
     closing = torch.tensor(list(end), device=ids.device)
     shrink = shrink and _may_shrink(model)
@@ -71,7 +66,7 @@ def sample(
             responses[rows[row]] = _closed(tokens, set(end))
         if len(done) == len(rows):
             break
-        if _selects(cache):
+        if selects(cache):
             cache.batch_select_indices(live)
         else:  # the others go on to their end, from where they are, with a cache of their own
             cache, shrink = None, False
@@ -98,9 +93,29 @@ def _may_shrink(model: Any) -> bool:
     return alone and not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
-def _selects(cache: Any) -> bool:
-    """Whether rows of it can be taken: what each layer holds is keys and values of all positions."""
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+def selects(cache: Any) -> bool:
+    """Whether rows of it can be taken: what each layer holds is keys and values of all positions, as many in all of them.
+
+    Models without attention leave theirs empty, or keep a state of another kind.
+    """
+    if type(cache) is not DynamicCache or not cache.layers:
+        return False
+    layers: list[Any] = cache.layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return False
+    lengths = {layer.get_seq_length() for layer in layers}
+    return len(lengths) == 1 and lengths != {0}
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """(N, L) tokens and mask, as generate wants them."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
+        mask[row, width - len(tokens) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _with(config: GenerationConfig, **changes: Any) -> GenerationConfig:

@@ -109,6 +109,7 @@ def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any
     columns = {name: [row[name] for row in rows] for name in set(rows[0]) - {"input_ids", "labels", "prompt"}}
     columns |= trl_arguments(iterations=config.train.iterations)
     columns["completion_ids"] = answers
+    columns["raw_completions"] = [tokenizer.decode(tokens) for tokens in answers]
     columns["ended"] = [tokens[-1] == tokenizer.eos_token_id for tokens in answers]
     blamed = {FunctionConfig: "function", RewardModelConfig: "model", ReadyRewardConfig: "reward"}
     for index, (item, constraint) in enumerate(zip(config.constraints, constraints, strict=True)):

@@ -13,7 +13,7 @@ from l3ms.rollouts.prompts import encode_prompt
 def roll(model, tokenizer, prompts, seed=0, **options):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return l3ms.rollout(model, tokenizer, prompts, **options)
+        return l3ms.rollout(model, tokenizer, prompts, **{"chat_template": False, **options})
 
 
 def probabilities(model, ids, temperature=1.0):

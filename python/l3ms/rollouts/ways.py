@@ -1,0 +1,245 @@
+"""Which way of `generate` draws from the policy that a training's forward scores: tried once for each model, on a few tokens.
+
+`generate` pads prompts on the left and keeps a cache; a training pads on the right and keeps none. To most models that is the same. Where a
+state runs through the padding (RWKV, xLSTM), positions count it (BART's decoder and its kin), or a cache keeps less than the forward sees,
+another distribution would be sampled than is scored, and nothing would say so. So the probabilities of a few next tokens are compared: as
+generate has them, step by step, and as one forward of the whole gives them. The first way that agrees is taken: prompts in one batch, those
+of one length at a time, a whole forward for each token (`stepping`). A model that sees later tokens has none, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from l3ms.rollouts.shrinking import left_padded, selects
+from l3ms.rollouts.stepping import last_logits, scored_logits
+
+LENGTHS = (19, 8, 1)  # of the prompts that are tried
+STEPS = 5  # tokens before a batch shrinks, and after it
+EXACT = 1e-3  # largest total variation between the next tokens of float32 models
+NARROW = 0.02  # mean one of 16-bit models, or NOISE times that between a batch and a row of it
+NOISE = 4.0
+STRIDE = 7919  # a prime: tokens from all over the vocabulary
+
+
+class Way(NamedTuple):
+    """How responses are sampled."""
+
+    kind: Literal[
+        "padded", "equal lengths", "forward"
+    ]  # generate with prompts of unlike lengths, or of one; no generate
+    shrink: bool  # its cache goes on with some of its rows
+
+
+class Tried(NamedTuple):
+    """How far apart the distributions were, in total variation."""
+
+    first: float
+    resumed: float  # behind the step in which a row left
+    selected: bool  # whether the cache could go on with the others
+
+
+_found: WeakKeyDictionary[Any, dict[Any, Way]] = WeakKeyDictionary()
+
+
+def way_of(model: Any, tokenizer: Any, pad: int) -> Way:
+    """The way for a model in eval mode, with no autocast around it. Draws nothing from the global generator.
+
+    Raises:
+        ValueError: it sees later tokens.
+    """
+    known = _found.setdefault(model, {})
+    adapters = getattr(model, "active_adapters", None)
+    state = str((model.dtype, type(model), list(adapters) if isinstance(adapters, list) else None))
+    if state not in known:
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            known[state] = _chosen(model, _tokens(model, tokenizer), pad)
+    return known[state]
+
+
+def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    limit = EXACT if exact else max(NARROW, NOISE * _noise(model, tokens, pad))
+    kinds: tuple[Literal["padded", "equal lengths"], ...] = ("padded", "equal lengths")
+    for kind in kinds:
+        try:
+            tried = _tried(model, tokens, pad, padded=kind == "padded", exact=exact)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of the model's own code: as many kinds as there are models
+            continue
+        if tried.first <= limit:
+            return Way(kind, shrink=tried.selected and tried.resumed <= limit)
+    apart = _seen_ahead(model, tokens, pad, exact=exact)
+    if apart <= limit:
+        return Way("forward", shrink=True)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    raise ValueError(
+        f"rollout: {type(inner).__name__} sees later tokens: the next one has another probability where they are there "
+        f"({apart:.2g} apart in total variation), so no response can be sampled as it is scored; an encoder needs "
+        "is_decoder=True in its configuration"
+    )
+
+
+def _seen_ahead(model: Any, tokens: Sequence[int], pad: int, *, exact: bool) -> float:
+    rows = _batches(model, tokens, padded=True)[0]
+    whole = scored_logits(model, rows, pad)
+    parts = []
+    for cut in range(1, STEPS + 1):
+        ends = [max(1, len(row) - cut) for row in rows]
+        last = last_logits(model, [row[:end] for row, end in zip(rows, ends, strict=True)], pad)
+        parts.append(_apart(last, torch.stack([whole[row, end - 1] for row, end in enumerate(ends)])))
+    return _summary(parts, exact)
+
+
+def _tried(model: Any, tokens: Sequence[int], pad: int, *, padded: bool, exact: bool) -> Tried:
+    first, resumed, selected = [], [], True
+    batches = _batches(model, tokens, padded)
+    # One after the other, as in a sampling: states that a model keeps in itself would be cleared by a forward in between.
+    for prompts, (known, known_later, taken) in [(prompts, _generated(model, prompts, pad)) for prompts in batches]:
+        selected &= taken
+        sequences = [sequence for sequence, _ in known_later]
+        scored = scored_logits(model, sequences, pad)
+        for row, (prompt, (_, later), early) in enumerate(zip(prompts, known_later, known, strict=True)):
+            start = len(prompt) - 1
+            first.append(_apart(early, scored[row, start : start + len(early)]))
+            start += len(early)
+            if later is not None:
+                resumed.append(_apart(later, scored[row, start : start + len(later)]))
+    return Tried(_summary(first, exact), _summary(resumed, exact), selected)
+
+
+def _generated(
+    model: Any, prompts: list[list[int]], pad: int
+) -> tuple[list[Tensor], list[tuple[list[int], Tensor | None]], bool]:
+    """Per row (STEPS, V) logits of the first tokens; all tokens, and the logits of the later ones where it stayed. If the cache went on."""
+    ids, mask = left_padded(prompts, pad, model.device)
+    width = ids.shape[1]
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=STEPS,
+        eos_token_id=None,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    early = list(torch.stack(output.logits, 1))
+    rows = [[*prompt, *new] for prompt, new in zip(prompts, output.sequences[:, width:].tolist(), strict=True)]
+    stay = [0, len(prompts) - 1]
+    kept: Any = getattr(output, "past_key_values", None)
+    taken = selects(kept)
+    live = torch.tensor(stay, device=ids.device)
+    if taken:
+        kept.batch_select_indices(live)
+    ids = output.sequences[live]
+    mask = torch.cat([mask[live], mask.new_ones(len(stay), STEPS)], 1)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        **({"past_key_values": kept} if taken else {}),
+    )
+    later = dict(zip(stay, torch.stack(output.logits, 1), strict=True))
+    for row, new in zip(stay, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
+        rows[row] += new
+    return early, [(rows[row], later.get(row)) for row in range(len(rows))], taken
+
+
+def _noise(model: Any, tokens: Sequence[int], pad: int) -> float:
+    """Of the forward itself, between a batch and one of its rows alone."""
+    rows = [list(tokens[start : start + length]) for start, length in enumerate(LENGTHS)]
+    return _summary(
+        [_apart(scored_logits(model, rows, pad)[1, : len(rows[1])], scored_logits(model, rows[1:2], pad)[0])], False
+    )
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """(T,) total variation between the distributions of (T, V) logits; 1 where one is none."""
+    distance = (one.double().softmax(-1) - other.double().softmax(-1)).abs().sum(-1) / 2
+    return distance.nan_to_num(nan=1.0)
+
+
+def _summary(parts: list[Tensor], exact: bool) -> float:
+    """The mean goes over what 16 bits do to a single step; a wrong position or a lost state is in all."""
+    together = torch.cat(parts) if parts else torch.zeros(1)
+    return float(together.max() if exact else together.mean())
+
+
+# ---- what is tried ----
+
+
+def _batches(model: Any, tokens: Sequence[int], padded: bool) -> list[list[list[int]]]:
+    room = _context(model) - 2 * STEPS - 2
+    lengths = [max(1, min(length, room)) for length in LENGTHS]
+    prompts = [[tokens[(5 * row + i) % len(tokens)] for i in range(length)] for row, length in enumerate(lengths)]
+    if padded:
+        return [prompts, [prompt[:1] for prompt in prompts]]
+    return [[prompt, [tokens[(i + 11) % len(tokens)] for i in range(len(prompt))]] for prompt in prompts]
+
+
+def _context(model: Any) -> int:
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+    found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0]
+    return min(found, default=1024)
+
+
+def _tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ordinary ones, the same on every rank: special tokens may stand for images."""
+    size = model.get_input_embeddings().weight.shape[0]
+    special = set(getattr(tokenizer, "all_special_ids", ())) | set(getattr(tokenizer, "added_tokens_decoder", ()))
+    size = min(size, len(tokenizer)) if hasattr(tokenizer, "__len__") else size
+    found = [STRIDE * i % size for i in range(1, 65)]
+    ordinary = [token for token in found if token not in special] or [t for t in range(size) if t not in special]
+    return ordinary or [0]
+
+
+# ---- outside of autocast ----
+
+
+@contextmanager
+def outside_autocast(model: Any):
+    """accelerate wraps the forward in an autocast, which casts the weights again at every token of a response.
+
+    Kept where the model does not run without it (adapters and norms in other dtypes than the rest).
+    """
+    wrapped = [m for m in (model, *_inner(model)) if "_original_forward" in vars(m) and "forward" in vars(m)]
+    kind = model.device.type
+    before = [vars(m)["forward"] for m in wrapped]
+    try:
+        for m in wrapped:
+            m.forward = m._original_forward
+        with torch.autocast(kind, enabled=False):
+            alone = not (wrapped or torch.is_autocast_enabled(kind)) or _runs(model)
+            if alone:
+                yield
+                return
+        for m, forward in zip(wrapped, before, strict=True):
+            m.forward = forward
+        yield
+    finally:
+        for m, forward in zip(wrapped, before, strict=True):
+            m.forward = forward
+
+
+def _inner(model: Any) -> list[Any]:
+    return [model.get_base_model()] if hasattr(model, "get_base_model") else []
+
+
+@torch.no_grad()
+def _runs(model: Any) -> bool:
+    try:
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except RuntimeError:
+        return False
+    return True
