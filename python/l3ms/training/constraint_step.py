@@ -21,7 +21,7 @@ class Constrained(Watched, Protocol):
 
     accelerator: Any
     model_wrapped: Any
-    prompts: PromptOrder  # rows to be answered
+    prompts: PromptOrder | None  # rows to be answered; None where no constraint needs responses
     constraint_data: dict[str, Batches]  # by constraint
 
     def compute_loss_context_manager(self) -> Any: ...
@@ -59,6 +59,7 @@ def _sampled(trainer: Constrained) -> Rollout:
     optimizer, args = trainer.l3m_optimizer, trainer.args
     model: Any = trainer.model_wrapped
     assert optimizer is not None
+    assert trainer.prompts is not None
     policy = trainer.policy
     rows = trainer.prompts.take(args.constraint_batch_size)
     responses = rollout(
@@ -92,7 +93,7 @@ def _sampled(trainer: Constrained) -> Rollout:
                 # nn.DataParallel gives each replica some of the rows, and the whole count
                 scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
                 use_cache=False,
-            ).loss
+            ).loss.sum()  # nn.DataParallel gives that of each part
         # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
     return responses
