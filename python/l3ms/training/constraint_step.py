@@ -11,6 +11,7 @@ from torch import nn
 from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
+from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
 from l3ms.watching.watched import Watched
@@ -29,7 +30,10 @@ class Constrained(Watched, Protocol):
 
 def constraint_backward(trainer: Constrained) -> Rollout | None:
     """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
-    responses = _sampled(trainer) if any(constraint.samples for constraint in trainer.constraints) else None
+    sampling = [constraint for constraint in trainer.constraints if constraint.samples]
+    looking_on = all(constraint.monitor for constraint in sampling)
+    with undrawn(trainer.policy.device, when=looking_on and bool(sampling)):
+        responses = _sampled(trainer) if sampling else None
     _data(trainer)
     return responses
 
@@ -42,8 +46,13 @@ def _data(trainer: Constrained) -> None:
     monitors = {constraint.name for constraint in trainer.constraints if constraint.monitor}
     for name, batches in trainer.constraint_data.items():
         if name in monitors:
-            model.eval()  # and no random number drawn
-            with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager(), torch.no_grad():
+            model.eval()
+            with (
+                undrawn(trainer.policy.device),
+                optimizer.estimates.errors_on_all_ranks(),
+                trainer.compute_loss_context_manager(),
+                torch.no_grad(),
+            ):
                 nll = sequence_nll(model, batches.take())
             optimizer.barrier_loss({name: nll})
             continue
@@ -52,6 +61,15 @@ def _data(trainer: Constrained) -> None:
             nll = sequence_nll(model, batches.take())
         loss = optimizer.barrier_loss({name: nll})
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+
+
+def _rewards(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
+    """Of every constraint. The monitors come last, and draw nothing: what the others draw is what they draw without them."""
+    policy = trainer.policy
+    found = responses.rewards([constraint for constraint in trainer.constraints if not constraint.monitor], policy)
+    with undrawn(policy.device):
+        found |= responses.rewards([constraint for constraint in trainer.constraints if constraint.monitor], policy)
+    return {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
 
 
 def _sampled(trainer: Constrained) -> Rollout:
@@ -72,7 +90,7 @@ def _sampled(trainer: Constrained) -> Rollout:
         columns=further_columns(rows),
     )
     with optimizer.estimates.errors_on_all_ranks():
-        rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy)
+        rewards = trainer.last_rewards = _rewards(trainer, responses)
     weights = optimizer.observe(rewards, responses.lengths)
     if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
         return responses

@@ -85,7 +85,7 @@ def test_a_stream_of_rows_is_trained_on_and_prompts_are_rows(tmp_path, tokenizer
     assert losses(trainer)[0] == pytest.approx(-(total / count).mean().item(), rel=1e-6)
     general = l3ms.DataNLL("general", rows(8, seed=4), max=9.0)
     assert make(tmp_path, None, make_model(), data=Stream(rows(8)), constraints=[general]).train().global_step == 2
-    with pytest.raises(ValueError, match="[Bb]atch"):
+    with pytest.raises(ValueError, match=r"[Bb]atch"):
         make(tmp_path, None, make_model(), data=Stream([]), constraints=[general]).train()
 
 
