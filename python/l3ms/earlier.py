@@ -60,7 +60,7 @@ MODULES: dict[str, str] = {
     "shifts": "barrier.shifts",
     "snapshots": "watching.snapshots",
     "solvers": "barrier.solvers",
-    "state_trees": "training.state_trees",
+    "state_trees": "training.state_trees model.random_numbers",
     "step_reports": "barrier.step_reports",
     "trainer": "training.trainer training.arguments",
     "user_rewards": "runs.user_rewards",

@@ -25,7 +25,7 @@ class KL(Constraint):
         max, min: nats per response, or per token; the divergence is never negative.
         name: of the constraint.
         reference: a transformers causal LM, or a folder or hub id of one; None is the model as it is when the training starts: with PEFT
-            the model with its adapters disabled, otherwise a copy. The trainer takes care of that; in a loop of one's own call
+            the model with its adapters as they are then, otherwise a copy. The trainer takes care of that; in a loop of one's own call
             `prepare(model)` first.
         per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
             is not lowered by longer responses.

@@ -1,24 +1,43 @@
-"""The frozen model that a divergence is measured from."""
+"""The frozen model that a divergence is measured from.
+
+Of a model with adapters it is the model as it is when the training starts. That is the model without them only where they change nothing
+yet: PiSSA and OLoRA take their start out of the weights under them, an adapter that was trained before has moved. So a copy of what is
+trained is kept, which is small, and put in its place while the reference is computed.
+"""
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from l3ms.model.averaging import trained
 from l3ms.model.heads import fuse_head
 from l3ms.model.pretrained import load_pretrained, reason
 
+OWN_BASE = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # init_lora_weights that leave the weights under the adapter alone
+
 
 class Reference:
-    """Given, or loaded or copied once; or the policy itself without its adapters. `where` names its owner in errors."""
+    """Given, or loaded or copied once; or the policy itself without its adapters, or with those that it started with. `where` names its
+    owner in errors."""
 
     def __init__(self, where: str, given: Any, trust_remote_code: bool = False):
         self.where, self.trust_remote_code = where, trust_remote_code
         self.source = str(given) if isinstance(given, (str, Path)) else None
         self.model: Any = None if self.source is not None else given
         self.adapters = False  # the reference is the policy without them
+        self.start: dict[str, Tensor] | None = None  # or with what was trained as it was
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
         return self
@@ -26,16 +45,21 @@ class Reference:
     def prepare(self, model: Any) -> None:
         """Load it; or it is `model` as it is now, a copy or what is under the adapters."""
         adapted = hasattr(model, "disable_adapter")
-        if self.model is None and not self.adapters:
-            own = self.source is None or (adapted and model.get_base_model().name_or_path == self.source)
-            if own and adapted:
+        if self.model is None and not self.adapters and self.start is None:
+            given = self.source is not None
+            own = not given or (
+                adapted and model.get_base_model().name_or_path == self.source and not _base_changed(model)
+            )
+            if own and adapted and (given or _changes_nothing(model)):
                 self.adapters = True
+            elif own and adapted:
+                self.start = {name: parameter.detach().clone() for name, parameter in trained(model)}
             elif own:
                 fuse_head(model)
                 self.model = copy.deepcopy(model).eval().requires_grad_(False)
             else:
                 self.model = self._load(model)
-        if self.adapters and not adapted:
+        if (self.adapters or self.start is not None) and not adapted:
             raise ValueError(f"{self.where}: reference is the model without its adapters, but this one has none")
         if self.model is not None:
             ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, self.model))
@@ -46,15 +70,37 @@ class Reference:
 
     def of(self, model: Any) -> tuple[Any, Any]:
         """(reference, the context to use it in), for the policy `model`."""
-        if self.model is None and self.source is None and not self.adapters:
+        if self.model is None and self.source is None and not self.adapters and self.start is None:
             raise ValueError(
                 f"{self.where}: reference is missing: call prepare(model) before the training, or give one"
             )
         self.prepare(model)
         if self.adapters:
             return model, model.disable_adapter()
+        if self.start is not None:
+            return model, self._as_at_the_start(model)
         reference: Any = self.model
         return reference.to(next(model.parameters()).device), nullcontext()
+
+    @contextmanager
+    def _as_at_the_start(self, model: Any) -> Iterator[None]:
+        """What is trained is what it was when the training started."""
+        assert self.start is not None
+        parameters = dict(model.named_parameters())
+        for name, value in self.start.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise ValueError(
+                    f"{self.where}: reference is the model with its first adapters, and this one has no whole {name} "
+                    "(sharded, or another model): give reference="
+                )
+        now = {name: parameters[name].data for name in self.start}
+        try:
+            for name, value in self.start.items():
+                parameters[name].data = value.to(now[name])
+            yield
+        finally:
+            for name, value in now.items():
+                parameters[name].data = value
 
     def _load(self, model: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -69,3 +115,15 @@ class Reference:
             raise ValueError(
                 f"{self.where}: reference cannot be loaded from {self.source!r}: {reason(error)}"
             ) from error
+
+
+def _changes_nothing(model: Any) -> bool:
+    """Whether only plain LoRA matrices are trained, and each product with them is 0: the model is the one without its adapters."""
+    plain = all(".lora_A." in name or ".lora_B." in name or ".lora_embedding_" in name for name, _ in trained(model))
+    second = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+    return plain and bool(second) and not any(bool(p.any()) for p in second)
+
+
+def _base_changed(model: Any) -> bool:
+    """Whether an adapter took its start out of the weights under it, which are then not those that were loaded."""
+    return any(getattr(c, "init_lora_weights", True) not in OWN_BASE for c in model.peft_config.values())

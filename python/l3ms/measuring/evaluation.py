@@ -13,6 +13,7 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.model.batches import Collator, further_columns, prompt_part
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift
+from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.sampling import rollout
 
 Z95 = 1.959964  # of the normal distribution, two-sided 95%
@@ -83,7 +84,7 @@ def length_statistics(
 def task_perplexity(
     model: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 64, pad_token_id: int = 0
 ) -> float:
-    """exp of the mean over rows of -(1/|y|) log pi(y|x): the length-normalised task loss, exponentiated.
+    """exp of the mean over rows of -(1/|y|) log pi(y|x): the length-normalised task loss, exponentiated; inf where that is beyond floats.
 
     Args:
         rows: {"input_ids", "labels"}, labels not shifted, -100 where not scored.
@@ -107,7 +108,15 @@ def task_perplexity(
     values = (-torch.cat([part.double().cpu() for part in sequences]) / length)[length > 0]
     if not len(values):
         raise ValueError("task_perplexity: no row has a scored token")
-    return math.exp(float(values.mean()))
+    return exp(float(values.mean()))
+
+
+def exp(nats: float) -> float:
+    """inf beyond the largest float, from 709.8 on."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def evaluate(
@@ -139,7 +148,7 @@ def evaluate(
     rewards: dict[str, list[float | None]] = {}
     per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with undrawn(device):
         torch.manual_seed(seed)
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]

@@ -1,10 +1,11 @@
 """Rows of tokens: {"input_ids", "labels" (not shifted, -100 where not scored), "prompt" (text or messages), further columns}."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from l3ms.model.columns import ROW, check_names
 
@@ -16,14 +17,15 @@ class Collator:
         self.pad = pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        filled = {"input_ids": self.pad, "attention_mask": 0, "labels": -100}
-        return {
-            name: torch.tensor(
-                [_column(row, name) + [value] * (width - len(row["input_ids"])) for row in rows], dtype=torch.int64
-            )
-            for name, value in filled.items()
-        }
+        pairs = [_tokens(row) for row in rows]
+        width = max(len(ids) for ids, _ in pairs)
+        filled: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for ids, labels in pairs:
+            rest = width - len(ids)
+            filled["input_ids"].append(ids + [self.pad] * rest)
+            filled["attention_mask"].append([1] * len(ids) + [0] * rest)
+            filled["labels"].append(labels + [-100] * rest)
+        return {name: torch.tensor(values, dtype=torch.int64) for name, values in filled.items()}
 
 
 class CountingCollator(Collator):
@@ -34,14 +36,77 @@ class CountingCollator(Collator):
         return {**batch, "scored": int((batch["labels"][:, 1:] != -100).sum())}
 
 
-def _column(row: dict[str, Any], name: str) -> list[int]:
-    return [1] * len(row["input_ids"]) if name == "attention_mask" else list(row[name])
+PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens")
 
 
-def prompt_part(row: dict[str, Any]) -> list[int]:
+def _tokens(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a row, without what its attention_mask hides: padding that it came with.
+
+    Raises `ValueError` for a row that has none, as many labels as tokens, or several sequences.
+    """
+    if "input_ids" not in row or "labels" not in row:
+        raise ValueError(f"rows must hold input_ids and labels, got {sorted(row)}: encode texts first")
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    if len(ids) != len(labels):
+        raise ValueError(f"a row must have one label per token, got {len(ids)} input_ids and {len(labels)} labels")
+    positions = row.get("position_ids")
+    if any(name in row for name in (*PACKED[1:], "seq_lengths")) or (
+        positions is not None and any(position == 0 for position in list(positions)[1:])
+    ):
+        raise ValueError("a row must be one sequence, got a packed one: give its sequences as rows of their own")
+    mask = row.get("attention_mask")
+    if mask is not None:
+        kept = [bool(keep) for keep in mask]
+        ids, labels = ([x for x, keep in zip(values, kept, strict=True) if keep] for values in (ids, labels))
+    return ids, labels
+
+
+def separate(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as a collator of somebody else made it, with a row for each sequence where it packs several into one.
+
+    Several are told by position_ids that begin anew (`DataCollatorWithFlattening`), seq_idx, cu_seq_lens_q, or an attention_mask that
+    numbers them. The loss is a mean over sequences, so it must know them; computed as rows of their own none sees another.
+
+    Raises:
+        ValueError: an attention_mask that is not (N, L), or further tensors in a packed batch.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be (N, L), got {tuple(mask.shape)}: give packed sequences by position_ids"
+        )
+    mask = torch.ones_like(ids) if mask is None else mask
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    if (positions := batch.get("position_ids")) is not None:
+        begins |= (positions if positions.ndim == 2 else positions[0]).expand_as(ids) == 0
+    for numbers in (mask if bool((mask > 1).any()) else None, batch.get("seq_idx")):
+        if numbers is not None:
+            begins |= torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
+    if (ends := batch.get("cu_seq_lens_q", batch.get("cu_seqlens"))) is not None:
+        begins[0, ends.long()[:-1]] = True
+    kept = mask != 0
+    number = (begins & kept).cumsum(1)
+    first = torch.where(kept, number, number.shape[1]).amin(1, keepdim=True)
+    number = torch.where(kept, number - first, 0)
+    if not bool((number > 0).any()):
+        return dict(batch)
+    further = sorted(set(batch) - {"input_ids", "labels", "attention_mask", "scored", *PACKED})
+    if further:
+        raise ValueError(
+            f"a packed batch may hold input_ids, labels, attention_mask and {', '.join(PACKED)}, got {further}"
+        )
+    chosen = [(n, kept[n] & (number[n] == k)) for n in range(len(ids)) for k in range(int(number[n].max()) + 1)]
+    parts = {"input_ids": (ids, 0), "labels": (batch["labels"], -100), "attention_mask": (torch.ones_like(ids), 0)}
+    return {
+        name: pad_sequence([values[n][where] for n, where in chosen], batch_first=True, padding_value=fill)
+        for name, (values, fill) in parts.items()
+    }
+
+
+def prompt_part(row: Mapping[str, Any]) -> list[int]:
     """The tokens before the first scored one."""
-    scored = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-    return list(row["input_ids"][:scored])
+    ids, labels = _tokens(row)
+    return ids[: next((i for i, label in enumerate(labels) if label != -100), len(labels))]
 
 
 def further_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

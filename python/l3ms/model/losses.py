@@ -26,9 +26,9 @@ def scored_lengths(targets: Tensor, cu_seqlens: Tensor | None = None, ignore_ind
     return counts[cu_seqlens[1:].long()] - counts[cu_seqlens[:-1].long()]
 
 
-def task_weights(lengths: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(N,) 1 / (N |y_n|), with N the sequences that have something scored; 0 for the others."""
-    sequences = (lengths > 0).sum().clamp(min=1)
+def task_weights(lengths: Tensor, dtype: torch.dtype = torch.float32, *, sequences: Tensor | None = None) -> Tensor:
+    """(N,) 1 / (N |y_n|), with N the sequences that have something scored, or `sequences` () of several batches; 0 for the others."""
+    sequences = ((lengths > 0).sum() if sequences is None else sequences.to(lengths.device)).clamp(min=1)
     return torch.where(lengths > 0, 1.0 / (sequences * lengths.clamp(min=1)).to(torch.float64), 0.0).to(dtype)
 
 

@@ -57,7 +57,8 @@ def rollout(
 
     Raises:
         ValueError: no prompt, an empty one or one that the chat template refuses, no EOS token, or temperature or max_new_tokens not
-            positive; a column of another length, or with a name that reward functions know as something else; a model that cannot be sampled as it is scored.
+            positive; a column of another length, or with a name that reward functions know as something else; a
+            model that cannot be sampled as it is scored.
     """
     if not prompts:
         raise ValueError("rollout: prompts must not be empty")

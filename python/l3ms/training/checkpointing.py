@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import Trainer
 
+from l3ms.model.random_numbers import random_state, set_random_state
 from l3ms.training import checkpoints
-from l3ms.training.state_trees import load_tree, random_state, save_tree, set_random_state
+from l3ms.training.state_trees import load_tree, save_tree
 
 logger = logging.getLogger(__name__)
 

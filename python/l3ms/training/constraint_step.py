@@ -11,6 +11,7 @@ from torch import nn
 from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
+from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
 from l3ms.watching.watched import Watched
@@ -21,7 +22,7 @@ class Constrained(Watched, Protocol):
 
     accelerator: Any
     model_wrapped: Any
-    prompts: PromptOrder  # rows to be answered
+    prompts: PromptOrder | None  # rows to be answered; None where no constraint needs responses
     constraint_data: dict[str, Batches]  # by constraint
 
     def compute_loss_context_manager(self) -> Any: ...
@@ -33,7 +34,10 @@ class Constrained(Watched, Protocol):
 
 def constraint_backward(trainer: Constrained) -> Rollout | None:
     """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
-    responses = _sampled(trainer) if any(constraint.samples for constraint in trainer.constraints) else None
+    sampling = [constraint for constraint in trainer.constraints if constraint.samples]
+    looking_on = all(constraint.monitor for constraint in sampling)
+    with undrawn(trainer.policy.device, when=looking_on and bool(sampling)):
+        responses = _sampled(trainer) if sampling else None
     _data(trainer)
     return responses
 
@@ -46,8 +50,13 @@ def _data(trainer: Constrained) -> None:
     monitors = {constraint.name for constraint in trainer.constraints if constraint.monitor}
     for name, batches in trainer.constraint_data.items():
         if name in monitors:
-            model.eval()  # and no random number drawn
-            with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager(), torch.no_grad():
+            model.eval()
+            with (
+                undrawn(trainer.policy.device),
+                optimizer.estimates.errors_on_all_ranks(),
+                trainer.compute_loss_context_manager(),
+                torch.no_grad(),
+            ):
                 nll = sequence_nll(model, batches.take())
             optimizer.barrier_loss({name: nll})
             continue
@@ -58,11 +67,23 @@ def _data(trainer: Constrained) -> None:
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
 
 
+def _rewards(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
+    """Of every constraint. The monitors come last, and draw nothing: what the others draw is what they draw without them."""
+    policy, arguments = trainer.policy, trainer.reward_arguments()
+    bounded = [constraint for constraint in trainer.constraints if not constraint.monitor]
+    found = responses.rewards(bounded, policy, arguments)
+    with undrawn(policy.device):
+        monitors = [constraint for constraint in trainer.constraints if constraint.monitor]
+        found |= responses.rewards(monitors, policy, arguments)
+    return {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
+
+
 def _sampled(trainer: Constrained) -> Rollout:
     """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches."""
     optimizer, args = trainer.l3m_optimizer, trainer.args
     model: Any = trainer.model_wrapped
     assert optimizer is not None
+    assert trainer.prompts is not None
     policy = trainer.policy
     rows = trainer.prompts.take(args.constraint_batch_size)
     responses = rollout(
@@ -75,7 +96,7 @@ def _sampled(trainer: Constrained) -> Rollout:
         columns=further_columns(rows),
     )
     with optimizer.estimates.errors_on_all_ranks():
-        rewards = trainer.last_rewards = responses.rewards(trainer.constraints, policy, trainer.reward_arguments())
+        rewards = trainer.last_rewards = _rewards(trainer, responses)
     weights = optimizer.observe(rewards, responses.lengths)
     if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
         return responses
@@ -96,7 +117,7 @@ def _sampled(trainer: Constrained) -> Rollout:
                 # nn.DataParallel gives each replica some of the rows, and the whole count
                 scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
                 use_cache=False,
-            ).loss
+            ).loss.sum()  # nn.DataParallel gives that of each part
         # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
     return responses

@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def save_progress(
-    folder: Path, prompts: PromptOrder, average: WeightAverage | None, data: Mapping[str, Order] | None = None
+    folder: Path, prompts: PromptOrder | None, average: WeightAverage | None, data: Mapping[str, Order] | None = None
 ) -> None:
     """`data`: by constraint, where the run is in its data."""
     if average is not None:
         weights = {name: mean.contiguous() for name, mean in average.weights.items()}
         save_file(weights, folder / "l3m_average.safetensors")
     state = {
-        "prompts": prompts.state(),
+        "prompts": None if prompts is None else prompts.state(),
         "averaged": 0 if average is None else average.n_averaged,
         "data": {name: order.state() for name, order in (data or {}).items()},
     }
@@ -35,15 +35,17 @@ def save_progress(
 
 
 def load_progress(
-    folder: Path, prompts: PromptOrder, model: nn.Module, data: Mapping[str, Order] | None = None
+    folder: Path, prompts: PromptOrder | None, model: nn.Module, data: Mapping[str, Order] | None = None
 ) -> WeightAverage | None:
     """-> the average as it was, of `model` as it is now; None where there was none yet."""
     if not (folder / "l3m.json").is_file():
         logger.warning("%s has no l3m.json: the prompts and the average of the weights begin anew", folder)
-        prompts.go_to(0)
+        if prompts is not None:
+            prompts.go_to(0)
         return None
     state = json.loads((folder / "l3m.json").read_text(encoding="utf-8"))
-    prompts.restore(state["prompts"])
+    if prompts is not None and state["prompts"] is not None:
+        prompts.restore(state["prompts"])
     for name, order in (data or {}).items():
         if name in state.get("data", {}):
             order.restore(state["data"][name])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -67,23 +64,3 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "dict":
         return {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
     raise ValueError(f"unknown kind {kind!r}")
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Of Python, NumPy, torch on the CPU, and the accelerator of this process."""
-    name, keys, *rest = np.random.get_state()
-    numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
-    state = {"python": random.getstate(), "numpy": (name, numbers, *rest), "cpu": torch.random.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """What `random_state` returned; an accelerator that it does not know keeps its own."""
-    random.setstate(state["python"])
-    name, numbers, *rest = state["numpy"]
-    np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
-    torch.random.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type])

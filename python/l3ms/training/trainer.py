@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
@@ -20,21 +21,22 @@ from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import RewardLog
 from l3ms.model.averaging import WeightAverage
-from l3ms.model.batches import CountingCollator
+from l3ms.model.batches import Collator, CountingCollator, separate
 from l3ms.model.columns import check_names
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import PromptOrder
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.arguments import L3MConfig
-from l3ms.training.checkpointing import CheckpointingTrainer
 from l3ms.training.constraint_step import constraint_backward
+from l3ms.training.evaluating import EvaluatingTrainer
+from l3ms.training.honoured import check_options, check_parallelism, check_rows, check_sampling, needs_responses
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
 from l3ms.watching.watch import Watch
 
 
-class L3MTrainer(CheckpointingTrainer):
+class L3MTrainer(EvaluatingTrainer):
     """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
 
     Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
@@ -68,6 +70,7 @@ class L3MTrainer(CheckpointingTrainer):
         **kwargs: Any,
     ):
         self.constraints = check_constraints(constraints)
+        check_options(args, kwargs)
         if args.solver != "none":
             if all(constraint.monitor for constraint in self.constraints):
                 what = "all are monitors" if self.constraints else "none given"
@@ -75,12 +78,17 @@ class L3MTrainer(CheckpointingTrainer):
             for constraint in self.constraints:
                 if not constraint.samples and not constraint.data:
                     raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")
+        tokenizer, rows = kwargs.get("processing_class"), kwargs.get("train_dataset") if prompts is None else prompts
+        if rows is not None and needs_responses(args, self.constraints):
+            check_sampling(self.constraints, tokenizer, rows)
+        self._own_collator = kwargs.get("data_collator") is None
+        if self._own_collator:
+            check_rows("train_dataset", kwargs.get("train_dataset"))
+            check_rows("eval_dataset", kwargs.get("eval_dataset"))
+            kwargs["data_collator"] = self._collator(args, tokenizer, kwargs.get("train_dataset"))
         fuse_head(model)
-        tokenizer = kwargs.get("processing_class")
-        if kwargs.get("data_collator") is None:
-            pad = None if tokenizer is None else tokenizer.pad_token_id
-            kwargs["data_collator"] = CountingCollator(0 if pad is None else pad)
         super().__init__(model, args, **kwargs)
+        check_parallelism(self)
         # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.l3m_optimizer: L3MOptimizer | None = None
@@ -88,9 +96,10 @@ class L3MTrainer(CheckpointingTrainer):
         self.last_rewards: dict[str, list[float | None]] = {}
         self.reward_log = RewardLog()
         self.watched: dict[str, float] = {}
-        order = {"seed": self.args.seed, "rank": self.args.process_index, "world": self.args.world_size}
-        self.prompts = PromptOrder(self.train_dataset if prompts is None else prompts, **order)
-        if any(constraint.samples for constraint in self.constraints):
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = {"seed": seed, "rank": self.args.process_index, "world": self.args.world_size}
+        self.prompts = PromptOrder(rows, **order) if hasattr(rows, "__len__") else None
+        if self.prompts is not None and any(constraint.samples for constraint in self.constraints):
             check_names("train_dataset" if prompts is None else "prompts", self.prompts.rows[0])
         for constraint in self.constraints:
             constraint.prepare(self.policy)
@@ -114,11 +123,63 @@ class L3MTrainer(CheckpointingTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        seq_weight = task_weights(scored_lengths(shift(inputs["labels"])))
+        inputs = self._rows_apart(inputs)
+        lengths = scored_lengths(shift(inputs["labels"]))
+        sequences = None if self.evaluating else num_items_in_batch
+        seq_weight = task_weights(lengths, sequences=sequences)
         if isinstance(model, nn.DataParallel):  # would give the count of the whole batch to each of its parts
             inputs = {name: value for name, value in inputs.items() if name != "scored"}
-        outputs = model(**inputs, seq_weight=seq_weight, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        outputs: Any = model(**inputs, seq_weight=seq_weight, use_cache=False)
+        loss = outputs.loss.sum()  # nn.DataParallel gives that of each part
+        if sequences is not None:  # of all micro-batches and processes, over which the Trainer and DDP take means
+            loss = loss * self._parts
+        self._outputs = outputs if return_outputs else None
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+        """The sequences of an optimizer step with something scored, where a micro-batch or process may have more of them than another."""
+        if self.evaluating or (len(batch_samples) == 1 and self._averaged_over == 1) or not batch_samples:
+            return None
+        counts = [(scored_lengths(shift(self._rows_apart(part)["labels"])) > 0).sum() for part in batch_samples]
+        total = torch.stack([count.to(device) for count in counts]).sum()
+        everywhere: Any = total if self._averaged_over == 1 else self.accelerator.gather(total)
+        return everywhere.sum()
+
+    @property
+    def _averaged_over(self) -> int:
+        """Processes whose sequences count alike."""
+        return self.args.world_size if self.args.average_tokens_across_devices else 1
+
+    @property
+    def _parts(self) -> int:
+        return self.current_gradient_accumulation_steps * self._averaged_over
+
+    def _rows_apart(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs if self._own_collator else separate(inputs)
+
+    @staticmethod
+    def _collator(args: L3MConfig, tokenizer: Any, rows: Any) -> Collator:
+        """With the count of scored tokens, unless a process may be given a part of the batch that it is of."""
+        pad = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        dispatched = getattr(args.accelerator_config, "dispatch_batches", None) or not hasattr(rows, "__getitem__")
+        parts = args.world_size > 1 and dispatched
+        return Collator(pad) if parts else CountingCollator(pad)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().train(*args, **kwargs)
+        if not found.global_step:
+            raise ValueError("train_dataset gave no batch: nothing was trained")
+        return found
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise ValueError(
+                f"train_dataset: {len(self.train_dataset)} rows are fewer than one batch of per_device_train_batch_size="  # type: ignore[arg-type]
+                f"{self.args.per_device_train_batch_size} on each of {self.args.world_size} processes; lower it, or set "
+                "dataloader_drop_last=False"
+            )
+        return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         args: Any = self.args

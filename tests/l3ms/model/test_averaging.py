@@ -1,5 +1,7 @@
 """The running mean of weights against the mean in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ def test_the_average_is_the_mean_whatever_the_dtype_of_the_weights(dtype):
     error = (average.weights["weight"].double() - mean).norm() / way
     assert error < (1e-12 if dtype == torch.float64 else 1e-6)
     assert average.weights.keys() == {"weight"}  # the frozen ones are what they are
-    copied = average.copied(model)
+    copied: Any = average.copied(model)
     torch.testing.assert_close(copied.weight, mean.to(dtype))
     assert torch.equal(model.weight.double(), seen[-1])
     assert torch.equal(copied.bias, model.bias)

@@ -1,0 +1,103 @@
+"""What of transformers' Trainer an `L3MTrainer` takes: each argument does what it says there, or is refused here, in one line.
+
+The task loss and the constraints come from the fused head: it forms no logits, and knows no other loss. The half-steps are backward passes
+each before its own `step()`: an optimizer that steps inside a backward cannot tell them apart. Everything else is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from l3ms.barrier.optimizer import L3MOptimizer
+from l3ms.constraints.constraint import Constraint
+from l3ms.training.arguments import L3MConfig
+
+IN_BACKWARD = ("lomo", "adalomo")  # and those that end with "_layerwise": they step where a gradient is made
+
+
+def check_options(args: Any, options: Mapping[str, Any]) -> None:
+    """Before the Trainer is made. `options`: what it was given beside model and arguments. Raises `ValueError` naming the argument."""
+    if not isinstance(args, L3MConfig):
+        raise ValueError(f"args must be an l3ms.L3MConfig, got {type(args).__name__}")
+    refused = {
+        "compute_loss_func": "is not taken: the fused head gives it no logits; override L3MTrainer.compute_loss for another task loss",
+        "model_init": "is not taken: constraints are prepared for one model; give model=, and make a trainer for each run",
+    }
+    for name, why in refused.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name} {why}")
+    if isinstance((options.get("optimizers") or (None,))[0], L3MOptimizer):
+        raise ValueError(
+            "optimizers: give the plain optimizer; the trainer wraps it in an L3MOptimizer with its constraints"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor must be 0: the fused head forms no distribution to smooth towards, "
+            f"got {args.label_smoothing_factor}"
+        )
+    if args.label_names is not None and "labels" not in args.label_names:
+        raise ValueError(f'label_names must hold "labels", which the task loss is of, got {args.label_names}')
+    if args.use_liger_kernel:
+        raise ValueError("use_liger_kernel must be False: it replaces the forward that the fused head is in")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size must be False: a new attempt would go on with the weights and estimates of the one that "
+            "failed; give per_device_train_batch_size"
+        )
+    kind = str(getattr(args.optim, "value", args.optim))
+    if kind in IN_BACKWARD or kind.endswith("_layerwise"):
+        raise ValueError(
+            f"optim={kind!r} steps while gradients are made: clipping and the half-steps would not be seen"
+        )
+
+
+def check_parallelism(trainer: Any) -> None:
+    """How the model is spread over processes, once the Trainer knows. FSDP and data parallelism are taken."""
+    if trainer.is_deepspeed_enabled and trainer.args.solver != "none":
+        raise ValueError(
+            "deepspeed is not taken: its engine steps inside backward, where the two half-steps cannot be told apart; use FSDP, "
+            'or solver="none"'
+        )
+    sizes = {name: getattr(trainer, f"get_{name}_size")() for name in ("tp", "cp", "sp")}
+    split = {name: size for name, size in sizes.items() if size > 1}
+    if split:
+        raise ValueError(
+            f"parallelism_config: sequences and heads must be whole on each process (data parallel, FSDP), got {split}"
+        )
+
+
+def needs_responses(args: L3MConfig, constraints: Sequence[Constraint]) -> bool:
+    return args.solver != "none" and any(constraint.samples for constraint in constraints)
+
+
+def check_sampling(constraints: Sequence[Constraint], tokenizer: Any, rows: Any) -> None:
+    """Where responses are sampled: there is a tokenizer, and `rows` have prompts and can be looked up."""
+    name = next(constraint.name for constraint in constraints if constraint.samples)
+    if tokenizer is None:
+        raise ValueError(
+            f"processing_class is None: constraint {name!r} samples responses, which needs the model's tokenizer"
+        )
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        kind = type(rows).__name__
+        raise ValueError(f"prompts: constraint {name!r} samples responses to rows in random order, which {kind} "
+                         "cannot give; give a list of rows as prompts=")  # fmt: skip
+    check_rows("prompts", rows, ("input_ids", "labels", "prompt"))
+
+
+def check_rows(where: str, rows: Any, names: Sequence[str] = ("input_ids", "labels")) -> None:
+    """The first of them, where it can be looked up."""
+    if rows is None or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__") or not len(rows):
+        return
+    if isinstance(rows, Mapping):  # several data sets to evaluate
+        for name, part in rows.items():
+            check_rows(f"{where}[{name!r}]", part, names)
+        return
+    row = rows[0]
+    found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+    missing = [name for name in names if not isinstance(row, Mapping) or name not in row]
+    if missing:
+        raise ValueError(
+            f"{where}: rows must hold {', '.join(names)} (tokens, and labels that are -100 where not scored), got {found}; "
+            "encode texts first"
+        )
