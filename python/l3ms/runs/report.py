@@ -80,7 +80,7 @@ def plot_run(folder: str | Path) -> Path:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        report = {"constraints": _configured_bounds(folder / "config.yaml")}
+        report = _configured(folder / "config.yaml")
     except json.JSONDecodeError as error:
         raise ConfigError(str(folder / "report.json"), f"is not JSON: {error.msg} at line {error.lineno}") from None
     baseline = read_metrics(folder / "sft.jsonl") if (folder / "sft.jsonl").exists() else []
@@ -90,10 +90,14 @@ def plot_run(folder: str | Path) -> Path:
     return folder / "report.png"
 
 
-def _configured_bounds(path: Path) -> list[dict[str, Any]]:
-    """`{name, min, max}` of the constraints a run was started with, for the picture of one that did not end."""
-    items = read_yaml(path).get("constraints", []) if path.exists() else []
-    return [{key: item.get(key) for key in ("name", "type", "min", "max", "threshold")} for item in items]
+def _configured(path: Path) -> dict[str, Any]:
+    """What the picture of a run that did not end needs of its configuration: the solver, and `{name, min, max, ...}` of the constraints."""
+    values = read_yaml(path) if path.exists() else {}
+    keys = ("name", "type", "min", "max", "threshold")
+    items = [{key: item.get(key) for key in keys} for item in values.get("constraints") or []]
+    length = next((item for item in items if item["name"] and is_mean_length(item)), {})
+    bounds = {"min": length.get("min"), "max": length.get("max")}
+    return {"constraints": items, "bounds": bounds, "solver": (values.get("train") or {}).get("solver")}
 
 
 def summary_table(report: Mapping[str, Any]) -> Group:

@@ -38,7 +38,7 @@ def print_certificate(
     if cut > 0:
         say(
             console,
-            f"{100 * cut:.2g}% of the responses were cut at {certificate['max_new_tokens']} tokens; they do not count as ended.",
+            f"{100 * cut:.3g}% of the responses were cut at {certificate['max_new_tokens']} tokens; they do not count as ended.",
         )
     if prices is not None:
         console.print(price_table(prices))
@@ -52,11 +52,11 @@ def verdict_table(
     style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
     word = certificate["verdict"]
     table = Table(title=f"[{COLOURS[word]}]{word}[/]", box=box.SIMPLE_HEAD, pad_edge=False, **style)
-    for heading in ("constraint", "wanted"):
-        table.add_column(heading)
+    for heading, width in (("constraint", 10), ("wanted", 6)):  # folded where a terminal is narrow, and never left out
+        table.add_column(heading, overflow="fold", min_width=width)
     for heading in ("mean", "at least", "at most", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("bounds by")
+    table.add_column("bounds by", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for verdict, item in zip(verdicts, constraints, strict=True):
         name = constraint_label({"name": item.name, "threshold": getattr(item, "threshold", None)})

@@ -26,7 +26,7 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate
 from l3ms.runs.arguments import training_arguments
-from l3ms.runs.labels import bounds_text
+from l3ms.runs.labels import bounds_text, constraint_label
 from l3ms.runs.loading import Run, load_run
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
@@ -217,15 +217,24 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
     if starts:
         style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
         table = Table(title="Before training", box=box.SIMPLE_HEAD, pad_edge=False, **style)
-        for heading in ("constraint", "wanted"):
-            table.add_column(heading)
-        for heading in ("mean", "std. error", "lowest", "highest", "feasible", "within", "missing", "not finite"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for item in starts:
+        for heading, width in (
+            ("constraint", 10),
+            ("wanted", 6),
+        ):  # folded where a terminal is narrow, and never left out
+            table.add_column(heading, overflow="fold", min_width=width)
+        counts = {"missing": [item.missing for item in starts], "not finite": [item.nonfinite for item in starts]}
+        counts = {heading: column for heading, column in counts.items() if any(column)}  # a terminal has 80 characters
+        for heading in ("mean", "std. error", "lowest", "highest", "feasible", "within", *counts):
+            in_two_lines = heading == "std. error"
+            table.add_column(heading, justify="right", no_wrap=not in_two_lines, min_width=7 if in_two_lines else None)
+        labels = {item.name: constraint_label(vars(item)) for item in config.constraints}
+        for row, item in enumerate(starts):
             numbers = [number(value) for value in (item.mean, item.stderr, item.lowest, item.highest)]
             shares = ["-" if math.isnan(value) else f"{100 * value:.0f}%" for value in (item.feasible, item.within)]
             wanted = escape(bounds_text(item.min, item.max))
-            table.add_row(escape(item.name), wanted, *numbers, *shares, str(item.missing), str(item.nonfinite))
+            table.add_row(
+                escape(labels[item.name]), wanted, *numbers, *shares, *(str(column[row]) for column in counts.values())
+            )
         table.caption = (
             f"{result['samples']} responses to training prompts. feasible: probability that the mean is within the bounds; "
             "within: share of single responses"

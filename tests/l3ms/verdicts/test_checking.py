@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from run_folders import strict_json, write_project
 
 import l3ms
@@ -26,6 +27,20 @@ def reward(project_folder, name, **bounds):
     return {"type": "function", "name": name, "function": f"{project_folder}/rewards.py:{name}", **bounds}
 
 
+def test_the_table_has_its_names_in_a_narrow_terminal(project, capsys, monkeypatch):
+    monkeypatch.setattr("l3ms.commands.check.wide_console", lambda: Console(width=80))
+    share = {"type": "length", "name": "long", "threshold": 8, "max": 0.5}
+    assert main(["check", str(project(constraints=[{"type": "length", "min": 1.5}, share])), "--samples", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index(next(line for line in lines if "constraint" in line)) :]
+    cells = [line[:11].strip() for line in table]
+    assert "length" in cells
+    assert cells[cells.index("P(long >=") + 1] == "8)"
+    assert not any("…" in line for line in table)
+    assert table[0].split()[-1] == "within"
+    assert table[2].rstrip().endswith("%")
+
+
 def test_what_is_found_before_training(project, tmp_path, capsys):
     constraints = [{"type": "length", "min": 1.5, "max": 15.5}, reward(tmp_path, "same", min=0.1)]
     constraints += [reward(tmp_path, "gaps", min=1.9)]
@@ -36,6 +51,9 @@ def test_what_is_found_before_training(project, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "same: all values are 0.5; a constant reward has no gradient to follow" in said
     assert "gaps: 10 of 40 responses have no value (None)" in said
+    header = next(line for line in said.splitlines() if line.startswith(" constraint"))
+    assert "missing" in header
+    assert "not finite" not in header  # nothing was not
     for words in ("Before training", "s per iteration", "MiB", "are cut at 16 tokens"):
         assert words in said
 
