@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_heads import assert_fused_is_own, batch, own_logits
+from fused_heads import assert_fused_is_own, assert_same_gradients, batch, gradients, own_logits
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
