@@ -134,6 +134,8 @@ class _RowBatches:
 def sequence_nll(model: Any, batch: Batch) -> Tensor:
     """-(1/|y|) log pi(y|x) of each sequence of a batch that has something scored: (n,) fp32, nats per token, for `barrier_loss`.
 
+    With what the model adds to its own loss, such as a router loss, as the model scales it.
+
     The fused head forms one gradient, that of the batch's mean, so only the mean of what is returned is differentiable rightly: each
     value is its own, plus a zero that carries the mean's gradient.
 
@@ -151,9 +153,10 @@ def sequence_nll(model: Any, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels") if name in batch}
     count = None if isinstance(model, torch.nn.DataParallel) else scored
-    out = model(**inputs, seq_weight=task_weights(length).to(device), scored=count, use_cache=False)
+    out = model(**inputs, seq_weight=task_weights(length).to(device), scored=count, auxiliary=True, use_cache=False)
     kept = (length > 0).to(device)
     values = (-out.sequence / length.to(device).clamp(min=1))[kept].detach()
+    values = values if out.auxiliary is None else values + out.auxiliary.detach()
     return values if out.loss is None else values + (out.loss - out.loss.detach())
 
 

@@ -83,7 +83,19 @@ def find_after_head(call: Call, model: Any, ids: Tensor) -> AfterHead:
             f"fuse_head: {name} changes its logits in a way that the fused head does not know "
             "(not a cap, not a scale); it cannot be used"
         )
-    return AfterHead(softcap, 1 / scale, rows, columns, _own_loss(call, model, head, ids))
+    return AfterHead(
+        None if softcap is None else _short(softcap),
+        _short(1 / scale),
+        rows,
+        columns,
+        _own_loss(call, model, head, ids),
+    )
+
+
+def _short(value: float) -> float:
+    """Without what float32 logits added: 30.0, not 29.9999986."""
+    short = float(f"{value:.6g}")
+    return short if abs(short - value) <= 4 * torch.finfo(torch.float32).eps * value else value
 
 
 def _own_loss(call: Call, model: Any, head: nn.Module, ids: Tensor) -> str | None:
@@ -128,8 +140,9 @@ def no_cross_entropy(model: Any) -> Iterator[Callable[[Tensor], Tensor | None]]:
     before = vars(model).get("_loss_function")
     zeros: list[Tensor] = []
 
-    def zero(*_: Any, **__: Any) -> Tensor:
-        zeros.append(torch.zeros((), device=model.device))
+    def zero(*args: Any, **options: Any) -> Tensor:
+        logits = next(value for value in (*args, *options.values()) if isinstance(value, Tensor))
+        zeros.append(torch.zeros((), device=logits.device))
         return zeros[-1]
 
     def added_to(loss: Tensor) -> Tensor | None:

@@ -29,8 +29,9 @@ def head_module(model: Any) -> nn.Module:
     if not _is_linear(module) and not _is_lora(module) and not _is_trainable_tokens(module):
         name, kind = type(model).__name__, type(module).__name__
         if type(module).__module__.startswith("peft."):
+            method = type(module).__module__.split(".")[2]
             raise ValueError(
-                f"fuse_head: {name} has an adapter on lm_head that is not supported ({kind}): "
+                f"fuse_head: {name} has an adapter on lm_head that is not supported ({kind} of peft's {method}): "
                 "leave lm_head out of the adapter's target modules, or use plain LoRA or modules_to_save there"
             )
         raise ValueError(f"fuse_head: {name} has no plain linear output head (got {kind}); it cannot be used")

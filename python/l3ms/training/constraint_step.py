@@ -114,6 +114,7 @@ def _sampled(trainer: Constrained) -> Rollout:
                 labels=responses.labels[part, :width],
                 seq_weight=weights[part],
                 temperature=args.temperature,
+                auxiliary=False,  # of the task, once per task half-step
                 # nn.DataParallel gives each replica some of the rows, and the whole count
                 scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
                 use_cache=False,

@@ -255,7 +255,7 @@ def _score(subject: Subject, responses: Any, values: Sequence[float | None], fac
     if count > 1:
         weights[present] = -factor * (given[present] - given[present].mean()) / (count - 1)
     batch = {name: responses[name].cpu() for name in ("input_ids", "attention_mask", "labels")}
-    return _backward(subject, batch, weights, temperature=subject.config.train.temperature)
+    return _backward(subject, batch, weights, temperature=subject.config.train.temperature, auxiliary=False)
 
 
 def _backward(subject: Subject, batch: Mapping[str, Tensor], weights: Tensor, **options: Any) -> list[Tensor]:

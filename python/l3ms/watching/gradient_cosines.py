@@ -108,6 +108,7 @@ def reward_gradients(
                             rollout.labels.device
                         ),
                         temperature=temperature,
+                        auxiliary=False,
                         scored=rollout.scored_in(piece),
                         use_cache=False,
                     ).loss
