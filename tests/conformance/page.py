@@ -6,6 +6,7 @@ from typing import NamedTuple
 import peft
 import torch
 import transformers
+from architectures import SETTINGS
 
 VERDICTS = ("right", "refused", "not built", "wrong", "crash")
 
@@ -43,6 +44,7 @@ def written(results: Sequence[Result]) -> str:
         "*right*: equal to what its own logits give, within 1e-3. *refused*: one line, before anything is computed. *not built*: it",
         "cannot be made tiny here, or its own forward fails as a causal language model. *wrong*, *crash*: faults of this package.",
     ]
+    lines += ["", "| | set here |", "|---|---|", *(f"| {name} | {_cell(what)} |" for name, what in SETTINGS.items())]
     for group in groups:
         of_group = [result for result in results if result.group == group]
         lines += ["", f"## {group.capitalize()}s"]
