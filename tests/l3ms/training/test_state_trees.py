@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from l3ms.training.state_trees import load_tree, random_state, save_tree, set_random_state
+from l3ms.model.random_numbers import random_state, set_random_state
+from l3ms.training.state_trees import load_tree, save_tree
 
 BASE = torch.arange(6.0)
 TREES = [
