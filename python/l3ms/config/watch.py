@@ -25,6 +25,11 @@ class WatchConfig(Section):
     truncated_max: Limit | None = 0.5  # share of responses cut at max_new_tokens
     median_length_min: NonNegative | None = 2  # tokens; a median of so many or fewer trips
     length_spread_min: NonNegative | None = 0  # tokens from the 5th to the 95th percentile; so many or fewer trip
+    short_below: Share = 0.2  # share of a length's bound (min, else max) below which a response is short
+    short_max: Limit | None = 0.35  # share of short responses: a mean may be met by very short and very long ones
+    humps_max: Limit | None = (
+        0.9  # share of the lengths' variance that is between two groups, see response_statistics.humps
+    )
     distinct_2_fall: Share | None = 0.5  # share of the start's distinct-2 that may be lost
     held_out_gap: Positive | None = 4  # standard errors by which a reward is worse on held-out prompts, twice in a row
     held_out_every: Annotated[int, Field(ge=0)] = 50  # iterations; 0: never

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
 from l3ms.runs.loading import Run
 from l3ms.runs.progress import progress_bar
+from l3ms.runs.whole_files import write_json
 
 
 class Samples(NamedTuple):
@@ -52,6 +55,20 @@ def evaluator(run: Run, console: Console) -> Callable[[Any, str], Samples]:
         return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
 
     return sample
+
+
+def kept(path: Path, run: Run, sample: Callable[[], Samples]) -> Samples:
+    """`sample()`, or what it gave when the run was begun: of a run that goes on it is in `path`, if as many samples are wanted."""
+    wanted = {"samples": run.config.evaluate.samples, "batch_size": run.config.evaluate.batch_size}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if run.begun is not None else {}
+        if before.get("wanted") == wanted:
+            return Samples(**{name: before[name] for name in Samples._fields})
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # not there, or not whole: it is measured again
+    found = sample()
+    write_json(path, {"wanted": wanted, **found._asdict()})
+    return found
 
 
 def examples(samples: dict[str, Samples], count: int = 3) -> list[dict[str, str]]:

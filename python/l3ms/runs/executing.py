@@ -16,7 +16,7 @@ from l3ms.config.constraints import ConstraintConfig
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs import resuming
-from l3ms.runs.evaluating import Samples, evaluator, examples
+from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
 from l3ms.runs.labels import is_mean_length, solver_label
 from l3ms.runs.loading import Run, load_run
@@ -62,7 +62,8 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
     samples: dict[str, Samples] = {}
     try:
         if run.config.evaluate.initial:
-            samples["initial"] = sample(trainer.model, "before training")
+            place = run.folder / "checkpoints" / "initial.json"
+            samples["initial"] = kept(place, run, lambda: sample(trainer.model, "before training"))
         trainer.train(resume_from_checkpoint=None if run.begun is None else str(run.begun.checkpoint))
         averaged = trainer.averaged_model()
         for name, model in (("model", trainer.model), ("average", averaged)):
@@ -86,8 +87,8 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
 
 def _begin_folder(run: Run) -> None:
     """The first that is written: the configuration, and what the run starts from."""
-    kept = () if run.begun is None else ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints")
-    prepare_output(run.folder, keep=kept)
+    names = () if run.begun is None else ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints")
+    prepare_output(run.folder, keep=names)
     write_config(run.folder, run.config.model_dump())
     resuming.write_inputs(run.folder, run.inputs)
 

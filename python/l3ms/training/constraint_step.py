@@ -3,6 +3,7 @@ half-step. All of them are observed before the one step and share its S."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
 from l3ms.watching.watched import Watched
+
+logger = logging.getLogger(__name__)
 
 
 class Constrained(Watched, Protocol):
@@ -95,6 +98,12 @@ def _sampled(trainer: Constrained) -> Rollout:
         temperature=args.temperature,
         columns=further_columns(rows),
     )
+    if not trainer.state.global_step and not bool(responses.ended.any()):
+        logger.warning(
+            "iteration 1: all %d responses are cut at max_new_tokens=%d, so their lengths are those of cuts, and a bound on the length "
+            "has no gradient until one ends by itself; raise max_new_tokens, or begin with a model that ends its responses",
+            len(responses), args.max_new_tokens,
+        )  # fmt: skip
     with optimizer.estimates.errors_on_all_ranks():
         rewards = trainer.last_rewards = _rewards(trainer, responses)
     weights = optimizer.observe(rewards, responses.lengths)

@@ -33,6 +33,7 @@ from l3ms.training.evaluating import EvaluatingTrainer
 from l3ms.training.honoured import check_options, check_parallelism, check_rows, check_sampling, needs_responses
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
+from l3ms.training.weight_checks import WeightChecks
 from l3ms.watching.watch import Watch
 
 
@@ -321,12 +322,18 @@ class _HalfStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_watching()
+        self._checks = WeightChecks(self.trainer.policy)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
             self.trainer.add_constraint_gradient()
+        groups: list[dict[str, Any]] = self.trainer.optimizer.param_groups  # type: ignore[union-attr]
+        self._checks.before_step(max(float(group["lr"]) for group in groups))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._checks.after_step()
+        self._checks.finite(state.global_step + 1, "task")
         self.trainer.average_weights()
         if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
             self.trainer.constraint_half_step()
+            self._checks.finite(state.global_step + 1, "constraint")

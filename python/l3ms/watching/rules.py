@@ -50,6 +50,8 @@ def rules_of(config: WatchConfig) -> list[Rule]:
         (config.truncated_max, ("truncated share", "truncated"), {"above": True}),
         (config.median_length_min, ("median length", "length/p50"), {}),
         (config.length_spread_min, ("spread of lengths", "length/spread"), {}),
+        (config.short_max, ("share of short responses", "length/short"), {"above": True}),
+        (config.humps_max, ("two humps of lengths", "length/humps"), {"above": True}),
         (kept(config.distinct_2_fall), ("distinct-2 fell", "distinct_2"), {"of_start": True}),
     ]
     return [Rule(*names, limit=limit, **options) for limit, names, options in given if limit is not None]

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from l3ms.config.errors import explain
 from l3ms.config.watch import WatchConfig
+from l3ms.constraints.constraint import Constraint, Length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate
 from l3ms.model.columns import check_names
@@ -81,6 +82,7 @@ class Watch(TrainerCallback):
         self._ranks = trainer.args.world_size
         self._sharded = trainer.sharded
         self._rows = self._held_out_rows()
+        self._floor = short_floor(trainer.constraints, self.config.short_below)
         if trainer.l3m_optimizer is None:
             return
         if self.held_out:
@@ -120,7 +122,7 @@ class Watch(TrainerCallback):
             return
         config, iteration, seen = self.config, state.global_step, trainer.watched
         responses = self._of_all_ranks(response_tokens(trainer.last_rollout))
-        values = response_statistics(responses)
+        values = response_statistics(responses, self._floor)
         self._batches.append(trainer.last_rewards)
         trips = self._rules.update(values)
         seen.update({f"watch/{name}": value for name, value in values.items() if name != "length/spread"})
@@ -248,6 +250,15 @@ class Watch(TrainerCallback):
                 {"rule": rule, "iteration": iteration, "value": value, "limit": limit, "action": action, **restored}
             )
             logger.warning("iteration %d: %s is %.3g, beyond %.3g: %s", iteration, rule, value, limit, what)
+
+
+def short_floor(constraints: Sequence[Constraint], share: float) -> float | None:
+    """Tokens below which a response is short: `share` of the bound of a mean length; None where none is bounded."""
+    for item in constraints:
+        bound = item.max if item.min is None else item.min
+        if isinstance(item, Length) and item.threshold is None and bound is not None:
+            return share * bound
+    return None
 
 
 def active_side(constraint: Any, metrics: dict[str, float]) -> tuple[float, bool] | None:

@@ -242,3 +242,29 @@ def test_a_disk_that_is_full_at_every_page_leaves_the_old_one_and_no_debris(tmp_
     done = subprocess.run(in_a_namespace(*arguments), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+def test_every_file_and_the_manifest_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """A crash of the machine may lose what was not flushed: then a folder with its name would not be whole."""
+    flushed: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor):
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(path, target):
+        flushed.append(f"rename to {target}")
+        return real_rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    folder = write(tmp_path, 2)
+    named = flushed.index(f"rename to {folder}")
+    begun = tmp_path / checkpoints.PARTIAL / "checkpoint-2"
+    wanted = [str(begun / name) for name in FILES]
+    manifest = flushed.index(str(begun / checkpoints.MANIFEST))
+    assert all(flushed.index(name) < manifest for name in wanted), "the manifest may be there and a file not"
+    assert manifest < named
+    assert {str(begun), str(begun / "deep")} <= set(flushed[:named]), "the names in the folders"
+    assert str(tmp_path) in flushed[named:], "the new name itself"

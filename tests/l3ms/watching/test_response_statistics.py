@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from l3ms.rollouts.rollout import Rollout
-from l3ms.watching.response_statistics import distinct, response_statistics, response_tokens
+from l3ms.watching.response_statistics import distinct, humps, response_statistics, response_tokens
 
 END = 1
 
@@ -35,3 +35,25 @@ def test_tokens_are_those_of_the_responses_alone():
     ones = torch.ones_like(labels)
     made = Rollout(["", ""], ["", ""], ones, ones, labels, torch.tensor([2, 1]), torch.tensor([True, False]))
     assert response_tokens(made) == [([4, END], True), ([3], False)]
+
+
+def test_humps_tell_two_groups_of_lengths_from_one():
+    draw = torch.Generator().manual_seed(0)
+    bell = (30 + 6 * torch.randn(400, generator=draw)).round().tolist()
+    even = torch.randint(1, 65, (400,), generator=draw).tolist()
+    tail = torch.empty(400).exponential_(1 / 36, generator=draw).ceil().clamp(1, 64).tolist()
+    assert humps(bell) == 0
+    assert 0.7 < humps(even) < 0.85
+    assert 0.7 < humps(tail) < 0.9
+    assert humps([2] * 45 + [64] * 55) == pytest.approx(1)
+    near = [2 + n % 4 for n in range(45)] + [50 + n % 15 for n in range(55)]
+    assert humps(near) > 0.95
+    assert humps([5, 6] * 20) == 0, "two lengths that are one answer"
+    assert humps([5] * 20) == 0
+    assert humps([2] * 3 + [40] * 97) == 0, "a few outliers"
+
+
+def test_short_responses_are_those_below_a_floor():
+    responses = [([5] * n, True) for n in (1, 2, 8, 9)]
+    assert response_statistics(responses, floor=2.0)["length/short"] == 0.25
+    assert "length/short" not in response_statistics(responses)

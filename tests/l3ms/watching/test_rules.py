@@ -5,7 +5,8 @@ import pytest
 from l3ms.config.watch import WatchConfig
 from l3ms.watching.rules import HeldOutWatch, RuleWatch, rules_of
 
-HEALTHY = {"ended": 0.9, "truncated": 0.1, "length/p50": 20.0, "length/spread": 15.0, "distinct_2": 0.8}
+HEALTHY = {"ended": 0.9, "truncated": 0.1, "length/p50": 20.0, "length/spread": 15.0, "distinct_2": 0.8,
+           "length/short": 0.1, "length/humps": 0.6}  # fmt: skip
 
 
 def trips(*iterations, **options):
@@ -22,6 +23,8 @@ def trips(*iterations, **options):
         ({"length/p50": 2.0}, "median length"),
         ({"length/spread": 0.0}, "spread of lengths"),
         ({"distinct_2": 0.39}, "distinct-2 fell"),
+        ({"length/short": 0.36}, "share of short responses"),
+        ({"length/humps": 0.91}, "two humps of lengths"),
     ],
 )
 def test_each_rule_trips_once_a_whole_window_is_beyond_its_limit(values, rule):
@@ -46,6 +49,7 @@ def test_what_was_never_within_its_limit_does_not_trip_until_it_has_been():
 
 def test_null_turns_a_rule_off():
     off = ("ended_fall", "ended_min", "truncated_max", "median_length_min", "length_spread_min", "distinct_2_fall")
+    off += ("short_max", "humps_max")
     assert len(rules_of(WatchConfig())) == len(off)
     assert rules_of(WatchConfig(**dict.fromkeys(off))) == []
     assert trips(*[{}] * 6, *[{"truncated": 1.0}] * 6, truncated_max=None) == []

@@ -1,0 +1,45 @@
+"""A first batch whose responses are all cut: it is said, and nothing jumps."""
+
+import logging
+
+import pytest
+import torch
+from training_runs import run
+
+import l3ms
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_all_responses_cut_is_said(tmp_path, tokenizer, make_model, caplog, monkeypatch, cut):
+    real = l3ms.training.constraint_step.rollout
+
+    def sampled(*args, **kwargs):
+        out = real(*args, **kwargs)
+        out.ended[:] = not cut
+        return out
+
+    monkeypatch.setattr(l3ms.training.constraint_step, "rollout", sampled)
+    with caplog.at_level(logging.WARNING, "l3ms"):
+        run(tmp_path, tokenizer, make_model(), max_steps=3)
+    assert caplog.text.count("iteration 1: all 6 responses are cut at max_new_tokens=16") == cut
+
+
+def test_neither_mu_nor_lambda_jumps_after_it():
+    """The estimate has no noise then, and much in the next step: mu moves by its fastest factor at most, lambda with it."""
+    x = torch.nn.Parameter(torch.zeros(1))
+    schedule = l3ms.NoiseFloorDecay(1.0, 1e-6, steps=200)
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([x], lr=0.0), [l3ms.Length(max=10)], mu=schedule)
+    draw = torch.Generator().manual_seed(0)
+    seen = []
+    for step in range(12):
+        ended = torch.randint(1, 64, (32,), generator=draw)
+        lengths = torch.full((32,), 64) if step == 0 else torch.where(torch.rand(32, generator=draw) < 0.2, ended, 64)
+        opt.observe({"length": lengths}, lengths)
+        x.grad = torch.ones(1)
+        opt.step()
+        seen.append(opt.metrics())
+    fastest = 1e-6 ** (1 / 200)
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert fastest * (1 - 1e-9) <= after["l3m/mu"] / before["l3m/mu"] <= (1 + 1e-9) / fastest
+        assert 0.5 < after["constraints/length/lambda"] / before["constraints/length/lambda"] < 2
+    assert seen[0]["l3m/mu"] >= fastest * (1 - 1e-9)
