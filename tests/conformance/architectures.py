@@ -114,8 +114,8 @@ ODD: dict[str, dict[str, Any]] = {
 SETTINGS = {
     "bert, roberta and other encoders": "`is_decoder=True`; without it they see later tokens, and are refused",
     "xlm": "`causal=True`; without it it sees later tokens, and is refused",
-    "doge": "`keep_window_size` above the length of the sequences. With 5, below it, its next-token probabilities depended on later tokens. "
-    "Its default is 2048: longer sequences are not tried by `fuse_head`, and would not be noticed",
+    "doge": "`keep_window_size` above the length of the sequences. With 5, below it, its next-token probabilities depended on later "
+    "tokens. Its default is 2048: longer sequences are not tried by `fuse_head`, and would not be noticed",
     "flint": "without `output_router_logits`, with which its own forward fails",
     "all others with it": "`output_router_logits=True`, and router losses weighted by 0.5",
     "all": "sequences of up to 24 tokens, windows of 5: caches and windows of real sizes are not filled",

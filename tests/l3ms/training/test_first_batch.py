@@ -1,5 +1,6 @@
 """A first batch whose responses are all cut: it is said, and nothing jumps."""
 
+import itertools
 import logging
 
 import pytest
@@ -39,7 +40,7 @@ def test_neither_mu_nor_lambda_jumps_after_it():
         opt.step()
         seen.append(opt.metrics())
     fastest = 1e-6 ** (1 / 200)
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in itertools.pairwise(seen):
         assert fastest * (1 - 1e-9) <= after["l3m/mu"] / before["l3m/mu"] <= (1 + 1e-9) / fastest
         assert 0.5 < after["constraints/length/lambda"] / before["constraints/length/lambda"] < 2
     assert seen[0]["l3m/mu"] >= fastest * (1 - 1e-9)
