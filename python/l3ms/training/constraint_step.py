@@ -3,7 +3,10 @@ half-step. All of them are observed before the one step and share its S."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +84,23 @@ def _rewards(trainer: Constrained, responses: Rollout) -> dict[str, list[float |
     return {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
 
 
+@contextmanager
+def _stream_of_rank(trainer: Constrained) -> Iterator[None]:
+    """Where there are several ranks each draws from a stream of its own, of the seed, the rank and the iteration.
+
+    From one stream for all, equal prompts would get equal answers, which the standard errors take for independent ones.
+    """
+    args = trainer.args
+    if args.world_size == 1:
+        yield
+        return
+    text = f"l3ms rollout/{args.seed}/{args.process_index}/{trainer.state.global_step}"
+    device = trainer.policy.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+        yield
+
+
 def _sampled(trainer: Constrained) -> Rollout:
     """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches."""
     optimizer, args = trainer.l3m_optimizer, trainer.args
@@ -89,15 +109,16 @@ def _sampled(trainer: Constrained) -> Rollout:
     assert trainer.prompts is not None
     policy = trainer.policy
     rows = trainer.prompts.take(args.constraint_batch_size)
-    responses = rollout(
-        policy,
-        trainer.processing_class,
-        [row["prompt"] for row in rows],
-        prompt_ids=[prompt_part(row) for row in rows],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        columns=further_columns(rows),
-    )
+    with _stream_of_rank(trainer):
+        responses = rollout(
+            policy,
+            trainer.processing_class,
+            [row["prompt"] for row in rows],
+            prompt_ids=[prompt_part(row) for row in rows],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            columns=further_columns(rows),
+        )
     if not trainer.state.global_step and not bool(responses.ended.any()):
         logger.warning(
             "iteration 1: all %d responses are cut at max_new_tokens=%d, so their lengths are those of cuts, and a bound on the length "
