@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from l3ms.measuring.evaluation import evaluate, half_width, length_statistics, task_perplexity
+from l3ms.measuring.evaluation import evaluate, exp, half_width, length_statistics, task_perplexity
 
 
 @pytest.fixture
@@ -127,3 +127,12 @@ def test_length_counts_eos_and_a_truncated_response_never_counts_as_ended(make_m
     assert result.lengths == [1 if ends else 6] * len(rows)
     assert result.summary["ended"] == (1.0 if ends else 0.0)
     assert not ends or result.completions == [""] * len(rows)
+
+
+def test_a_perplexity_beyond_floats_is_inf(make_model, rows):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2000)
+    assert task_perplexity(model, rows) == math.inf
+    assert exp(709.0) < math.inf == exp(710.0)
+    assert math.isnan(exp(math.nan))

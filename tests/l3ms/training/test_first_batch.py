@@ -8,18 +8,19 @@ import torch
 from training_runs import run
 
 import l3ms
+from l3ms.training import constraint_step
 
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_all_responses_cut_is_said(tmp_path, tokenizer, make_model, caplog, monkeypatch, cut):
-    real = l3ms.training.constraint_step.rollout
+    real = constraint_step.rollout
 
     def sampled(*args, **kwargs):
         out = real(*args, **kwargs)
         out.ended[:] = not cut
         return out
 
-    monkeypatch.setattr(l3ms.training.constraint_step, "rollout", sampled)
+    monkeypatch.setattr(constraint_step, "rollout", sampled)
     with caplog.at_level(logging.WARNING, "l3ms"):
         run(tmp_path, tokenizer, make_model(), max_steps=3)
     assert caplog.text.count("iteration 1: all 6 responses are cut at max_new_tokens=16") == cut

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from observing import make, observe, step
@@ -12,6 +14,7 @@ from training_runs import rows
 import l3ms
 from l3ms.commands.command_line import main
 from l3ms.config.run_config import ConfigError, load_config
+from l3ms.model.batches import Collator
 from l3ms.runs.figure import draw
 from l3ms.verdicts.certificates import Declared, judge
 from l3ms.verdicts.checking import Start
@@ -55,6 +58,40 @@ def test_a_run_is_bit_for_bit_the_one_without(make_model, train, tmp_path, kind,
     assert {"constraints/seen/estimate", "constraints/seen/stderr"} <= set(own)
     assert not {"constraints/seen/lambda", "constraints/seen/slack"} & set(own)
     assert math.isfinite(own["constraints/seen/estimate"])
+
+
+def drawing(prompts, completions, **columns):
+    """Draws from everybody's generators."""
+    return [random.random() + np.random.rand() + torch.rand(()).item() for _ in completions]
+
+
+def loader():
+    data = [{name: row[name] for name in ("input_ids", "labels")} for row in rows(8, seed=5)]
+    return torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, collate_fn=Collator(0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        lambda: l3ms.DataNLL("seen", loader(), monitor=True),
+        lambda: l3ms.Constraint("seen", drawing, monitor=True),
+        lambda: l3ms.Length(name="seen", monitor=True),
+    ],
+    ids=["loader", "function that draws", "length"],
+)
+@pytest.mark.parametrize("bounded", ["length", "data", "function"])
+def test_a_monitor_draws_nothing_from_the_generators_of_the_run(make_model, train, monitor, bounded):
+    """Where nothing else samples, and where another reward draws after it."""
+    constraint = {
+        "length": LENGTH,
+        "data": l3ms.DataNLL("general", rows(8, seed=3), max=2.0, batch_size=4),
+        "function": l3ms.Constraint("noise", drawing, max=0.5),
+    }[bounded]
+    found = []
+    for constraints in ([constraint], [monitor(), constraint]):
+        trainer, _ = train(make_model(attention_dropout=0.1), constraints=constraints, max_steps=3)
+        found.append(torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]))
+    assert torch.equal(*found)
 
 
 def test_the_estimate_is_the_moving_average_of_its_values():

@@ -2,8 +2,11 @@
 
 import pytest
 
+import l3ms
 from l3ms.config.watch import WatchConfig
+from l3ms.watching.response_statistics import response_statistics
 from l3ms.watching.rules import HeldOutWatch, RuleWatch, rules_of
+from l3ms.watching.watch import short_floor
 
 HEALTHY = {"ended": 0.9, "truncated": 0.1, "length/p50": 20.0, "length/spread": 15.0, "distinct_2": 0.8,
            "length/short": 0.1, "length/humps": 0.6}  # fmt: skip
@@ -80,3 +83,16 @@ def test_held_out_gap_trips_twice_in_a_row():
     assert watch.update({"a": 5.0}) == []
     assert [tuple(trip) for trip in watch.update({"a": 6.0})] == [("held-out a", 6.0, 4.0)]
     assert HeldOutWatch(None).update({"a": 99.0}) == []
+
+
+def test_a_mean_that_is_met_by_two_tokens_and_by_cuts_trips():
+    """36 tokens on average, in [33, 40]: no other rule sees it."""
+    floor = short_floor([l3ms.Constraint("other", max=1.0), l3ms.Length(min=33, max=40)], 0.2)
+    assert floor == pytest.approx(6.6)
+    watch = RuleWatch(WatchConfig(window=4))
+    bell = [([0] * n, True) for n in range(30, 43)] * 2
+    humped = [([n, 1], True) for n in range(12)] + [([5, *range(63)], n % 3 > 0) for n in range(14)]
+    found = [watch.update(response_statistics(batch, floor)) for batch in [bell] * 4 + [humped] * 4]
+    assert {trip.rule for trips in found for trip in trips} == {"share of short responses", "two humps of lengths"}
+    assert short_floor([l3ms.Length(max=10)], 0.2) == 2
+    assert short_floor([l3ms.Length(max=0.5, threshold=9), l3ms.Length(monitor=True)], 0.2) is None
