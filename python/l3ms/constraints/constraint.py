@@ -84,7 +84,9 @@ class Constraint:
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"{where}: min must be at most max, got min {self.min:g} > max {self.max:g}")
         if not math.isfinite(self.unit) or (self.min is not None and self.max is not None and self.width == math.inf):
-            raise ValueError(f"{where}: min and max must be numbers whose sum and difference are finite, got {self.min:g} and {self.max:g}")
+            raise ValueError(
+                f"{where}: min and max must be numbers whose sum and difference are finite, got {self.min:g} and {self.max:g}"
+            )
         if self.threshold is not None:
             for side, bound in (("min", self.min), ("max", self.max)):
                 if bound is not None and not 0 <= bound <= 1:
