@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from l3ms.config.data import DataConfig
-from l3ms.config.sections import Count, Name, NonNegative, Positive, Section, Text
+from l3ms.config.sections import MOST, Batch, Bound, Count, Name, NonNegative, Positive, Section, Text
 from l3ms.constraints import rewards
 from l3ms.constraints.constraint import BOUNDING
 
@@ -15,8 +15,8 @@ from l3ms.constraints.constraint import BOUNDING
 class Bounded(Section):
     """Bounds on the mean of a reward, in its own units (tokens, points, nats); at least one of `min`, `max`."""
 
-    min: float | None = None
-    max: float | None = None
+    min: Bound | None = None
+    max: Bound | None = None
     scale: Positive | None = None  # native units per 1.0 of the barrier; default: mid-range, or max(|bound|, 1)
     margin: NonNegative | None = None  # kept inside the bound; default: 2 standard errors of the estimate
     monitor: bool = False  # only measured: no bounds, and no part in the training
@@ -37,7 +37,7 @@ class Bounded(Section):
 class Sampled(Bounded):
     """On the model's own responses. With `threshold` the bounds are on the share of responses whose reward is at least that."""
 
-    threshold: float | None = None
+    threshold: Bound | None = None
 
     @model_validator(mode="after")
     def _check_probabilities(self) -> Sampled:
@@ -82,10 +82,10 @@ class RewardModelConfig(Sampled):
     type: Literal["reward_model"]
     name: Name
     model: Text  # folder, or hub id
-    head: Annotated[int, Field(ge=0)] = 0  # which output is the score
+    head: Annotated[int, Field(ge=0, le=MOST)] = 0  # which output is the score
     squash: Literal["tanh", "sigmoid"] | None = None  # of the score
-    batch_size: Count = 16
-    max_length: Annotated[int, Field(ge=2)] | None = None  # tokens; longer texts lose their beginning
+    batch_size: Batch = 16
+    max_length: Annotated[int, Field(ge=2, le=MOST)] | None = None  # tokens; longer texts lose their beginning
     chat_template: Literal["auto", True, False] = "auto"
 
 
@@ -95,7 +95,7 @@ class DataNLLConfig(Bounded):
     type: Literal["data_nll"]
     name: Name
     data: DataConfig
-    batch_size: Count = 8  # rows per constraint half-step
+    batch_size: Batch = 8  # rows per constraint half-step
 
 
 class KLConfig(Sampled):
@@ -105,7 +105,7 @@ class KLConfig(Sampled):
     name: Name = "kl"
     reference: Text | None = None  # folder, or hub id; default: the model that the run starts from
     per_token: bool = False
-    batch_size: Count = 16
+    batch_size: Batch = 16
 
 
 class ReadyRewardConfig(Sampled):

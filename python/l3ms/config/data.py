@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from l3ms.config.sections import Section, Share, Text
+from l3ms.config.sections import MOST, Section, Share, Text
 
 SHARE = 0.1
 Files = Annotated[list[Text], Field(min_length=1)]
@@ -32,8 +32,10 @@ class DataConfig(Section):
     text: Text = "text"
     tools: Text = "tools"
     chat_template: bool = True  # a text prompt becomes one user turn when the tokenizer has a chat template
-    max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of prompt + completion; longer rows are cut and counted
-    limit: Annotated[int, Field(ge=2)] | None = None  # read at most this many rows
+    max_length: Annotated[int, Field(ge=2, le=MOST)] = (
+        1024  # tokens of prompt + completion; longer rows are cut and counted
+    )
+    limit: Annotated[int, Field(ge=2, le=MOST)] | None = None  # read at most this many rows
 
     @model_validator(mode="after")
     def _check_held_out(self) -> DataConfig:

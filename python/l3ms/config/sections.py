@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+
+def _of_float32(value: float) -> float:
+    """Numbers that float32 can be divided by and multiplied with: beyond it a run would train on zeros and infinities."""
+    if value != 0 and not 1e-30 <= abs(value) <= 1e30:
+        raise ValueError(f"must be 0 or between 1e-30 and 1e30 in size, got {value:g}")
+    return value
+
+
+Bound = Annotated[float, AfterValidator(_of_float32)]
+Positive = Annotated[float, Field(gt=0), AfterValidator(_of_float32)]
+NonNegative = Annotated[float, Field(ge=0), AfterValidator(_of_float32)]
+MOST = (1 << 31) - 1  # of whatever is counted
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Batch = Annotated[int, Field(ge=1, le=1 << 24)]  # what is in memory at once
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, Field(min_length=1)]

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from l3ms.config.sections import Count, NonNegative, Positive, Section, Share, Text
+from l3ms.config.sections import MOST, Batch, Count, NonNegative, Positive, Section, Share, Text
 
 
 class LoraConfig(Section):
     """Low-rank adapters instead of the full weights (needs `peft`)."""
 
-    r: Count = 16
-    alpha: Count = 32
+    r: Annotated[int, Field(ge=1, le=1 << 16)] = 16
+    alpha: Annotated[int, Field(ge=1, le=1 << 16)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[Text] = "all-linear"
 
@@ -26,18 +26,18 @@ class TrainConfig(Section):
     dual_rate: Positive = 0.5  # of dual_ascent and augmented_lagrangian: multiplier per step and unit of violation
     penalty: Positive = 5.0  # weight of penalty; multiplier per unit of violation of augmented_lagrangian
     iterations: Count = 200
-    batch_size: Count = 8  # task sequences per backward pass
-    gradient_accumulation: Count = 1  # backward passes per task half-step
-    constraint_batch_size: Annotated[int, Field(ge=2)] = 32  # sampled responses per constraint half-step
+    batch_size: Batch = 8  # task sequences per backward pass
+    gradient_accumulation: Batch = 1  # backward passes per task half-step
+    constraint_batch_size: Annotated[int, Field(ge=2, le=1 << 24)] = 32  # sampled responses per constraint half-step
     learning_rate: Positive = 1e-5
     # a momentum of 0.9 makes the constraints' pressure late, and the mean swings (experiments/ablations)
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.5, 0.95)
     weight_decay: NonNegative = 0.0
-    warmup: Annotated[int, Field(ge=0)] | None = None  # iterations; default: a tenth of the run, at most 10
+    warmup: Annotated[int, Field(ge=0, le=MOST)] | None = None  # iterations; default: a tenth of the run, at most 10
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of learning_rate, at the end
     max_grad_norm: Positive = 1.0
-    max_new_tokens: Annotated[int, Field(ge=2)] = 256
+    max_new_tokens: Annotated[int, Field(ge=2, le=MOST)] = 256
     temperature: Positive = 1.0
     mu: Literal["auto", "paper"] = "auto"  # auto: a decay to the noise floor of the estimates
     mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from l3ms.config.sections import Count, NonNegative, Positive, Section, Share
+from l3ms.config.sections import MOST, Count, NonNegative, Positive, Section, Share
 
 Limit = Annotated[float, Field(ge=0, le=1)]
 
@@ -19,7 +19,7 @@ class WatchConfig(Section):
     """
 
     on_trip: Literal["warn", "stop", "rollback"] = "warn"  # when a rule trips: one line; end the run; go back and on
-    window: Annotated[int, Field(ge=2)] = 10  # iterations whose mean is compared with a limit
+    window: Annotated[int, Field(ge=2, le=MOST)] = 10  # iterations whose mean is compared with a limit
     ended_fall: Share | None = 0.5  # share of the start's EOS rate that may be lost
     ended_min: Limit | None = 0.1  # EOS rate
     truncated_max: Limit | None = 0.5  # share of responses cut at max_new_tokens
@@ -32,9 +32,11 @@ class WatchConfig(Section):
     )
     distinct_2_fall: Share | None = 0.5  # share of the start's distinct-2 that may be lost
     held_out_gap: Positive | None = 4  # standard errors by which a reward is worse on held-out prompts, twice in a row
-    held_out_every: Annotated[int, Field(ge=0)] = 50  # iterations; 0: never
-    held_out_samples: Annotated[int, Field(ge=2)] = 64  # responses each time
-    every: Annotated[int, Field(ge=0)] = 25  # iterations between gradients of each constraint, for cosines; 0: never
+    held_out_every: Annotated[int, Field(ge=0, le=MOST)] = 50  # iterations; 0: never
+    held_out_samples: Annotated[int, Field(ge=2, le=1 << 24)] = 64  # responses each time
+    every: Annotated[int, Field(ge=0, le=MOST)] = (
+        25  # iterations between gradients of each constraint, for cosines; 0: never
+    )
     snapshot_every: Count = 10  # iterations, for rollback; two snapshots are kept, in memory
     max_rollbacks: Count = 2  # the trip after so many ends the run
 

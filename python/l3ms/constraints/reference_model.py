@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l3ms.model.averaging import trained
 from l3ms.model.heads import fuse_head
-from l3ms.model.pretrained import load_pretrained, reason
+from l3ms.model.pretrained import load_whole, reason
 
 OWN_BASE = (
     True,
@@ -107,7 +107,7 @@ class Reference:
 
         source: Any = self.source
         try:
-            reference = load_pretrained(
+            reference = load_whole(
                 AutoModelForCausalLM, source, dtype=model.dtype, trust_remote_code=self.trust_remote_code
             )
             return reference.eval().requires_grad_(False)

@@ -165,13 +165,11 @@ class Score:
         if os.path.isabs(self.source) and not os.path.isdir(self.source):  # false where pathlib raises
             raise RewardModelError("model", f"must be a checkpoint, no such folder: {self.source}")
         try:
-            model, found = load_pretrained(
-                AutoModelForSequenceClassification, self.source, dtype="auto", output_loading_info=True, **options
-            )
+            model, missing = load_pretrained(AutoModelForSequenceClassification, self.source, dtype="auto", **options)
         except Exception as error:  # transformers, the hub client and safetensors raise many kinds
             raise RewardModelError("model", _cannot("load", self.source, error)) from error
-        if found["missing_keys"]:  # a language model would get a head of random numbers
-            names = ", ".join(sorted(found["missing_keys"])[:3])
+        if missing:  # a language model would get a head of random numbers
+            names = ", ".join(missing[:3])
             raise RewardModelError("model", f"must be a trained classifier; {self.source!r} has no {names}")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device).eval().requires_grad_(False)

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from l3ms.demo import corpus
 from l3ms.demo.corpus import Pair
-from l3ms.model.pretrained import load_pretrained, load_tokenizer
+from l3ms.model.pretrained import load_tokenizer, load_whole
 
 VERSION = 1  # raise it when the same recipe would give another base
 PAD_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|pad|>", "<|end|>")
@@ -256,7 +256,7 @@ def _load(entry: Path) -> Base | None:
     if not _valid(entry):
         _log.warning("the demo's cache entry %s is damaged and will be rebuilt", entry)
         return None
-    model = load_pretrained(LlamaForCausalLM, entry, local_files_only=True).eval()
+    model = load_whole(LlamaForCausalLM, entry, local_files_only=True).eval()
     tokenizer = load_tokenizer(PreTrainedTokenizerFast, entry, local_files_only=True)
     pairs = json.loads((entry / _PAIRS).read_text(encoding="utf-8"))
     train, held_out = ([Pair(*pair) for pair in pairs[side]] for side in ("train", "held_out"))

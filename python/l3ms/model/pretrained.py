@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,35 @@ UNPICKLED = (
     "and those are never loaded: save it again as safetensors (save_pretrained does, from a model that you trust)"
 )
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
-NAMING_FILES = ("config.json", "tokenizer_config.json", INDEX, ADAPTER)
+CONFIG = "config.json"
+NAMING_FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", INDEX, ADAPTER)
+MOST_SIZE, MOST_LAYERS = 1 << 62, 10_000  # a larger one is built for ever, or ends the process
 MOST_BYTES = 64 << 20  # of a JSON that is read here; a config.json has a few thousand
 
 
-def load_pretrained(kind: Any, source: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """`kind.from_pretrained(source, ...)` of a model's class, weights from safetensors alone. Raises `ValueError` for what is refused here,
-    and whatever transformers, the hub client and safetensors raise."""
+def load_pretrained(
+    kind: Any, source: Any, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, list[str]]:
+    """`kind.from_pretrained(source, ...)` of a model's class: (the model, names of its weights that `source` has not and that are random).
+
+    Weights are from safetensors alone. Raises `ValueError` for what is refused here, and whatever transformers, the hub client and
+    safetensors raise.
+    """
     check_source(source)
-    return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=trust_remote_code, **options)
+    with warnings.catch_warnings():  # of tensors without elements: they are refused in words, or right
+        warnings.simplefilter("ignore")
+        model, found = kind.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+    return model, sorted(found["missing_keys"])
+
+
+def load_whole(kind: Any, source: Any, **options: Any) -> Any:
+    """The model of `load_pretrained`; `ValueError` where some of its weights are missing."""
+    model, missing = load_pretrained(kind, source, **options)
+    if missing:
+        raise ValueError(f"its weights are not whole: there is no {', '.join(missing[:3])}")
+    return model
 
 
 def load_tokenizer(kind: Any, source: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -55,12 +76,15 @@ def check_source(source: Any) -> None:
             if pickled and not [*folder.glob(f"{safe}*.safetensors")]:
                 raise ValueError(f"{pickled[0]} is a pickle, {UNPICKLED}")
         for name in NAMING_FILES:
-            _check_named(folder, name, _read(folder / name))
+            values = _read(folder / name)
+            if not isinstance(values, dict) and os.path.lexists(folder / name):
+                raise ValueError(f"{folder / name} is no JSON object that can be read")
+            _check_named(folder, name, values)
         adapter = _read(folder / ADAPTER)
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         folder = Path(os.path.abspath(base)) if isinstance(base, str) else Path("\0")
     if not seen:
-        _check_named(folder, "config.json", _of_hub(source))
+        _check_named(folder, CONFIG, _of_hub(source))
 
 
 def _check_named(folder: Path, name: str, values: Any) -> None:
@@ -70,6 +94,10 @@ def _check_named(folder: Path, name: str, values: Any) -> None:
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
     for key, value in found:
+        if isinstance(value, int):
+            if name == CONFIG and abs(value) > (MOST_LAYERS if "layer" in key else MOST_SIZE):
+                raise ValueError(f"{name}: {key} is {value:.3g}, which no model has")
+            continue
         if key.endswith("_implementation") and ("/" in value or ":" in value):
             raise ValueError(f"{name} wants {key} {value!r}, code from a hub: remove it from there")
         if value.endswith(".bin") and (name == INDEX or key == "transformers_weights"):
@@ -97,9 +125,9 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(the key that it is under, text) of all that is in a JSON."""
-    if isinstance(values, str):
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str | int]]:
+    """(the key that it is under, text or integer) of all that is in a JSON."""
+    if isinstance(values, (str, int)):
         yield name, values
     elif isinstance(values, dict):
         for key, value in values.items():

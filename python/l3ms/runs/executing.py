@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
 from l3ms.runs.labels import is_mean_length, solver_label
 from l3ms.runs.loading import Run, load_run
+from l3ms.runs.models import try_model
 from l3ms.runs.progress import ProgressCallback
-from l3ms.runs.report import examples_table, plot_run, summary_table, write_report
+from l3ms.runs.report import examples_table, plot_run, read_report, summary_table, write_report
 from l3ms.runs.terminal import say
+from l3ms.runs.whole_files import remove
 from l3ms.training import checkpoints
+from l3ms.training.checkpoint_contents import CheckpointError
 from l3ms.training.trainer import L3MTrainer
 from l3ms.watching.watch import Watch
 
@@ -56,15 +58,16 @@ def train(
 def execute(run: Run, console: Console) -> dict[str, Any]:
     """What a run is: samples of its model, a training, samples of the last weights and of their average, a report."""
     transformers.set_seed(run.config.seed)  # whatever was drawn while it was loaded
-    _begin_folder(run)
     trainer, metrics = _trainer(run, console)
+    try_model(trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
+    _begin_folder(run)  # the first that is written: what can be refused has been
     sample = evaluator(run, console)
     samples: dict[str, Samples] = {}
     try:
         if run.config.evaluate.initial:
             place = run.folder / "checkpoints" / "initial.json"
             samples["initial"] = kept(place, run, lambda: sample(trainer.model, "before training"))
-        trainer.train(resume_from_checkpoint=None if run.begun is None else str(run.begun.checkpoint))
+        _go_on(run, trainer, console)
         averaged = trainer.averaged_model()
         for name, model in (("model", trainer.model), ("average", averaged)):
             save_weights(run.folder, name, model, run.tokenizer)
@@ -75,19 +78,33 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
         raise KeyboardInterrupt(_kept(run.folder, metrics)) from None
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):
+            if hasattr(callback, "close"):  # of this run: progress, event files
                 callback.close()
     report = _report(run, trainer, metrics, samples)
     picture = write_report(run.folder, report, {key: found.lengths for key, found in samples.items()})
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    remove(run.folder / "checkpoints")
     console.print(summary_table(report), examples_table(report["examples"], report))
     say(console, f"Report and picture: {picture.with_suffix('.json')}, {picture}")
     return report
 
 
+def _go_on(run: Run, trainer: L3MTrainer, console: Console) -> None:
+    """Train from the newest checkpoint that can be gone on from; from the beginning where there is none."""
+    if not run.begun:
+        trainer.train()
+    for path in run.begun:
+        try:
+            trainer.train(resume_from_checkpoint=str(path))
+            return
+        except CheckpointError as error:
+            say(console, f"{path} is not used: {error}")
+    if run.begun:
+        raise ConfigError("resume", f"no checkpoint in {run.folder} can be gone on from; --overwrite begins anew")
+
+
 def _begin_folder(run: Run) -> None:
     """The first that is written: the configuration, and what the run starts from."""
-    names = () if run.begun is None else ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints")
+    names = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints") if run.begun else ()
     prepare_output(run.folder, keep=names)
     write_config(run.folder, run.config.model_dump())
     resuming.write_inputs(run.folder, run.inputs)
@@ -96,40 +113,40 @@ def _begin_folder(run: Run) -> None:
 def _trainer(run: Run, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
     """The trainer with the run's callbacks, and the one that writes the log."""
     config = run.config
-    metrics = MetricsWriter(run.folder / "metrics.jsonl", log=() if run.begun is None else run.begun.log)
+    metrics = MetricsWriter(run.folder / "metrics.jsonl")
     title = solver_label({"solver": config.train.solver})
     callbacks: list[Any] = [metrics, ProgressCallback(_bounds(config), title=title, console=console)]
     if config.watch is not None:
         callbacks.append(Watch(config.watch, held_out=run.held_out.rows))
     if config.logging.tensorboard:
-        callbacks.append(_tensorboard(run))
-    trainer = L3MTrainer(
-        model=run.model,
-        args=run.arguments,
-        train_dataset=run.train.rows,
-        constraints=run.constraints,
-        processing_class=run.tokenizer,
-        callbacks=callbacks,
-    )
+        from l3ms.runs.event_files import EventFiles
+
+        callbacks.append(EventFiles(run.folder / "tensorboard"))
+    place = run.arguments.output_dir
+    with tempfile.TemporaryDirectory() as elsewhere:  # transformers makes the folder at once
+        run.arguments.output_dir = elsewhere
+        trainer = L3MTrainer(
+            model=run.model,
+            args=run.arguments,
+            train_dataset=run.train.rows,
+            constraints=run.constraints,
+            processing_class=run.tokenizer,
+            callbacks=callbacks,
+        )
+    run.arguments.output_dir = place
+    trainer.create_optimizer()
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer, metrics
-
-
-def _tensorboard(run: Run) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    purge = None if run.begun is None else run.begun.iteration + 1  # what was logged after the checkpoint
-    return TensorBoardCallback(SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=purge))
 
 
 def _finished(folder: Path, console: Console) -> dict[str, Any]:
     say(console, f"The run in {folder} is finished.")
     if not (folder / "report.png").exists():  # ended while it was being drawn
         plot_run(folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_report(folder)
+    remove(folder / "checkpoints")
+    return report
 
 
 def _kept(folder: Path, metrics: MetricsWriter) -> str:

@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.regular_files import read_regular
 from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
 
 ARTEFACTS = (
@@ -52,6 +53,15 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise ConfigError("output", f"{folder} cannot be created: {parent} is not a folder that can be written to")
 
 
+def check_links(folder: Path) -> None:
+    """Raise `ConfigError` where something of a run that is to go on is a link: it would be written to, or removed, elsewhere."""
+    for name in ARTEFACTS:
+        if (folder / name).is_symlink():
+            raise ConfigError(
+                "resume", f"{folder / name} is a link, and those are not followed in a run folder: put there what it leads to"
+            )  # fmt: skip
+
+
 def prepare_output(folder: Path, keep: Collection[str] = ()) -> None:
     """Create the folder; what an earlier run left in it goes but for `keep`, other files stay."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,21 +91,24 @@ def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
 class MetricsWriter(TrainerCallback):
     """`metrics.jsonl`: one object per iteration, `{"iteration", "seconds", "loss", "constraints/...", ...}`."""
 
-    def __init__(self, path: Path, *, log: Sequence[Mapping[str, Any]] = ()):
-        """`log`: the log of a run that goes on, as its checkpoint has it; other lines of the file go, and the clock goes on."""
+    def __init__(self, path: Path):
         self.path = path
         self.iterations = 0
+        self.seconds_before = 0.0
         self._row: dict[str, Any] = {}
-        kept = _rewrite(path, log) if log else 0.0
-        self.seconds_before = kept
-        self._start = time.monotonic() - kept
+        self._start = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Of a run that goes on the file has the lines that its checkpoint knows, others go, and the clock goes on."""
+        if state.is_world_process_zero and state.global_step:
+            self.seconds_before = _rewrite(self.path, state.log_history)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         if self._row and self._row["iteration"] != state.global_step:
             self.flush()
-        seconds = round(time.monotonic() - self._start, 3)
+        seconds = round(time.monotonic() - self._start + self.seconds_before, 3)
         self._row |= {"iteration": state.global_step, "seconds": seconds, **logs}
         if control.should_save:  # a line is in the file before the checkpoint that has it
             self.flush()
@@ -119,11 +132,11 @@ class MetricsWriter(TrainerCallback):
 def _rewrite(path: Path, log: Sequence[Mapping[str, Any]]) -> float:
     """Make the lines of `metrics.jsonl` those of `log`, an entry per iteration, each at the time it had. -> the time of the last."""
     times: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_regular(path).decode("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            times[row["iteration"]] = row["seconds"]
-        except (ValueError, KeyError, TypeError):  # half a line, where the process was ended
+            times[row["iteration"]] = float(row["seconds"])
+        except (ValueError, KeyError, TypeError, RecursionError):  # half a line, where the process was ended
             continue
     rows, seconds = [], 0.0
     for entry in log:

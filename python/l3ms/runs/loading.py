@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from l3ms.runs import resuming
 from l3ms.runs.arguments import training_arguments
 from l3ms.runs.constraints import build_constraints, try_rewards
 from l3ms.runs.data import Encoded, Example, encode, load_examples
-from l3ms.runs.folder import check_output
+from l3ms.runs.fingerprints import fingerprints, fingerprints_of_0_1
+from l3ms.runs.folder import check_links, check_output
 from l3ms.runs.models import context_room, load_model
 from l3ms.runs.reading import files_of
 from l3ms.runs.terminal import say
@@ -40,8 +42,8 @@ class Run:
     train: Encoded  # rows of tokens
     held_out: Encoded
     arguments: L3MConfig
-    inputs: dict[str, str]  # fingerprints of what it starts from
-    begun: resuming.Begun | None  # where it goes on
+    inputs: dict[str, Any]  # fingerprints of what it starts from
+    begun: list[Path]  # checkpoints from which it goes on, the first that can be; empty: it begins
     started: float  # time.monotonic() when its loading began
 
     @property
@@ -63,6 +65,7 @@ def load_run(
     going_on = resume and resuming.is_run(folder)
     if going_on:
         resuming.check_same(config, folder)
+        check_links(folder)
     check_output(folder, overwrite=overwrite or going_on, inputs=_local_inputs(config))
     check_code(config, allow_code)
     train_examples, held_out_examples = load_examples(config.data, seed=config.seed)
@@ -79,11 +82,16 @@ def load_run(
             raise ConfigError("train.mu_end", str(error)) from None
     train, held_out = encode_sides(config, tokenizer, model, train_examples, held_out_examples, console)
     try_rewards(config, constraints, tokenizer, train.rows[:4])
-    inputs = resuming.fingerprints(model, _trained_on(train, constraints))
-    begun = resuming.find(folder, console) if going_on else None
-    if begun is not None:
-        resuming.check_inputs(folder, inputs)
+    sides = {"data.train": train.rows, "data.evaluation": held_out.rows}
+    inputs = fingerprints(config, model, tokenizer, sides, constraints)
     arguments = training_arguments(config)
+    begun: list[Path] = []
+    if going_on:
+        data = [item.batch_size for item in constraints if isinstance(item, DataNLL)]
+        begun = resuming.find(folder, console, model, max([config.train.constraint_batch_size, *data]))
+    if begun:
+        of_0_1 = functools.partial(fingerprints_of_0_1, model, _trained_on(train, constraints))
+        resuming.check_inputs(folder, inputs, of_0_1)
     return Run(config, tokenizer, model, constraints, train, held_out, arguments, inputs, begun, started)
 
 

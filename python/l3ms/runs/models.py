@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l3ms.config.train import LoraConfig
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.model.batches import Collator, prompt_part
 from l3ms.model.heads import fuse_head
-from l3ms.model.pretrained import load_pretrained, load_tokenizer, reason
+from l3ms.model.pretrained import load_tokenizer, load_whole, reason
+from l3ms.rollouts.sampling import rollout
 from l3ms.runs.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +35,7 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = load_tokenizer(AutoTokenizer, source, **options)
-        model: Any = load_pretrained(AutoModelForCausalLM, source, dtype=DTYPES[dtype], **options)
+        model: Any = load_whole(AutoModelForCausalLM, source, dtype=DTYPES[dtype], **options)
     except Exception as error:  # transformers, the hub client and safetensors raise many kinds
         raise ConfigError("model", f"cannot load {source!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -72,9 +74,29 @@ def _gguf(source: str) -> str:
     )
 
 
+@torch.no_grad()
+def try_model(model: Any, tokenizer: Any, row: dict[str, Any], temperature: float) -> None:
+    """The loss of one row and two sampled tokens, before anything is written: a configuration may describe a model that cannot compute."""
+    try:
+        with torch.random.fork_rng():
+            batch = {
+                name: value.to(model.device) for name, value in Collator(tokenizer.pad_token_id or 0)([row]).items()
+            }
+            model(**batch, use_cache=False)
+            ids = [prompt_part(row)]
+            rollout(model, tokenizer, [row["prompt"]], prompt_ids=ids, max_new_tokens=2, temperature=temperature)
+    except (MemoryError, torch.OutOfMemoryError, OSError):
+        raise
+    except Exception as error:
+        raise ConfigError("model", f"cannot be used: {type(error).__name__}: {reason(error)}") from error
+
+
 def context_of(model: Any) -> int:
     """The tokens that a model takes."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < 1:
+        raise ConfigError("model", f"config.json: max_position_embeddings must be at least 1, got {context}")
+    return context or 2**31
 
 
 def context_room(model: Any, max_new_tokens: int) -> tuple[int, int]:

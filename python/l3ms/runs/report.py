@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l3ms.config.yaml_reader import ConfigError, read_yaml
+from l3ms.regular_files import read_regular
 from l3ms.runs.labels import MODELS, bounds_text, constraint_label, is_mean_length, model_label
 from l3ms.runs.whole_files import finite, write_json, write_whole
 
@@ -53,14 +54,45 @@ def histogram(lengths: Iterable[int]) -> list[int]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The iterations of a `metrics.jsonl`; a torn last line (a killed run) is left out."""
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _text(path).splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise ConfigError(str(path), f"line {number} is not JSON") from None
+            continue
+        if not isinstance(row, dict):
+            raise ConfigError(str(path), f"line {number} must be an object, got {type(row).__name__}")
+        rows.append(row)
     return rows
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """`report.json`. Raises `ConfigError` naming it, `FileNotFoundError` where there is none."""
+    path = folder / "report.json"
+    try:
+        report = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(str(path), f"is not JSON: {error.msg} at line {error.lineno}") from None
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(path), "is not JSON that can be read") from None
+    if not isinstance(report, dict):
+        raise ConfigError(str(path), f"must be an object, got {type(report).__name__}")
+    return report
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_regular(path).decode("utf-8")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError:
+        raise ConfigError(str(path), "is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(ascii(str(path))[1:-1], f"cannot be read: {error.strerror}") from None
 
 
 def plot_run(folder: str | Path) -> Path:
@@ -78,14 +110,16 @@ def plot_run(folder: str | Path) -> Path:
     if not metrics:
         raise ConfigError(str(folder / "metrics.jsonl"), "holds no iterations yet")
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = read_report(folder)
     except FileNotFoundError:
         report = _configured(folder / "config.yaml")
-    except json.JSONDecodeError as error:
-        raise ConfigError(str(folder / "report.json"), f"is not JSON: {error.msg} at line {error.lineno}") from None
     baseline = read_metrics(folder / "sft.jsonl") if (folder / "sft.jsonl").exists() else []
     picture = io.BytesIO()
-    draw(metrics, report, baseline).savefig(picture, dpi=100, format="png")
+    try:
+        draw(metrics, report, baseline).savefig(picture, dpi=100, format="png")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, ZeroDivisionError) as error:
+        what = f"cannot be drawn: {type(error).__name__}: {error}"
+        raise ConfigError(f"{folder / 'metrics.jsonl'} or report.json", what) from error
     write_whole(folder / "report.png", picture.getvalue())
     return folder / "report.png"
 
@@ -94,10 +128,14 @@ def _configured(path: Path) -> dict[str, Any]:
     """What the picture of a run that did not end needs of its configuration: the solver, and `{name, min, max, ...}` of the constraints."""
     values = read_yaml(path) if path.exists() else {}
     keys = ("name", "type", "min", "max", "threshold")
-    items = [{key: item.get(key) for key in keys} for item in values.get("constraints") or []]
+    try:
+        items = [{key: item.get(key) for key in keys} for item in values.get("constraints") or []]
+        solver = (values.get("train") or {}).get("solver")
+    except (TypeError, AttributeError):
+        raise ConfigError(str(path), "is no configuration of a run") from None
     length = next((item for item in items if item["name"] and is_mean_length(item)), {})
     bounds = {"min": length.get("min"), "max": length.get("max")}
-    return {"constraints": items, "bounds": bounds, "solver": (values.get("train") or {}).get("solver")}
+    return {"constraints": items, "bounds": bounds, "solver": solver}
 
 
 def summary_table(report: Mapping[str, Any]) -> Group:

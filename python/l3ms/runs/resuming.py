@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from rich.console import Console
 
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.regular_files import read_regular
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.training import checkpoints
+from l3ms.training.checkpoint_contents import misfit, unreadable
 
 INPUTS = "inputs.json"
 LATER = {"output", "evaluate", "logging", "train.save_steps"}  # what may change: it does not change what is learnt
 
 
-class Begun(NamedTuple):
-    """A run that goes on."""
-
-    checkpoint: Path
-    log: list[dict[str, Any]]  # transformers' log up to it
-
-    @property
-    def iteration(self) -> int:
-        return int(self.checkpoint.name.removeprefix("checkpoint-"))
+def iteration(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def is_run(folder: Path) -> bool:
@@ -76,59 +69,44 @@ def _fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield field, value
 
 
-def find(folder: Path, console: Console) -> Begun | None:
-    """The newest valid checkpoint of the run in `folder`; None, having said so, where there is none. Damaged ones are named."""
-    found, damaged = checkpoints.newest(folder / "checkpoints")
-    for path, wrong in damaged.items():
-        say(console, f"{path} is not used: {wrong}")
-    if found is None:
+def find(folder: Path, console: Console, model: Any, taken: int) -> list[Path]:
+    """The valid checkpoints of the run in `folder`, the newest first; empty, having said so, where there is none. Damaged ones are named.
+
+    They are checked against the run's `model`; `taken`: rows that an iteration takes for its constraints, at most.
+    """
+    found = []
+    for path in checkpoints.checkpoints(folder / "checkpoints"):
+        wrong = checkpoints.problem(path) or unreadable(path, taken) or misfit(path, model)
+        if wrong is None:
+            found.append(path)
+        else:
+            say(console, f"{path} is not used: {wrong}")
+    if not found:
         say(console, f"{folder} has no checkpoint to resume from: beginning anew")
-        return None
-    state = json.loads((found / "trainer_state.json").read_text(encoding="utf-8"))
-    begun = Begun(found, state["log_history"])
-    say(console, f"Resuming at iteration {begun.iteration}, from {found}")
-    return begun
+    else:
+        say(console, f"Resuming at iteration {iteration(found[0])}, from {found[0]}")
+    return found
 
 
 # ---- what a run was begun with ----
 
 
-def fingerprints(model: Any, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """By field, of the weights that a run starts from and of its token rows: other data under the same name are found out."""
-    return {"model": _of_model(model), **{field: _of_rows(part) for field, part in rows.items()}}
-
-
-def check_inputs(folder: Path, found: Mapping[str, str]) -> None:
-    """Raise `ConfigError` where the run in `folder` was begun with others."""
+def check_inputs(folder: Path, found: Mapping[str, Any], of_0_1: Callable[[], Mapping[str, str]]) -> None:
+    """Raise `ConfigError` where the run in `folder` was begun with others. `of_0_1`: what 0.1.0 would have found, for a run of its."""
     path = folder / "checkpoints" / INPUTS
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = json.loads(read_regular(path))
+        known = found if "format" in before else of_0_1()
+        changed = [field for field, value in known.items() if before.get(field) != value]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise ConfigError("resume", f"{path} cannot be read; --overwrite begins anew") from None
-    for field, value in found.items():
-        if before.get(field) != value:
-            raise ConfigError(
-                field, "is not what the run was begun with: its contents have changed; --overwrite begins anew"
-            )
+    for field in changed:
+        raise ConfigError(
+            "resume" if field == "format" else field,
+            "is not what the run was begun with: its contents have changed; --overwrite begins anew",
+        )
 
 
-def write_inputs(folder: Path, found: Mapping[str, str]) -> None:
+def write_inputs(folder: Path, found: Mapping[str, Any]) -> None:
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_json(folder / "checkpoints" / INPUTS, found)
-
-
-def _of_rows(rows: list[dict[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for name in ("input_ids", "labels"):
-            digest.update(torch.tensor([len(row[name]), *row[name]], dtype=torch.int32).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _of_model(model: Any) -> str:
-    """Of names, shapes and the beginning of each parameter: a digest of all weights would take longer than loading them."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().reshape(-1)[:256].double().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -8,13 +8,17 @@ DeepSpeed optimizer and weights are in their formats, and whole or not there as 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from l3ms.model.random_numbers import random_state, set_random_state
 from l3ms.training import checkpoints
+from l3ms.training.checkpoint_contents import CheckpointError, misfit, unreadable
 from l3ms.training.state_trees import load_tree, save_tree
 
 logger = logging.getLogger(__name__)
@@ -30,16 +34,46 @@ class CheckpointingTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_checkpoint(Path(self._get_output_dir(None))))
-        elif resume_from_checkpoint:
+            place = Path(self._get_output_dir(None))
+            for folder in checkpoints.checkpoints(place):
+                wrong = self._wrong(folder)
+                try:
+                    if wrong is None:
+                        return super().train(str(folder), *args, **kwargs)
+                except CheckpointError as error:
+                    wrong = str(error)
+                logger.warning("%s is not used: %s", folder, wrong)
+            raise ValueError(f"no valid checkpoint in {place}")
+        if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             if (folder / checkpoints.MANIFEST).exists():
-                wrong = checkpoints.problem(folder)
+                wrong = self._wrong(folder)
                 if wrong is not None:
-                    raise ValueError(f"{folder} is damaged: {wrong}")
+                    raise CheckpointError(f"{folder} is damaged: {wrong}")
             else:
                 logger.warning("%s has no %s: it cannot be verified", folder, checkpoints.MANIFEST)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def taken_at_once(self) -> int:
+        """Rows that an iteration takes, besides the task's, at most."""
+        return 1
+
+    def _wrong(self, folder: Path) -> str | None:
+        """Why a checkpoint of ours cannot be gone on with."""
+        wrong = checkpoints.problem(folder) or unreadable(folder, self.taken_at_once)
+        return wrong or (None if self._sharded else misfit(folder, self.model))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What goes wrong within is the checkpoint's: contents that only who takes them can judge."""
+        try:
+            yield
+        except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"its contents are refused: {type(error).__name__}: {text}") from error
 
     # ---- saving ----
 
@@ -96,7 +130,19 @@ class CheckpointingTrainer(Trainer):
 
     # ---- loading ----
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self.reading():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_callback_state(self) -> None:
+        with self.reading():
+            super()._load_callback_state()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self.reading():
+            self._load_states(checkpoint)
+
+    def _load_states(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif (Path(checkpoint) / "optimizer.json").exists():
@@ -108,14 +154,16 @@ class CheckpointingTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler: Any = self.accelerator.scaler
         if scaler is not None and checkpoint is not None and (Path(checkpoint) / "scaler.json").exists():
-            scaler.load_state_dict(load_tree(Path(checkpoint), "scaler"))
+            with self.reading():
+                scaler.load_state_dict(load_tree(Path(checkpoint), "scaler"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         name = f"random{self.rank_suffix}"
         if (Path(checkpoint) / f"{name}.json").exists():
-            set_random_state(load_tree(Path(checkpoint), name), self.args.device)
+            with self.reading():
+                set_random_state(load_tree(Path(checkpoint), name), self.args.device)
         else:
             rank = self.args.process_index
             logger.warning("%s has no random state of rank %d: what follows is another run", checkpoint, rank)
@@ -140,13 +188,3 @@ class CheckpointingTrainer(Trainer):
     @property
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-
-def newest_checkpoint(place: Path) -> Path:
-    """The newest valid checkpoint in `place`; of newer ones that are not, a warning says why. Raises `ValueError` where there is none."""
-    found, damaged = checkpoints.newest(place)
-    for folder, wrong in damaged.items():
-        logger.warning("%s is not used: %s", folder, wrong)
-    if found is None:
-        raise ValueError(f"no valid checkpoint in {place}")
-    return found

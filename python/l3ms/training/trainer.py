@@ -256,6 +256,11 @@ class L3MTrainer(EvaluatingTrainer):
     # ---- weights, checkpoints and logs ----
 
     @property
+    def taken_at_once(self) -> int:
+        data = [c.batch_size for c in self.constraints if isinstance(c, DataNLL)]
+        return max([self.args.constraint_batch_size, *data])  # type: ignore[attr-defined]
+
+    @property
     def watches(self) -> list[Watch]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
 
@@ -264,7 +269,8 @@ class L3MTrainer(EvaluatingTrainer):
         for watch in self.watches:
             watch.begin(self)
         for watch, state in zip(self.watches, before, strict=False):
-            watch.restore(state)
+            with self.reading():
+                watch.restore(state)
 
     @property
     def average_from(self) -> int:
@@ -292,8 +298,8 @@ class L3MTrainer(EvaluatingTrainer):
         if self.watches:
             save_tree(Path(output_dir), f"watch{self.rank_suffix}", [watch.state() for watch in self.watches])
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+    def _load_states(self, checkpoint: str | None) -> None:
+        super()._load_states(checkpoint)
         if checkpoint is not None:
             model = self.policy
             self.average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)

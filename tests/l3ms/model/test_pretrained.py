@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import l3ms
-from l3ms.model.pretrained import load_pretrained, load_tokenizer
+from l3ms.model.pretrained import load_tokenizer, load_whole
 
 PACKAGE = Path(l3ms.__file__).parent
 
@@ -40,7 +40,7 @@ def change(path, **values):
 
 def load(folder, **options):
     load_tokenizer(AutoTokenizer, folder, **options)
-    return load_pretrained(AutoModelForCausalLM, folder, **options)
+    return load_whole(AutoModelForCausalLM, folder, **options)
 
 
 def test_only_one_place_calls_from_pretrained_and_says_what_may_run():
@@ -109,9 +109,9 @@ def test_code_in_a_folder_does_not_run_unless_asked_for(folder, tmp_path, monkey
     auto = {"AutoConfig": "custom.C", "AutoModelForCausalLM": "custom.M"}
     change(folder / "config.json", auto_map=auto, model_type="of-a-stranger")
     with pytest.raises(ValueError, match=r"(?i)custom code"):
-        load_pretrained(AutoModelForCausalLM, folder)
+        load_whole(AutoModelForCausalLM, folder)
     assert not (tmp_path / "canary").exists()
-    load_pretrained(AutoModelForCausalLM, folder, trust_remote_code=True)
+    load_whole(AutoModelForCausalLM, folder, trust_remote_code=True)
     assert (tmp_path / "canary").exists()  # the canary can sing
 
 
@@ -147,10 +147,10 @@ def test_what_adapters_are_put_on_is_looked_at_too(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
     with pytest.raises(ValueError, match=r"base/pytorch_model.bin is a pickle"):
-        load_pretrained(AutoModelForCausalLM, adapter)
+        load_whole(AutoModelForCausalLM, adapter)
     change(adapter / "adapter_config.json", base_model_name_or_path=str(adapter))  # a circle ends
     with pytest.raises((OSError, ValueError)):
-        load_pretrained(AutoModelForCausalLM, adapter)
+        load_whole(AutoModelForCausalLM, adapter)
 
 
 def test_a_json_that_is_nested_deeply_is_refused(folder):

@@ -1,0 +1,138 @@
+"""Whether a checkpoint can be gone on with. Its manifest says that the files are those that were written; here is looked at what they say,
+since a manifest can be written again: wrong types, places that no run can be at, weights that are missing or of another shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+
+from l3ms.regular_files import read_regular
+from l3ms.training.state_trees import load_tree
+
+TREES = ("optimizer", "scheduler", "scaler", "random*", "watch*")  # names of `save_tree`
+PLACE = ("taken", "rows", "seed", "world")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be gone on with."""
+
+
+def unreadable(folder: Path, taken: int) -> str | None:
+    """What is wrong with the contents of `folder`, None where nothing is. `taken`: rows per iteration for constraints, at most."""
+    try:
+        step = int(folder.name.rpartition("-")[2]) if folder.name.startswith("checkpoint-") else None
+        state = _check_state(_json(folder / "trainer_state.json"), step)
+        if (folder / "l3m.json").exists():
+            _check_progress(_json(folder / "l3m.json"), folder, state.global_step, taken)
+        for path in sorted(folder.glob("*.safetensors")):
+            shapes(path)
+        for name in TREES:
+            for path in sorted(folder.glob(f"{name}.json")):
+                _check_tree(load_tree(folder, path.stem), path)
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def misfit(folder: Path, model: Any) -> str | None:
+    """What of the weights in `folder` does not fit `model`; None where all do, and where they are not in one safetensors file."""
+    path = folder / "model.safetensors"
+    if not path.exists() or hasattr(model, "peft_config"):
+        return None
+    found, wanted = shapes(path), {name: list(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(found.keys() & wanted.keys()):
+        if found[name] != wanted[name]:
+            return f"model.safetensors has {found[name]} numbers as {name}, the model {wanted[name]}"
+    strange = sorted(found.keys() - wanted.keys())
+    if strange:
+        return f"model.safetensors has {strange[0]}, which the model has not"
+    # of tensors that are one and the same the file has one
+    kept = {value.data_ptr() for name, value in model.state_dict().items() if name in found and value.numel()}
+    for name, value in model.state_dict().items():
+        if name not in found and value.numel() and value.data_ptr() not in kept:
+            return f"model.safetensors has no {name}"
+    return None
+
+
+def shapes(path: Path) -> dict[str, list[int]]:
+    """Of the tensors in a safetensors file, from its header."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_state(values: Any, step: int | None) -> TrainerState:
+    """transformers' state: where the run is, and its log."""
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise CheckpointError(f"trainer_state.json: {what}")
+
+    check(isinstance(values, dict), "is no mapping")
+    try:
+        state = TrainerState(**values)
+    except TypeError as error:
+        raise CheckpointError(f"trainer_state.json: {error}") from None
+    check(_counts(state.global_step) and step in (None, state.global_step), f"global_step is {state.global_step!r:.40}")
+    check(_counts(state.max_steps) and state.max_steps >= state.global_step, f"max_steps is {state.max_steps!r:.40}")
+    check(state.epoch is None or _number(state.epoch), f"epoch is {state.epoch!r:.40}")
+    check(isinstance(state.stateful_callbacks, dict), "stateful_callbacks is no mapping")
+    check(isinstance(state.log_history, list), "log_history is no list")
+    for row in state.log_history:
+        check(isinstance(row, dict) and _counts(row.get("step")), f"log_history holds {row!r:.60}")
+        wrong = [name for name, value in row.items() if not (value is None or isinstance(value, str) or _real(value))]
+        check(not wrong, f"log_history holds a {wrong[:1]} that is no number")
+    return state
+
+
+def _check_progress(values: Any, folder: Path, step: int, taken: int) -> None:
+    """`l3m.json`: a place further on than the run can be would be gone to, for ever."""
+    places = [values["prompts"], *values.get("data", {}).values()]
+    for place in places:
+        if not _counts(place["taken"]) or place["taken"] > step * taken:
+            raise CheckpointError(f"l3m.json: {place['taken']!r:.40} prompts cannot be taken in {step} iterations")
+        for name in PLACE:
+            if name in place and not _counts(place[name]):
+                raise CheckpointError(f"l3m.json: {name} is {place[name]!r:.40}")
+    averaged = values["averaged"]
+    if not _counts(averaged) or averaged > step:
+        raise CheckpointError(f"l3m.json: averaged is {averaged!r:.40}, after {step} iterations")
+    if averaged and not (folder / "l3m_average.safetensors").exists():
+        raise CheckpointError("l3m_average.safetensors is missing")
+
+
+def _check_tree(tree: Any, path: Path) -> None:
+    kind = list if path.stem.startswith("watch") else Mapping
+    if not isinstance(tree, kind):
+        raise CheckpointError(f"{path.name} holds a {type(tree).__name__}")
+    if path.stem.startswith("random"):
+        name, _, place, *_ = tree["numpy"]
+        if name != "MT19937" or not _counts(place) or place > 624:  # NumPy would read behind its table
+            raise CheckpointError(f"{path.name} is no state of NumPy's generator")
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _number(value: Any) -> bool:
+    return _real(value) and math.isfinite(value)
