@@ -61,7 +61,7 @@ def kept(path: Path, run: Run, sample: Callable[[], Samples]) -> Samples:
     """`sample()`, or what it gave when the run was begun: of a run that goes on it is in `path`, if as many samples are wanted."""
     wanted = {"samples": run.config.evaluate.samples, "batch_size": run.config.evaluate.batch_size}
     try:
-        before = json.loads(path.read_text(encoding="utf-8")) if run.begun is not None else {}
+        before = json.loads(path.read_text(encoding="utf-8")) if run.begun else {}
         if before.get("wanted") == wanted:
             return Samples(**{name: before[name] for name in Samples._fields})
     except (OSError, ValueError, KeyError, AttributeError):

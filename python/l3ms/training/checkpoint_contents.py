@@ -117,7 +117,7 @@ def _check_progress(values: Any, folder: Path, step: int, taken: int) -> None:
 
 
 def _check_tree(tree: Any, path: Path) -> None:
-    kind = list if path.stem.startswith("watch") else Mapping
+    kind: type = list if path.stem.startswith("watch") else Mapping
     if not isinstance(tree, kind):
         raise CheckpointError(f"{path.name} holds a {type(tree).__name__}")
     if path.stem.startswith("random"):
