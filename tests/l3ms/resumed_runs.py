@@ -25,7 +25,7 @@ def project(folder, tokenizer, model, **changes):
     (folder / "other.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in OTHER * 5))
     values = {
         "constraints": [{"type": "length", "min": 2, "max": 5}],
-        "watch": {"every": 4, "window": 3, "held_out_every": 3, "held_out_samples": 8},
+        "watch": {"every": 4, "window": 3, "held_out_every": 3, "held_out_samples": 8, "humps_max": None},
     }
     return write_project(
         folder, tokenizer, model, **{**values, **changes, "train": {**TRAIN, **changes.get("train", {})}}

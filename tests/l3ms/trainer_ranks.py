@@ -21,7 +21,7 @@ STEPS = 24
 def watch(on_trip):
     return l3ms.Watch(
         on_trip=on_trip, held_out=rows(9, seed=3), held_out_every=3, held_out_samples=9, every=2, window=4,
-        snapshot_every=4, max_rollbacks=1,
+        snapshot_every=4, max_rollbacks=1, humps_max=None,
     )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     trainer, recorder = run(
         Path(folder) / "run", AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
         constraints=[NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
-        **{**HACKED, "max_steps": steps, "constraint_batch_size": 8, "learning_rate": 0.01},
+        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01},
         save_strategy="steps", save_steps=save_steps, average_fraction=0.5,
     )  # fmt: skip
     trainer.add_callback(watching)

@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 64,
 }  # fmt: skip
-SLICE = 67  # every so many cases
+SLICE = 50  # every so many cases
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore")  # of torch, peft and datasets, on their way to an error
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slice_is_refused(template, kind):
-    assert holds(template, KINDS[kind]()[::SLICE]) > 5
+    assert holds(template, KINDS[kind]()[::SLICE]) >= 5
 
 
 @pytest.mark.slow

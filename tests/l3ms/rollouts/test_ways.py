@@ -173,6 +173,9 @@ def test_states_are_left_behind_when_rows_leave():
 
 def wrapped_by_accelerate(model) -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # of the tests before, which had another precision
 
     return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
 
