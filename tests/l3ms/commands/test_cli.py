@@ -69,7 +69,6 @@ def test_train_writes_the_whole_run_and_can_be_repeated(project, checkpoint, cap
     assert (out / "report.png").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # of peft
 def test_train_on_messages_with_adapters_and_rewards(project, checkpoint, capsys):
     chat = project / "chat"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, chat_template=TEMPLATE)
