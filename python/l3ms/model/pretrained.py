@@ -120,7 +120,7 @@ def _of_hub(source: Any) -> Any:
 def _read(path: Path) -> Any:
     """A JSON file; None where it cannot be read: whoever needs it says so."""
     try:
-        return json.loads(read_regular(path, MOST_BYTES))
+        return json.loads(read_regular(path, MOST_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -95,7 +95,7 @@ def check_inputs(folder: Path, found: Mapping[str, Any], of_0_1: Callable[[], Ma
     """Raise `ConfigError` where the run in `folder` was begun with others. `of_0_1`: what 0.1.0 would have found, for a run of its."""
     path = folder / "checkpoints" / INPUTS
     try:
-        before = json.loads(read_regular(path))
+        before = json.loads(read_regular(path).decode("utf-8"))
         known = found if "format" in before else of_0_1()
         changed = [field for field, value in known.items() if before.get(field) != value]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -5,18 +5,25 @@ since a manifest can be written again: wrong types, places that no run can be at
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import TrainerState
 
 from l3ms.regular_files import read_regular
 from l3ms.training.state_trees import load_tree
 
 TREES = ("optimizer", "scheduler", "scaler", "random*", "watch*")  # names of `save_tree`
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "sum",
+)  # of torch's optimizers: one number per weight
 PLACE = ("taken", "rows", "seed", "world")
 
 
@@ -38,7 +45,16 @@ def unreadable(folder: Path, taken: int) -> str | None:
                 _check_tree(load_tree(folder, path.stem), path)
     except CheckpointError as error:
         return str(error)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
@@ -71,7 +87,7 @@ def shapes(path: Path) -> dict[str, list[int]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(read_regular(path))
+        return json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -90,8 +106,12 @@ def _check_state(values: Any, step: int | None) -> TrainerState:
         raise CheckpointError(f"trainer_state.json: {error}") from None
     check(_counts(state.global_step) and step in (None, state.global_step), f"global_step is {state.global_step!r:.40}")
     check(_counts(state.max_steps) and state.max_steps >= state.global_step, f"max_steps is {state.max_steps!r:.40}")
-    check(state.epoch is None or _number(state.epoch), f"epoch is {state.epoch!r:.40}")
-    check(isinstance(state.stateful_callbacks, dict), "stateful_callbacks is no mapping")
+    check(state.epoch is None or (_real(state.epoch) and 0 <= state.epoch < 1e15), f"epoch is {state.epoch!r:.40}")
+    check(_counts(state.train_batch_size), f"train_batch_size is {state.train_batch_size!r:.40}")
+    check(
+        isinstance(state.stateful_callbacks, dict) and "TrainerControl" in state.stateful_callbacks,
+        "it has no TrainerControl",
+    )
     check(isinstance(state.log_history, list), "log_history is no list")
     for row in state.log_history:
         check(isinstance(row, dict) and _counts(row.get("step")), f"log_history holds {row!r:.60}")
@@ -126,13 +146,50 @@ def _check_tree(tree: Any, path: Path) -> None:
             raise CheckpointError(f"{path.name} is no state of NumPy's generator")
 
 
+def unlike(fresh: Any, found: Any, name: str) -> str | None:
+    """Where state that is to be loaded is of another kind than that of something new: text for a number, another shape."""
+    if fresh is None:  # a setting that is left open
+        return None
+    if isinstance(fresh, Tensor):
+        right = isinstance(found, Tensor) and (found.shape == fresh.shape or not fresh.numel())
+    elif isinstance(fresh, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{name} is a {type(found).__name__}"
+        pairs = [(fresh[key], found[key], f"{name}.{key}") for key in fresh.keys() & found.keys()]
+        return next((wrong for pair in pairs if (wrong := unlike(*pair)) is not None), None)
+    elif isinstance(fresh, (list, tuple)):
+        if not isinstance(found, (list, tuple)):
+            return f"{name} is a {type(found).__name__}"
+        pairs = [(a, b, f"{name}.{i}") for i, (a, b) in enumerate(zip(fresh, found, strict=False))]
+        return next((wrong for pair in pairs if (wrong := unlike(*pair)) is not None), None)
+    elif isinstance(fresh, (int, float)):
+        right = isinstance(found, float) or (isinstance(found, int) and -(2**63) <= found < 2**63)
+    else:
+        right = type(fresh) is type(found) or not isinstance(fresh, str)
+    return None if right else f"{name} is {found!r:.40}"
+
+
+def misfit_of_optimizer(optimizer: Any, found: Any) -> str | None:
+    """The same of an optimizer, with what it keeps of each parameter: nothing of it is there in a new one."""
+    fresh = optimizer.state_dict()
+    wrong = unlike({**fresh, "state": {}}, found, "optimizer")
+    if wrong is not None:
+        return wrong
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, entries in found["state"].items():
+        if not _counts(key) or key >= len(parameters) or not isinstance(entries, Mapping):
+            return f"optimizer.state has {key!r:.40}"
+        for name, value in entries.items():
+            if not (value is None or isinstance(value, Tensor) or _real(value)):
+                return f"optimizer.state.{key}.{name} is {value!r:.40}"
+            if name in MOMENTS and (not isinstance(value, Tensor) or value.shape != parameters[key].shape):
+                return f"optimizer.state.{key}.{name} is not of its parameter's shape"
+    return None
+
+
 def _counts(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
 def _real(value: Any) -> bool:
     return type(value) in (int, float)
-
-
-def _number(value: Any) -> bool:
-    return _real(value) and math.isfinite(value)

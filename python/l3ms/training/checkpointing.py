@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from l3ms.model.random_numbers import random_state, set_random_state
 from l3ms.training import checkpoints
-from l3ms.training.checkpoint_contents import CheckpointError, misfit, unreadable
+from l3ms.training.checkpoint_contents import CheckpointError, misfit, misfit_of_optimizer, unlike, unreadable
 from l3ms.training.state_trees import load_tree, save_tree
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,13 @@ class CheckpointingTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         elif (Path(checkpoint) / "optimizer.json").exists():
             for name, part in self._stateful.items():
-                part.load_state_dict(load_tree(Path(checkpoint), name))
+                state = load_tree(Path(checkpoint), name)
+                check = (
+                    misfit_of_optimizer(part, state) if name == "optimizer" else unlike(part.state_dict(), state, name)
+                )
+                if check is not None:
+                    raise CheckpointError(check)
+                part.load_state_dict(state)
         else:
             logger.warning("%s has no state of the optimizer: it begins anew", checkpoint)
 

@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from l3ms.regular_files import open_regular, read_regular
+
 MANIFEST = "manifest.json"
 PARTIAL = ".checkpoint.partial"  # beside the checkpoints; what is found here is of a process that was ended
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -66,11 +68,11 @@ def problem(folder: Path) -> str | None:
     if folder.is_symlink():
         return "it is a link"
     try:
-        described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        described = json.loads(read_regular(folder / MANIFEST).decode("utf-8"))["files"]
         wanted = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in described.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was not finished, or is not one of ours"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return f"its {MANIFEST} cannot be read"
     try:
         found = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
@@ -123,7 +125,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
