@@ -278,7 +278,7 @@ COMMANDS = [
     "train run.yaml --train.max-new-tokens 63 --data.max-length 2", "train run.yaml --train.max-new-tokens 64", "train run.yaml --seed -1",
     "train run.yaml --train.batch-size 100000", "train run.yaml --data.evaluation-split x", "train run.yaml --train.warmup 500",
     "check", "check nowhere.yaml", "check run.yaml --samples 1", "check run.yaml --samples x", "check run.yaml --json nowhere/x.json",
-    "check run.yaml --resume", "check run.yaml --seed 1", "certify", "certify nowhere", "certify finished --weights best",
+    "check run.yaml --resume", "check run.yaml --seed -1", "certify", "certify nowhere", "certify finished --weights best",
     "certify finished --samples 1", "certify finished --delta 0", "certify finished --delta 1", "certify finished --delta nan",
     "certify finished --delta x", "certify finished --method best", "certify finished --range length", "certify finished --range length=1",
     "certify finished --range length=2,1", "certify finished --range length=a,b", "certify finished --range length=nan,1",
