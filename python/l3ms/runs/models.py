@@ -55,7 +55,9 @@ def load_model(
             task_type=peft.TaskType.CAUSAL_LM,
         )  # fmt: skip
         try:
-            with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that will go: of no use to who runs this
+            with (
+                warnings.catch_warnings()
+            ):  # peft 0.21 asks transformers 5.23 by a name that will go: of no use to who runs this
                 warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
                 model = peft.get_peft_model(model, adapters)
         except ValueError as error:

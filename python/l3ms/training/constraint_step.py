@@ -3,7 +3,6 @@ half-step. All of them are observed before the one step and share its S."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import nn
 from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
-from l3ms.model.random_numbers import undrawn
+from l3ms.model.random_numbers import stream, undrawn
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
 from l3ms.watching.watched import Watched
@@ -94,10 +93,10 @@ def _stream_of_rank(trainer: Constrained) -> Iterator[None]:
     if args.world_size == 1:
         yield
         return
-    text = f"l3ms rollout/{args.seed}/{args.process_index}/{trainer.state.global_step}"
+    seed = stream("l3ms rollout", args.seed, args.process_index, trainer.state.global_step)
     device = trainer.policy.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+        torch.manual_seed(seed)
         yield
 
 

@@ -27,6 +27,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
+from l3ms.model import random_numbers
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
@@ -112,8 +113,7 @@ def certify(
 
 def stream(*parts: Any) -> int:
     """A seed of its own for each use: training and evaluation take the run's seed as it is."""
-    text = "/".join(["l3ms certify", *map(str, parts)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return random_numbers.stream("l3ms certify", *parts)
 
 
 def draw(rows: Sequence[dict[str, Any]], samples: int | None, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
