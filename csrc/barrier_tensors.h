@@ -8,12 +8,12 @@
 #include <optional>
 #include <tuple>
 
-#include "barrier.h"
+#include "trend.h"
 
 // Arguments and results of the op, for its schema.
-#define L3M_BARRIER_WEIGHTS                                                                                        \
-  "_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor bounds, " \
-  "Tensor mu, Tensor s, float smoothing, bool leave_one_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, " \
+#define L3M_BARRIER_WEIGHTS                                                                                         \
+  "_barrier_weights(Tensor rewards, Tensor norm, Tensor? sums, Tensor state, Tensor reward_index, Tensor bounds, "  \
+  "Tensor mu, Tensor s, float? smoothing, bool leave_one_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, " \
   "Tensor)"
 
 namespace l3m {
@@ -37,22 +37,24 @@ inline at::Tensor checked(const char* name, const at::Tensor& tensor, at::Device
 
 using BarrierOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Letters: N sequences, R rewards, K constraints.
+// Letters: N sequences, R rewards, K constraints, W columns of a reward's state: those of a moving average, or with no
+// smoothing those of the filter.
 struct BarrierTensors {
-  int64_t N, R, K;
+  int64_t N, R, K, W;
   at::Tensor rewards, norm, sums, state, reward_index, bounds, mu, s;  // contiguous; sums undefined where not given
   at::Tensor seq_weight, multiplier, total, violation, estimate, standard_error, new_state;
 
   BarrierTensors(const at::Tensor& rewards_, const at::Tensor& norm_, const std::optional<at::Tensor>& sums_,
                  const at::Tensor& state_, const at::Tensor& reward_index_, const at::Tensor& bounds_,
-                 const at::Tensor& mu_, const at::Tensor& s_) {
+                 const at::Tensor& mu_, const at::Tensor& s_, std::optional<double> smoothing) {
     TORCH_CHECK_VALUE(rewards_.dim() == 2, "barrier_weights: rewards must have shape (N, R), got ", rewards_.sizes());
     N = rewards_.size(0), R = rewards_.size(1), K = reward_index_.numel();
+    W = (smoothing ? sizeof(Average) : sizeof(Trend)) / sizeof(double);
     const at::Device device = rewards_.device();
     rewards = checked("rewards", rewards_, device, at::kDouble, {N, R});
     norm = checked("norm", norm_, device, at::kDouble, {N});
     if (sums_) sums = checked("sums", *sums_, device, at::kDouble, {R, 3});
-    state = checked("state", state_, device, at::kDouble, {R, 5});
+    state = checked("state", state_, device, at::kDouble, {R, W});
     reward_index = checked("reward_index", reward_index_, device, at::kLong, {K});
     bounds = checked("bounds", bounds_, device, at::kDouble, {K, 6});
     mu = checked("mu", mu_, device, at::kDouble, {});
@@ -65,7 +67,7 @@ struct BarrierTensors {
     violation = at::empty({K}, options);
     estimate = at::empty({R}, options);
     standard_error = at::empty({R}, options);
-    new_state = at::empty({R, 5}, options);
+    new_state = at::empty({R, W}, options);
   }
 
   BarrierOutputs outputs() const {

@@ -82,9 +82,9 @@ void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::op
 
 BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const std::optional<Tensor>& sums,
                                const Tensor& state, const Tensor& reward_index, const Tensor& bounds, const Tensor& mu,
-                               const Tensor& s, double smoothing, bool leave_one_out) {
+                               const Tensor& s, std::optional<double> smoothing, bool leave_one_out) {
   const c10::cuda::CUDAGuard guard(rewards.device());
-  const BarrierTensors t(rewards, norm, sums, state, reward_index, bounds, mu, s);
+  const BarrierTensors t(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing);
   const Tensor scratch = at::empty({4 * t.R + t.K}, t.rewards.options());
   static_assert(sizeof(Advantage) == 4 * sizeof(double));
   const cuda::BarrierWeights arguments{
@@ -94,12 +94,13 @@ BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const 
       .rewards = t.rewards.const_data_ptr<double>(),
       .norm = t.norm.const_data_ptr<double>(),
       .sums = sums ? rows<Sums>(t.sums) : nullptr,
-      .state = rows<Average>(t.state),
+      .state = t.state.const_data_ptr<double>(),
+      .width = t.W,
       .reward_index = t.reward_index.const_data_ptr<int64_t>(),
       .bounds = rows<Bound>(t.bounds),
       .mu = t.mu.const_data_ptr<double>(),
       .s = t.s.const_data_ptr<double>(),
-      .smoothing = smoothing,
+      .smoothing = smoothing.value_or(0.0),
       .leave_one_out = leave_one_out,
       .advantages = rows<Advantage>(scratch),
       .factors = scratch.data_ptr<double>() + 4 * t.R,
@@ -109,7 +110,7 @@ BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const 
       .violation = t.violation.data_ptr<double>(),
       .estimate = t.estimate.data_ptr<double>(),
       .stderr_ = t.standard_error.data_ptr<double>(),
-      .new_state = rows<Average>(t.new_state),
+      .new_state = t.new_state.data_ptr<double>(),
   };
   C10_CUDA_CHECK(cuda::barrier_weights(arguments, c10::cuda::getCurrentCUDAStream()));
   return t.outputs();

@@ -15,8 +15,8 @@ void square_root(double* values, int64_t count) { at::from_blob(values, {count},
 
 BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const std::optional<Tensor>& sums,
                                const Tensor& state, const Tensor& reward_index, const Tensor& bounds, const Tensor& mu,
-                               const Tensor& s, double smoothing, bool leave_one_out) {
-  BarrierTensors t(rewards, norm, sums, state, reward_index, bounds, mu, s);
+                               const Tensor& s, std::optional<double> smoothing, bool leave_one_out) {
+  BarrierTensors t(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing);
   const int64_t* index = t.reward_index.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < t.K; ++k) {
     TORCH_CHECK_INDEX(0 <= index[k] && index[k] < t.R, "barrier_weights: reward_index[", k, "] must be in [0, ", t.R,
@@ -32,12 +32,13 @@ BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const 
       .constraints = t.K,
       .rewards = t.rewards.const_data_ptr<double>(),
       .norm = t.norm.const_data_ptr<double>(),
-      .state = rows<Average>(t.state),
+      .state = t.state.const_data_ptr<double>(),
+      .width = t.W,
       .reward_index = index,
       .bounds = rows<Bound>(t.bounds),
       .mu = *t.mu.const_data_ptr<double>(),
       .s = *t.s.const_data_ptr<double>(),
-      .smoothing = smoothing,
+      .smoothing = smoothing.value_or(0.0),
       .leave_one_out = leave_one_out,
       .square_root = &square_root,
   };
@@ -48,7 +49,7 @@ BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const 
       .violation = t.violation.data_ptr<double>(),
       .estimate = t.estimate.data_ptr<double>(),
       .stderr_ = t.standard_error.data_ptr<double>(),
-      .state = rows<Average>(t.new_state),
+      .state = t.new_state.data_ptr<double>(),
   };
   cpu::barrier_weights(problem, rows<Sums>(t.sums), result);
   return t.outputs();

@@ -5,12 +5,12 @@ Letters: N sequences, R rewards, K one-sided constraints. All scalars are float6
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from l3m_kernels import reference
+from l3m_kernels import reference, trend
 from l3m_kernels.backends import select
 from l3m_kernels.reference import BOUNDS, STATE, BarrierWeights
 
@@ -68,9 +68,16 @@ class Bounds(NamedTuple):
         return cls(index, table)
 
 
-def initial_state(rewards: int, device: torch.device | str = "cpu") -> Tensor:
-    """(R, 5) float64, the state of moving averages that have seen nothing."""
-    return torch.zeros(rewards, len(STATE), dtype=torch.float64, device=device)
+Smoothing = float | Literal["trend"]
+
+
+def initial_state(rewards: int, device: torch.device | str = "cpu", smoothing: Smoothing = 0.1) -> Tensor:
+    """(R, 5) float64, the state of moving averages that have seen nothing; (R, 23) of filters where `smoothing` is "trend"."""
+    return torch.zeros(rewards, _width(smoothing), dtype=torch.float64, device=device)
+
+
+def _width(smoothing: Smoothing) -> int:
+    return len(STATE) + (trend.MODELS * len(trend.MODEL) if smoothing == "trend" else 0)
 
 
 def barrier_weights(
@@ -80,7 +87,7 @@ def barrier_weights(
     mu: Tensor | float,
     *,
     s: Tensor | float | None = None,
-    smoothing: float = 0.1,
+    smoothing: Smoothing = 0.1,
     norm: Tensor | None = None,
     sums: Tensor | None = None,
     leave_one_out: bool = True,
@@ -90,10 +97,11 @@ def barrier_weights(
 
     Args:
         rewards: (N, R) float64, native units, NaN where a response is excluded from a constraint.
-        state: (R, 5) float64 from `initial_state` or the previous step.
+        state: (R, 5) float64, or (R, 23) with smoothing="trend", from `initial_state` or the previous step.
         bounds: the K constraints.
         mu: 0-dim float64 tensor or number, positive; s: relaxation, default mu^2.
-        smoothing: weight of the new batch mean in the moving average, in (0, 1].
+        smoothing: weight of the new batch mean in the moving average, in (0, 1]; or "trend", a filter of level and trend whose estimate is
+            one of now and whose standard error has the drift (`l3m_kernels.trend`).
         norm: (N,) length normalisation that divides each weight, 0 gives a weight of 0 (an empty response); None is 1.
         sums: (R, 3) count, sum and sum of squares over all ranks and micro-batches; None: those of `rewards`.
         leave_one_out: baseline is the mean of the other responses; else the moving average.
@@ -109,7 +117,7 @@ def barrier_weights(
     op = "barrier_weights"
     mu, s = _constants(op, rewards.device, mu, s)
     tensors = _checked(op, rewards, norm, sums, state, bounds, smoothing)
-    return BarrierWeights(*_barrier_weights(*tensors, mu, s, float(smoothing), leave_one_out, backend or "auto"))
+    return BarrierWeights(*_barrier_weights(*tensors, mu, s, _number(smoothing), leave_one_out, backend or "auto"))
 
 
 def multiplier_weights(
@@ -118,7 +126,7 @@ def multiplier_weights(
     bounds: Bounds,
     rule: Callable[[Tensor], Tensor],
     *,
-    smoothing: float = 0.1,
+    smoothing: Smoothing = 0.1,
     norm: Tensor | None = None,
     sums: Tensor | None = None,
     leave_one_out: bool = True,
@@ -133,26 +141,42 @@ def multiplier_weights(
         ValueError: a shape or dtype is wrong (named), or smoothing is out of range.
     """
     tensors = _checked("multiplier_weights", rewards, norm, sums, state, bounds, smoothing)
-    return BarrierWeights(*reference.multiplier_weights(*tensors, rule, float(smoothing), leave_one_out))
+    return BarrierWeights(*reference.multiplier_weights(*tensors, rule, _number(smoothing), leave_one_out))
+
+
+def check_smoothing(op: str, smoothing: Smoothing) -> None:
+    """ValueError where it is neither "trend" nor in (0, 1]."""
+    if smoothing != "trend" and (isinstance(smoothing, str) or not 0 < smoothing <= 1):
+        raise ValueError(f'{op}smoothing must be in (0, 1], got {smoothing!r}; or "trend"')
+
+
+def _number(smoothing: Smoothing) -> float | None:
+    """As the ops take it."""
+    return None if isinstance(smoothing, str) else float(smoothing)
 
 
 def _checked(
-    op: str, rewards: Tensor, norm: Tensor | None, sums: Tensor | None, state: Tensor, bounds: Bounds, smoothing: float
+    op: str,
+    rewards: Tensor,
+    norm: Tensor | None,
+    sums: Tensor | None,
+    state: Tensor,
+    bounds: Bounds,
+    smoothing: Smoothing,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """-> the tensors that the op begins with, in its order; the norm is 1 where there is none."""
     if rewards.ndim != 2 or rewards.dtype != torch.float64:
         raise ValueError(f"{op}: rewards must be (N, R) float64, got {tuple(rewards.shape)} {rewards.dtype}")
     count, columns = rewards.shape
     norm = rewards.new_ones(count) if norm is None else norm.double()
-    tensors = [("norm", norm, (count,)), ("state", state, (columns, len(STATE)))]
+    check_smoothing(f"{op}: ", smoothing)
+    tensors = [("norm", norm, (count,)), ("state", state, (columns, _width(smoothing)))]
     if sums is not None:
         tensors.append(("sums", sums, (columns, 3)))
     for name, tensor, wanted in tensors:
         if tensor.shape != wanted or tensor.dtype != torch.float64 or tensor.device != rewards.device:
             got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{op}: {name} must be {wanted} float64 on {rewards.device}, got {got}")
-    if not 0 < smoothing <= 1:
-        raise ValueError(f"{op}: smoothing must be in (0, 1], got {smoothing}")
     return rewards, norm, sums, state, bounds.reward_index, bounds.table
 
 
@@ -230,7 +254,7 @@ def _barrier_weights(
     bounds: Tensor,
     mu: Tensor,
     s: Tensor,
-    smoothing: float,
+    smoothing: float | None,
     leave_one_out: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

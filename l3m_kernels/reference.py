@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l3m_kernels import trend
+
 
 def eager_log_likelihood(
     hidden: Tensor,  # (T, D)
@@ -68,7 +70,7 @@ class BarrierWeights(NamedTuple):
     violation: Tensor  # (K,) C_k, scaled, margin included; <= 0 is feasible, NaN while the reward was never observed
     estimate: Tensor  # (R,) native units
     stderr: Tensor  # (R,) of the estimate, native units; inf while unknown
-    state: Tensor  # (R, 5) the moving averages after this batch
+    state: Tensor  # (R, 5) the moving averages after this batch, (R, 23) the filter
 
 
 # Columns of the state of a reward's moving average. `estimate` is the bias-corrected mean itself: with rate = smoothing / weight the
@@ -135,11 +137,11 @@ def multiplier_weights(
     rewards: Tensor,  # (N, R) float64, NaN where a response is excluded from a constraint
     norm: Tensor,  # (N,) float64, length normalisation of each response; 0 gives it the weight 0
     sums: Tensor | None,  # (R, 3) float64 over all ranks and micro-batches; None: those of `rewards`
-    state: Tensor,  # (R, 5) float64, see STATE
+    state: Tensor,  # (R, 5) float64, see STATE; (R, 23) of the filter, see `trend`
     reward_index: Tensor,  # (K,) int64, the reward that each constraint bounds
     bounds: Tensor,  # (K, 6) float64, see BOUNDS
     rule: Callable[[Tensor], Tensor],  # violations (K,) float64, positive where violated -> multipliers (K,) >= 0
-    smoothing: float,
+    smoothing: float | None,  # weight of a new batch in the moving average; None: the filter of level and trend
     leave_one_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the fields of `BarrierWeights`, for multipliers of any solver. The only place where rewards become weights.
@@ -150,8 +152,8 @@ def multiplier_weights(
     """
     if sums is None:
         sums = reward_sums(rewards)
-    state = _advance(state, sums, smoothing)
-    weight, estimate, squares, dof, spread = state.unbind(1)
+    state = trend.advance(state, sums) if smoothing is None else _advance(state, sums, smoothing)
+    weight, estimate, squares, dof, spread = state[:, : len(STATE)].unbind(1)
     observed = weight > 0.0
     variance = squares / dof.clamp(min=torch.finfo(torch.float64).tiny)
     stderr = torch.sqrt(variance * spread) / weight

@@ -17,10 +17,12 @@ void reward_sums(const double* rewards, int64_t sequences, int64_t reward_count,
 void barrier_weights(const Problem& problem, const Sums* sums, const Result& result) {
   const int64_t R = problem.reward_count;
   std::vector<double> root_mean_square(R);
+  std::vector<Average> averages(R);
   for (int64_t r = 0; r < R; ++r) {
-    result.state[r] = advance(problem.state[r], sums[r], problem.smoothing);
-    result.estimate[r] = result.state[r].estimate;
-    result.stderr_[r] = scaled_variance(result.state[r]);
+    averages[r] = advance_row(problem.state + r * problem.width, result.state + r * problem.width, problem.width,
+                              sums[r], problem.smoothing);
+    result.estimate[r] = averages[r].estimate;
+    result.stderr_[r] = scaled_variance(averages[r]);
     root_mean_square[r] = mean_square(sums[r]);
   }
   problem.square_root(result.stderr_, R);
@@ -28,7 +30,7 @@ void barrier_weights(const Problem& problem, const Sums* sums, const Result& res
   std::vector<Advantage> advantages;
   advantages.reserve(R);
   for (int64_t r = 0; r < R; ++r) {
-    const Average& average = result.state[r];
+    const Average& average = averages[r];
     result.stderr_[r] = standard_error(average, result.stderr_[r]);
     advantages.push_back(Advantage::of(sums[r], root_mean_square[r], average.estimate, problem.leave_one_out));
   }
@@ -36,7 +38,7 @@ void barrier_weights(const Problem& problem, const Sums* sums, const Result& res
   double total = 0.0;
   for (int64_t k = 0; k < problem.constraints; ++k) {
     const int64_t r = problem.reward_index[k];
-    const bool seen = result.state[r].weight > 0.0;
+    const bool seen = averages[r].weight > 0.0;
     result.violation[k] = seen ? violation(problem.bounds[k], result.estimate[r], result.stderr_[r]) : kNaN;
     result.multiplier[k] = seen ? barrier_multiplier(result.violation[k], problem.mu, problem.s) : 0.0;
     total += result.multiplier[k];

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "barrier.h"
+#include "trend.h"
 
 namespace l3m::cpu {
 
@@ -12,9 +12,10 @@ struct Problem {
   int64_t sequences, reward_count, constraints;  // N, R, K
   const double* rewards;                         // (N, R), NaN where a response is excluded
   const double* norm;                            // (N,)
-  const Average* state;                          // (R,)
-  const int64_t* reward_index;                   // (K,), each in [0, R)
-  const Bound* bounds;                           // (K,)
+  const double* state;                           // (R, width), a moving average or a filter
+  int64_t width;
+  const int64_t* reward_index;  // (K,), each in [0, R)
+  const Bound* bounds;          // (K,)
   double mu, s, smoothing;
   bool leave_one_out;
   // torch's square root, in place: its vector library is an ulp off now and then, and the reference's bits are torch's.
@@ -28,7 +29,7 @@ struct Result {
   double* violation;   // (K,)
   double* estimate;    // (R,)
   double* stderr_;     // (R,); `stderr` is a macro of the C library
-  Average* state;      // (R,), may not overlap Problem::state
+  double* state;       // (R, width), may not overlap Problem::state
 };
 
 // Adds up the rewards that are present, row after row, into sums (R,).

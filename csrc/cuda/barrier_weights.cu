@@ -29,8 +29,7 @@ __device__ Sums sums_of(const BarrierWeights& a, int64_t first, int width) {
 }
 
 __device__ void take_reward(const BarrierWeights& a, int64_t r, const Sums& sums) {
-  const Average average = advance(a.state[r], sums, a.smoothing);
-  a.new_state[r] = average;
+  const Average average = advance_row(a.state + r * a.width, a.new_state + r * a.width, a.width, sums, a.smoothing);
   a.estimate[r] = average.estimate;
   a.stderr_[r] = standard_error(average, sqrt(scaled_variance(average)));
   a.advantages[r] = Advantage::of(sums, sqrt(mean_square(sums)), average.estimate, a.leave_one_out);
@@ -44,7 +43,7 @@ __device__ void take_constraint(const BarrierWeights& a, int64_t k) {
     a.violation[k] = a.multiplier[k] = kNaN;
     return;
   }
-  const bool seen = a.new_state[r].weight > 0.0;
+  const bool seen = a.new_state[r * a.width] > 0.0;
   a.violation[k] = seen ? violation(a.bounds[k], a.estimate[r], a.stderr_[r]) : kNaN;
   a.multiplier[k] = seen ? barrier_multiplier(a.violation[k], *a.mu, *a.s) : 0.0;
 }

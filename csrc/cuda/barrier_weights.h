@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "barrier.h"
+#include "trend.h"
 
 namespace l3m::cuda {
 
@@ -15,11 +15,12 @@ struct BarrierWeights {
   const double* rewards;                         // (N, R), NaN where a response is excluded
   const double* norm;                            // (N,)
   const Sums* sums;                              // (R,), or null: those of rewards
-  const Average* state;                          // (R,)
-  const int64_t* reward_index;                   // (K,); one outside [0, R) makes its constraint NaN
-  const Bound* bounds;                           // (K,)
-  const double* mu;                              // (1,)
-  const double* s;                               // (1,)
+  const double* state;                           // (R, width), a moving average or a filter
+  int64_t width;
+  const int64_t* reward_index;  // (K,); one outside [0, R) makes its constraint NaN
+  const Bound* bounds;          // (K,)
+  const double* mu;             // (1,)
+  const double* s;              // (1,)
   double smoothing;
   bool leave_one_out;
   Advantage* advantages;  // (R,) scratch
@@ -30,7 +31,7 @@ struct BarrierWeights {
   double* violation;      // (K,)
   double* estimate;       // (R,)
   double* stderr_;        // (R,); `stderr` is a macro of the C library
-  Average* new_state;     // (R,), may not overlap state
+  double* new_state;      // (R, width), may not overlap state
 };
 
 // Queues one kernel of one block. The bits are those of reference.barrier_weights, where that adds up in the order of

@@ -1,5 +1,6 @@
 """Every kernel with every committed configuration, compiled without a GPU, and what each needs: registers, spills, shared memory."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -109,10 +110,16 @@ def _barrier_variants() -> Iterator[Variant]:
     for rewards, constraints in ((1, 2), (4, 8), (16, 32)):
         for sums in (False, True):
             given = types | ({"sums_ptr": "*fp64"} if sums else {})
-            for leave_one_out in (True, False):
-                constants = {"LEAVE_ONE_OUT": leave_one_out, "R": rewards, "K": constraints, "BLOCK": RESPONSES.block}
+            for columns, leave_one_out in itertools.product((5, 23), (True, False)):
+                constants = {
+                    "COLUMNS": columns,
+                    "LEAVE_ONE_OUT": leave_one_out,
+                    "R": rewards,
+                    "K": constraints,
+                    "BLOCK": RESPONSES.block,
+                }
                 name = f"R={rewards} K={constraints}" + (", sums" if sums else "")
-                name += "" if leave_one_out else ", moving average"
+                name += ("" if columns == 5 else ", trend") + ("" if leave_one_out else ", moving average")
                 main = not sums and leave_one_out
                 limit = RESPONSES.registers
                 yield Variant(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l3m_kernels.triton_ops import trend
 from l3m_kernels.triton_ops.configs import RESPONSES
 
 EPSILON = tl.constexpr(2.0**-52)
@@ -39,32 +40,54 @@ def _pick(values, here, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _average(weight, estimate, squares, dof, spread, count, mean, n, total, total_squares, smoothing_bits):
+    """One step of the bias-corrected moving averages."""
+    smoothing = tl.full((), smoothing_bits, tl.int64).to(tl.float64, bitcast=True)
+    keep = 1.0 - smoothing
+    new_weight = keep * weight + smoothing
+    rate = smoothing / new_weight
+    step = mean - estimate
+    single = (count == 1.0) & (weight > 0.0)
+    within = tl.where(count > 1.0, _at_least(total_squares - total * mean, 0.0), 0.0)
+    within = tl.where(single, step * step * (1.0 - rate), within)
+    within_dof = tl.where(single, 1.0, _at_least(count - 1.0, 0.0))
+    any_sample = count > 0.0
+    return (
+        tl.where(any_sample, new_weight, weight),
+        tl.where(any_sample, estimate + rate * step, estimate),
+        tl.where(any_sample, keep * squares + smoothing * within, squares),
+        tl.where(any_sample, keep * dof + smoothing * within_dof, dof),
+        tl.where(any_sample, keep * keep * spread + smoothing * smoothing / n, spread),
+    )
+
+
+@triton.jit
 def barrier_weights_kernel(
     rewards_ptr,  # (N, R) fp64, NaN where missing
     norm_ptr,  # (N,) fp64
     sums_ptr,  # (R, 3) fp64, or None
-    state_ptr,  # (R, 5) fp64
+    state_ptr,  # (R, COLUMNS) fp64
     index_ptr,  # (K,) int64
     bounds_ptr,  # (K, 6) fp64
     mu_ptr,  # () fp64
     s_ptr,  # () fp64
-    smoothing_bits,  # int64: an argument that is a float would be rounded to fp32
+    smoothing_bits,  # int64, of a moving average: an argument that is a float would be rounded to fp32
     seq_weight_ptr,  # (N,) fp32
     multiplier_ptr,  # (K,) fp64
     total_ptr,  # () fp64
     violation_ptr,  # (K,) fp64
     estimate_ptr,  # (R,) fp64
     stderr_ptr,  # (R,) fp64
-    new_state_ptr,  # (R, 5) fp64
+    new_state_ptr,  # (R, COLUMNS) fp64
     sequences,
     rewards,
     constraints,
+    COLUMNS: tl.constexpr,  # of the state: 5 of a moving average, 23 of a filter
     LEAVE_ONE_OUT: tl.constexpr,
     R: tl.constexpr,  # power of two
     K: tl.constexpr,  # power of two
     BLOCK: tl.constexpr,
 ):
-    smoothing = tl.full((), smoothing_bits, tl.int64).to(tl.float64, bitcast=True)
     r = tl.arange(0, R)
     is_reward = r < rewards
     count = tl.zeros((R,), tl.float64)
@@ -85,36 +108,33 @@ def barrier_weights_kernel(
             total += reward
             squares += reward * reward
 
-    # The moving averages.
-    weight = tl.load(state_ptr + 5 * r, mask=is_reward, other=0.0)
-    estimate = tl.load(state_ptr + 5 * r + 1, mask=is_reward, other=0.0)
-    spread_squares = tl.load(state_ptr + 5 * r + 2, mask=is_reward, other=0.0)
-    dof = tl.load(state_ptr + 5 * r + 3, mask=is_reward, other=0.0)
-    spread = tl.load(state_ptr + 5 * r + 4, mask=is_reward, other=0.0)
-    keep = 1.0 - smoothing
+    # The moving averages, or the filters.
+    state_ptr += COLUMNS * r
+    new_state_ptr += COLUMNS * r
+    weight = tl.load(state_ptr, mask=is_reward, other=0.0)
+    estimate = tl.load(state_ptr + 1, mask=is_reward, other=0.0)
+    spread_squares = tl.load(state_ptr + 2, mask=is_reward, other=0.0)
+    dof = tl.load(state_ptr + 3, mask=is_reward, other=0.0)
+    spread = tl.load(state_ptr + 4, mask=is_reward, other=0.0)
     n = _at_least(count, 1.0)
     mean = total / n
-    new_weight = keep * weight + smoothing
-    rate = smoothing / new_weight
-    step = mean - estimate
-    single = (count == 1.0) & (weight > 0.0)
-    within = tl.where(count > 1.0, _at_least(squares - total * mean, 0.0), 0.0)
-    within = tl.where(single, step * step * (1.0 - rate), within)
-    within_dof = tl.where(single, 1.0, _at_least(count - 1.0, 0.0))
-    any_sample = count > 0.0
-    weight = tl.where(any_sample, new_weight, weight)
-    estimate = tl.where(any_sample, estimate + rate * step, estimate)
-    spread_squares = tl.where(any_sample, keep * spread_squares + smoothing * within, spread_squares)
-    dof = tl.where(any_sample, keep * dof + smoothing * within_dof, dof)
-    spread = tl.where(any_sample, keep * keep * spread + smoothing * smoothing / n, spread)
+    if COLUMNS == 5:
+        averaged = _average(
+            weight, estimate, spread_squares, dof, spread, count, mean, n, total, squares, smoothing_bits
+        )
+    else:
+        averaged = trend.advance(
+            state_ptr, new_state_ptr, is_reward, weight, estimate, spread_squares, dof, spread, count, total, squares
+        )
+    weight, estimate, spread_squares, dof, spread = averaged
     observed = weight > 0.0
     variance = spread_squares / _at_least(dof, tl.full((), SMALLEST, tl.float64))
     stderr = tl.where(observed & (dof > 0.0), tl.sqrt(variance * spread) / weight, float("inf"))
-    tl.store(new_state_ptr + 5 * r, weight, mask=is_reward)
-    tl.store(new_state_ptr + 5 * r + 1, estimate, mask=is_reward)
-    tl.store(new_state_ptr + 5 * r + 2, spread_squares, mask=is_reward)
-    tl.store(new_state_ptr + 5 * r + 3, dof, mask=is_reward)
-    tl.store(new_state_ptr + 5 * r + 4, spread, mask=is_reward)
+    tl.store(new_state_ptr, weight, mask=is_reward)
+    tl.store(new_state_ptr + 1, estimate, mask=is_reward)
+    tl.store(new_state_ptr + 2, spread_squares, mask=is_reward)
+    tl.store(new_state_ptr + 3, dof, mask=is_reward)
+    tl.store(new_state_ptr + 4, spread, mask=is_reward)
     tl.store(estimate_ptr + r, estimate, mask=is_reward)
     tl.store(stderr_ptr + r, stderr, mask=is_reward)
 
@@ -173,7 +193,7 @@ def barrier_weights_kernel(
 
 
 def barrier_weights(
-    rewards: Tensor, norm, sums, state, reward_index, bounds, mu, s, smoothing: float, leave_one_out: bool
+    rewards: Tensor, norm, sums, state, reward_index, bounds, mu, s, smoothing: float | None, leave_one_out: bool
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in `reference.barrier_weights`; the kernel's signature has their shapes."""
     (sequences, columns), constraints = rewards.shape, len(reward_index)
@@ -185,11 +205,12 @@ def barrier_weights(
         rewards.new_empty(constraints),  # violation
         rewards.new_empty(columns),  # estimate
         rewards.new_empty(columns),  # stderr
-        rewards.new_empty(columns, 5),  # state
+        rewards.new_empty(columns, state.shape[1]),  # state
     )
-    smoothing_bits = struct.unpack("q", struct.pack("d", smoothing))[0]
+    smoothing_bits = struct.unpack("q", struct.pack("d", smoothing or 0.0))[0]
     arguments = [*inputs, mu, s, smoothing_bits, *results, sequences, columns, constraints]
     options: dict[str, Any] = {
+        "COLUMNS": state.shape[1],
         "LEAVE_ONE_OUT": leave_one_out,
         "R": triton.next_power_of_2(max(columns, 1)),
         "K": triton.next_power_of_2(max(constraints, 1)),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from barrier_problems import bits, random_problem
+from barrier_problems import bits, fresh_state, random_problem
 
 from l3m_kernels import _native, reference
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(native.module is None, reason=native.reason)
 @pytest.mark.parametrize("seed", range(100))
 def test_bit_equal_to_the_reference_over_steps(seed):
     rewards, norm, sums, *rest = random_problem(seed)
-    state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+    state = fresh_state(rewards, rest[-2])
     for _ in range(3):
         expected = reference.barrier_weights(rewards, norm, sums, state, *rest)
         actual = torch.ops.l3m_kernels.cpp_barrier_weights(rewards, norm, sums, state, *rest)
@@ -26,10 +26,15 @@ def test_bit_equal_to_the_reference_over_steps(seed):
 
 def test_views_are_read_right():
     rewards, norm, _, *rest = random_problem(1)
-    state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+    state = fresh_state(rewards, rest[-2])
     op = torch.ops.l3m_kernels.cpp_barrier_weights
     expected = op(rewards, norm, None, state, *rest)
-    strided = rewards.t().contiguous().t(), torch.stack([norm, norm], 1)[:, 0], None, state.repeat(2, 2)[::2, :5]
+    strided = (
+        rewards.t().contiguous().t(),
+        torch.stack([norm, norm], 1)[:, 0],
+        None,
+        state.repeat(2, 2)[::2, : state.shape[1]],
+    )
     for a, e in zip(op(*strided[:3], state, *rest), expected, strict=True):
         assert torch.equal(bits(a), bits(e))
 

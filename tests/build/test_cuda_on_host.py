@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from barrier_problems import bits, random_problem
+from barrier_problems import bits, fresh_state, random_problem
 from filelock import FileLock
 from torch import Tensor
 
@@ -276,12 +276,12 @@ def barrier_weights(kernels, rewards, norm, sums, state, index, bounds, mu, s, s
     double = torch.float64
     outputs = [torch.full((sequences,), torch.nan), *(torch.full((size,), 9.0, dtype=double) for size in (
         constraints, 1, constraints, count, count))]  # fmt: skip
-    new_state = torch.full((count, 5), 9.0, dtype=double)
+    new_state = torch.full(state.shape, 9.0, dtype=double)
     scratch = torch.full((count, 4), torch.nan, dtype=double), torch.full((constraints,), torch.nan, dtype=double)
     sizes = map(ctypes.c_int64, (sequences, count, constraints))
     inputs = (rewards, norm, sums, state, index, bounds, mu, s)
     status = kernels.barrier_weights(
-        *sizes, *map(pointer, inputs), ctypes.c_double(smoothing), int(leave_one_out),
+        *sizes, *map(pointer, inputs), ctypes.c_int64(state.shape[1]), ctypes.c_double(smoothing or 0.0), int(leave_one_out),
         *map(pointer, (*scratch, *outputs, new_state)),
     )  # fmt: skip
     assert status == 0
@@ -293,7 +293,7 @@ def barrier_weights(kernels, rewards, norm, sums, state, index, bounds, mu, s, s
 def test_barrier_weights_has_the_bits_of_the_reference(kernels, seed):
     rewards, norm, sums, *rest = random_problem(seed)
     rest[1] = rest[1].contiguous()
-    state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+    state = fresh_state(rewards, rest[-2])
     for step in range(3):
         kernels.set_order(seed + step)
         expected = reference.barrier_weights(rewards, norm, sums, state, *rest)

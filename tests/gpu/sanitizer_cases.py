@@ -8,7 +8,7 @@ if __name__ == "__main__":
         sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 import torch
-from barrier_problems import random_problem
+from barrier_problems import fresh_state, random_problem
 from head_on_gpu import DEVICE, HEAD_BACKENDS, on_device, random_case, run
 
 from l3m_kernels import set_workspace
@@ -29,7 +29,7 @@ def main() -> None:
         barrier = next(row.ops["barrier_weights"] for row in TABLE if row.name == backend)
         for seed in range(8):
             rewards, norm, sums, *rest = random_problem(seed)
-            state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+            state = fresh_state(rewards, rest[-2])
             arguments = (rewards, norm, sums, state, *rest)
             barrier(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in arguments))
         torch.cuda.synchronize()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from barrier_problems import bits, random_problem
+from barrier_problems import bits, fresh_state, random_problem
 from head_on_gpu import DEVICE, MISSING, backends_with
 
 from l3m_kernels import reference
@@ -26,7 +26,7 @@ def test_the_reference_over_steps(seed, backend):
     rewards, norm, sums, *rest = random_problem(seed)
     if backend == "reference" and sums is None:
         sums = reference.reward_sums(rewards)
-    state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+    state = fresh_state(rewards, rest[-2])
     for _ in range(3):
         expected = reference.barrier_weights(rewards, norm, sums, state, *rest)
         actual = run(*moved((rewards, norm, sums, state, *rest)))
@@ -44,8 +44,8 @@ def test_the_reference_over_steps(seed, backend):
 def test_one_launch(backend):
     """Of a kernel of ours: the profiler counts what ran on the device."""
     run = select("barrier_weights", backend, DEVICE)
-    arguments = moved((*random_problem(1)[:2], None, torch.zeros(random_problem(1)[0].shape[1], 5).double()))
-    arguments += moved(random_problem(1)[3:])
+    rewards, norm, _, *rest = random_problem(1)
+    arguments = moved((rewards, norm, None, fresh_state(rewards, rest[-2]), *rest))
     run(*arguments)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -60,7 +60,7 @@ def test_one_launch(backend):
 def test_cuda_graph(backend):
     run = select("barrier_weights", backend, DEVICE)
     rewards, norm, _, *rest = random_problem(7)
-    state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+    state = fresh_state(rewards, rest[-2])
     arguments = moved((rewards, norm, None, state, *rest))
     run(*arguments)
     graph = torch.cuda.CUDAGraph()

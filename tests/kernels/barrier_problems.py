@@ -2,7 +2,7 @@
 
 import torch
 
-from l3m_kernels import reference
+from l3m_kernels import initial_state, reference
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -10,6 +10,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     integers = tensor.reshape(-1).view(torch.int64 if tensor.dtype == torch.float64 else torch.int32).clone()
     integers[tensor.reshape(-1).isnan()] = -1
     return integers
+
+
+def fresh_state(rewards: torch.Tensor, smoothing: float | None, device: str = "cpu") -> torch.Tensor:
+    """That of a moving average, or of the filter where there is no smoothing."""
+    return initial_state(rewards.shape[1], device, "trend" if smoothing is None else smoothing)
 
 
 def random_problem(seed: int) -> tuple:
@@ -47,6 +52,6 @@ def random_problem(seed: int) -> tuple:
         torch.stack(columns, 1),
         mu,
         mu * mu,
-        float(uniform()) * 0.99 + 0.01,
+        None if seed % 3 == 1 else float(uniform()) * 0.99 + 0.01,
         seed % 7 > 0,
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from barrier_problems import bits, random_problem
+from barrier_problems import bits, fresh_state, random_problem
 from head_cases import HEAD_BACKENDS
 from test_row_chunks import softmax_gradient as plain
 from torch import Tensor
@@ -248,7 +248,7 @@ def test_barrier_weights_has_the_bits_of_the_reference(seed, monkeypatch):
     """With a square root that is correctly rounded on both sides; torch's is not always."""
     monkeypatch.setattr(torch, "sqrt", lambda x: torch.from_numpy(numpy.sqrt(x.numpy())))
     rewards, norm, sums, *rest = random_problem(seed)
-    state = torch.zeros(rewards.shape[1], 5, dtype=torch.float64)
+    state = fresh_state(rewards, rest[-2])
     for _ in range(3):
         expected = reference.barrier_weights(rewards, norm, sums, state, *rest)
         actual = triton_ops.barrier_weights(rewards, norm, sums, state, *rest)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
+from l3m_kernels.barrier import Smoothing
 from l3ms.barrier import shifts
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
@@ -27,14 +28,14 @@ LARGEST_RATIO = 1e8
 
 
 class Estimates:
-    """Moving averages of R rewards, K one-sided bounds on them, and the half-step that is being prepared."""
+    """Running estimates of R rewards, K one-sided bounds on them, and the half-step that is being prepared."""
 
     def __init__(
         self,
         constraints: Sequence[Constraint],
         *,
         device: torch.device,
-        smoothing: float,
+        smoothing: Smoothing,
         leave_one_out: bool,
         drop_nonfinite: bool,
         process_group: Any = None,
@@ -54,7 +55,7 @@ class Estimates:
         self._per_unit = torch.tensor(per_unit, dtype=torch.float64, device=device)
         widths = [self.constraints[owner].width for owner in self.owner]
         self._widths = torch.tensor(widths, dtype=torch.float64, device=device)  # of each bound's range, native units
-        self.state = initial_state(len(self.constraints), device)
+        self.state = initial_state(len(self.constraints), device, smoothing)
         self.integral = shifts.Integral.start(len(rows), device)  # of the violations, what shifts the bounds
         self.memory = torch.zeros(len(rows), dtype=torch.float64, device=device)  # the solver's, of each bound
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
@@ -88,7 +89,7 @@ class Estimates:
         self._sums = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
 
     def commit(self, applied: Tensor) -> None:
-        """The step was `applied` () bool: the moving averages advance, once. Or it was not, and what was observed is forgotten."""
+        """The step was `applied` () bool: the estimates advance, once. Or it was not, and what was observed is forgotten."""
         assert self.pending is not None
         new = self.pending._replace(seq_weight=self.pending.seq_weight.new_empty(0))
         old = new if self._last is None else self._last
@@ -204,6 +205,12 @@ class Estimates:
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
+        if kept["estimates"].shape != self.state.shape:
+            kind = "an average" if self.smoothing == "trend" else '"trend"'
+            raise ValueError(
+                f"load_state_dict: smoothing is {self.smoothing!r}, but the state is that of {kind}; give what it was made with"
+                + (' (of 0.1.0: "ema", unless told)' if self.smoothing == "trend" else "")
+            )
         self.state = kept["estimates"].to(self.state)
         self.memory = kept["memory"].to(self.memory)
         self.integral = shifts.Integral(*(tensor.to(self.state) for tensor in kept["integral"]))

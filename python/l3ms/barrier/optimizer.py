@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
+from l3m_kernels.barrier import check_smoothing
 from l3ms.barrier import packed_state, shifts
 from l3ms.barrier.clipping import apply, clip, gradients
 from l3ms.barrier.conflicts import ConflictWatch
@@ -49,7 +50,8 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         base: the wrapped optimizer.
         constraints: what must hold, see `Constraint`.
         mu: "auto" (a decay to the noise floor of the estimates), "paper", or a schedule.
-        smoothing: weight of a new batch mean in the moving average of the estimates.
+        smoothing: of the estimates. "trend": a filter of level and trend that keeps up with a policy that moves and knows its drift, see
+            `l3m_kernels.trend`; a number: the weight of a new batch in a moving average; "ema": 0.1, as in the paper.
         max_grad_norm: of each half-step, see `clipping`; None does not clip.
         solver: "barrier", or what it is compared with, see `solvers`: "dual_ascent", "augmented_lagrangian", "penalty", or an object
             such as `DualAscent(rate=0.1)`. mu is the barrier's alone.
@@ -59,7 +61,7 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         length_norm: what divides a response's weight where lengths are known: "mean", the batch's mean length; "sequence", its own length
             as in the paper, which follows the wrong gradient where a reward depends on length (`(|y| - max) / |y|` is driven by E[1/|y|]: a
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
-        baseline: "leave_one_out", the mean of the other responses; or "estimate", the moving average.
+        baseline: "leave_one_out", the mean of the other responses; or "estimate", the running estimate.
         nonfinite: a NaN or inf reward is an error ("raise"), or left out and counted ("drop").
         process_group: ranks that share one batch; default: all, where torch.distributed is initialised.
         max_skipped: after this many steps in a row with a gradient that is not finite, raise.
@@ -77,7 +79,7 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         base: torch.optim.Optimizer,
         constraints: Sequence[Constraint],
         mu: str | MuSchedule = "auto",
-        smoothing: float = 0.1,
+        smoothing: float | Literal["trend", "ema"] = "trend",
         max_grad_norm: float | None = 1.0,
         *,
         solver: str | Solver = "barrier",
@@ -90,8 +92,8 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         backend: str | None = None,
     ):
         check_base(base)
-        if not 0 < smoothing <= 1:
-            raise ValueError(f"smoothing must be in (0, 1], got {smoothing}")
+        smoothing = 0.1 if smoothing == "ema" else smoothing
+        check_smoothing("", smoothing)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         for name, value, allowed in (

@@ -41,7 +41,8 @@ class TrainConfig(Section):
     temperature: Positive = 1.0
     mu: Literal["auto", "paper"] = "auto"  # auto: a decay to the noise floor of the estimates
     mu_end: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1  # weight of a new batch in the running estimates
+    # of the running estimates: a filter of level and trend; an average in which a new batch has this weight; ema: 0.1, the paper's
+    smoothing: Annotated[float, Field(gt=0, le=1)] | Literal["trend", "ema"] = "trend"
     half_steps: Literal["alternating", "joint"] = "alternating"  # joint: one step on the sum, clipped as a whole
     clipping: Literal["adaptive", "separate"] = "adaptive"  # adaptive: the task steps less while a bound is violated
     length_norm: Literal["mean", "sequence", "none"] = "mean"

@@ -48,6 +48,7 @@ def train(
         raise ConfigError(
             "WORLD_SIZE", "l3ms train is one process; for several use l3ms.L3MTrainer in a script under torchrun or accelerate"
         )  # fmt: skip
+    config = resuming.as_begun(config) if resume else config
     if resume and resuming.is_finished(config):
         return _finished(Path(config.output), console)
     return execute(

@@ -64,6 +64,7 @@ def load_run(
     folder = Path(config.output)
     going_on = resume and resuming.is_run(folder)
     if going_on:
+        config = resuming.as_begun(config)
         resuming.check_same(config, folder)
         check_links(folder)
     check_output(folder, overwrite=overwrite or going_on, inputs=_local_inputs(config))

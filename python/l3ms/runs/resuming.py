@@ -30,6 +30,18 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
+def as_begun(config: RunConfig) -> RunConfig:
+    """With what the run in the folder was begun with where `config` leaves it open and the default has changed since 0.1.0."""
+    folder = Path(config.output)
+    if not is_run(folder) or "smoothing" in config.train.model_fields_set:
+        return config
+    try:
+        begun = load_config(folder / "config.yaml").train.smoothing
+    except ConfigError:
+        return config  # `check_same` says so
+    return config.model_copy(update={"train": config.train.model_copy(update={"smoothing": begun})})
+
+
 def is_finished(config: RunConfig) -> bool:
     """Whether the run of `config` is in its folder, whole. Raises as `check_same` where another one is there."""
     folder = Path(config.output)

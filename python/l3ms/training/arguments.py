@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from l3m_kernels.barrier import check_smoothing
 from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
 
 
@@ -17,7 +18,10 @@ class L3MConfig(TrainingArguments):
     penalty: float = field(default=5.0, metadata={"help": "of augmented_lagrangian and penalty, see solvers"})
     mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
     mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
-    smoothing: float = field(default=0.1, metadata={"help": "weight of a new batch in the estimates"})
+    smoothing: str = field(  # a number, or one in a text, is right too
+        default="trend",
+        metadata={"help": "of the estimates: trend, ema, or the weight of a new batch, see L3MOptimizer"},
+    )
     constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
@@ -48,6 +52,14 @@ class L3MConfig(TrainingArguments):
             raise ValueError(f"half_steps must be alternating or joint, got {self.half_steps!r}")
         if self.mu not in ("auto", "paper"):
             raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
+        if self.smoothing not in ("trend", "ema"):
+            try:
+                self.smoothing = float(self.smoothing)  # type: ignore[assignment]
+            except ValueError:
+                raise ValueError(
+                    f"smoothing must be trend, ema or a number in (0, 1], got {self.smoothing!r}"
+                ) from None
+            check_smoothing("", self.smoothing)  # type: ignore[arg-type]
         if self.nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
         if self.constraint_batch_size < 2:

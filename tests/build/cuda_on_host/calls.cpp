@@ -21,32 +21,15 @@ int softmax_gradient(float* logits, int64_t stride, int64_t rows, int64_t vocabu
 }
 
 int barrier_weights(int64_t sequences, int64_t reward_count, int64_t constraints, const double* rewards,
-                    const double* norm, const Sums* sums, const Average* state, const int64_t* reward_index,
-                    const Bound* bounds, const double* mu, const double* s, double smoothing, int leave_one_out,
-                    Advantage* advantages, double* factors, float* seq_weight, double* multiplier, double* total,
-                    double* violation, double* estimate, double* standard_error, Average* new_state) {
-  return cuda::barrier_weights({sequences,
-                                reward_count,
-                                constraints,
-                                rewards,
-                                norm,
-                                sums,
-                                state,
-                                reward_index,
-                                bounds,
-                                mu,
-                                s,
-                                smoothing,
-                                leave_one_out != 0,
-                                advantages,
-                                factors,
-                                seq_weight,
-                                multiplier,
-                                total,
-                                violation,
-                                estimate,
-                                standard_error,
-                                new_state},
-                               nullptr);
+                    const double* norm, const Sums* sums, const double* state, const int64_t* reward_index,
+                    const Bound* bounds, const double* mu, const double* s, int64_t width, double smoothing,
+                    int leave_one_out, Advantage* advantages, double* factors, float* seq_weight, double* multiplier,
+                    double* total, double* violation, double* estimate, double* standard_error, double* new_state) {
+  return cuda::barrier_weights(
+      {sequences,      reward_count, constraints, rewards,    norm,  sums,      state,
+       width,          reward_index, bounds,      mu,         s,     smoothing, leave_one_out != 0,
+       advantages,     factors,      seq_weight,  multiplier, total, violation, estimate,
+       standard_error, new_state},
+      nullptr);
 }
 }
