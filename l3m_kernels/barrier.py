@@ -72,7 +72,12 @@ Smoothing = float | Literal["trend"]
 
 
 def initial_state(rewards: int, device: torch.device | str = "cpu", smoothing: Smoothing = 0.1) -> Tensor:
-    """(R, 5) float64, the state of moving averages that have seen nothing; (R, 23) of filters where `smoothing` is "trend"."""
+    """(R, 5) float64, the state of moving averages that have seen nothing; (R, 23) of filters where `smoothing` is "trend".
+
+    Raises:
+        ValueError: smoothing is neither "trend" nor in (0, 1].
+    """
+    _check_smoothing("", smoothing)
     return torch.zeros(rewards, _width(smoothing), dtype=torch.float64, device=device)
 
 
@@ -144,7 +149,7 @@ def multiplier_weights(
     return BarrierWeights(*reference.multiplier_weights(*tensors, rule, _number(smoothing), leave_one_out))
 
 
-def check_smoothing(op: str, smoothing: Smoothing) -> None:
+def _check_smoothing(op: str, smoothing: Smoothing) -> None:
     """ValueError where it is neither "trend" nor in (0, 1]."""
     if smoothing != "trend" and (isinstance(smoothing, str) or not 0 < smoothing <= 1):
         raise ValueError(f'{op}smoothing must be in (0, 1], got {smoothing!r}; or "trend"')
@@ -169,7 +174,7 @@ def _checked(
         raise ValueError(f"{op}: rewards must be (N, R) float64, got {tuple(rewards.shape)} {rewards.dtype}")
     count, columns = rewards.shape
     norm = rewards.new_ones(count) if norm is None else norm.double()
-    check_smoothing(f"{op}: ", smoothing)
+    _check_smoothing(f"{op}: ", smoothing)
     tensors = [("norm", norm, (count,)), ("state", state, (columns, _width(smoothing)))]
     if sums is not None:
         tensors.append(("sums", sums, (columns, 3)))

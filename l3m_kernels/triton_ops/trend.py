@@ -6,13 +6,14 @@ A model is a tuple of its probability, level, trend, level variance, covariance 
 import triton
 import triton.language as tl
 
-from l3m_kernels import trend
-
-CHANGE_0, CHANGE_1, CHANGE_2 = (tl.constexpr(row) for row in trend.CHANGE)
-PRIOR, TREND_PRIOR = tl.constexpr(trend.PRIOR), tl.constexpr(trend.TREND_PRIOR)
-LEVEL_NOISE, TREND_NOISE = tl.constexpr(trend.LEVEL_NOISE), tl.constexpr(trend.TREND_NOISE)
-POOLING, FREEDOM = tl.constexpr(trend.POOLING), tl.constexpr(trend.FREEDOM)
-LEAST, MOST, SMALLEST = tl.constexpr(trend.LEAST), tl.constexpr(trend.MOST), tl.constexpr(trend.SMALLEST)
+# Of the models at rest, in a line, and changing its speed, as in the reference.
+PRIOR, TREND_PRIOR = tl.constexpr((0.85, 0.12, 0.03)), tl.constexpr((0.0, 0.02, 1.5))
+LEVEL_NOISE, TREND_NOISE = tl.constexpr((1e-4, 0.0, 0.0)), tl.constexpr((0.0, 0.001, 0.08))
+CHANGE_0 = tl.constexpr((0.9937, 0.0035, 0.0028))
+CHANGE_1 = tl.constexpr((0.005, 0.991, 0.004))
+CHANGE_2 = tl.constexpr((0.001, 0.004, 0.995))
+POOLING, FREEDOM = tl.constexpr(0.1), tl.constexpr(31.0)
+LEAST, MOST, SMALLEST = tl.constexpr(2.0**-40), tl.constexpr(2.0**50), tl.constexpr(2.0**-1022)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ GROUND_OF_ROOMS = {
 }  # of DOORS, what rooms may import: they import no room before they are asked
 # The ground floor of the kernels: each backend is the modules it consists of. `reference` is both the oracle and the chunked functions.
 GROUND = {
-    "reference": ("l3m_kernels.reference", "l3m_kernels.chunked"),
+    "reference": ("l3m_kernels.reference", "l3m_kernels.chunked", "l3m_kernels.trend"),
     "triton": ("l3m_kernels.triton_ops",),
     "native": ("l3m_kernels._C", "l3m_kernels._native", "l3m_kernels._native_head"),
 }

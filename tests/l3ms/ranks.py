@@ -112,7 +112,8 @@ def sharded(world, fused):
 
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     base = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-    opt = l3ms.L3MOptimizer(base, [l3ms.Constraint("size", max=1.0, margin=0.0)], mu=l3ms.ExponentialDecay(0.1, 0.1, 1))
+    constraint, mu = l3ms.Constraint("size", max=1.0, margin=0.0), l3ms.ExponentialDecay(0.1, 0.1, 1)
+    opt = l3ms.L3MOptimizer(base, [constraint], mu=mu, smoothing="ema")  # a filter knows how many values there were
     inputs = torch.linspace(-3, 9, 20).reshape(5, 4).to(next(model.parameters()).dtype)
     for step in range(6):
         size = model(inputs).square().mean()

@@ -8,14 +8,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
-from l3m_kernels.barrier import Smoothing
 from l3ms.barrier import shifts
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
@@ -35,7 +34,7 @@ class Estimates:
         constraints: Sequence[Constraint],
         *,
         device: torch.device,
-        smoothing: Smoothing,
+        smoothing: float | Literal["trend"],
         leave_one_out: bool,
         drop_nonfinite: bool,
         process_group: Any = None,

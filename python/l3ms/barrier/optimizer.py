@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
-from l3m_kernels.barrier import check_smoothing
 from l3ms.barrier import packed_state, shifts
 from l3ms.barrier.clipping import apply, clip, gradients
 from l3ms.barrier.conflicts import ConflictWatch
@@ -93,7 +92,6 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
     ):
         check_base(base)
         smoothing = 0.1 if smoothing == "ema" else smoothing
-        check_smoothing("", smoothing)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         for name, value, allowed in (

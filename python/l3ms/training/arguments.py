@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from l3m_kernels.barrier import check_smoothing
+from l3m_kernels import initial_state
 from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
 
 
@@ -59,7 +59,7 @@ class L3MConfig(TrainingArguments):
                 raise ValueError(
                     f"smoothing must be trend, ema or a number in (0, 1], got {self.smoothing!r}"
                 ) from None
-            check_smoothing("", self.smoothing)  # type: ignore[arg-type]
+            initial_state(0, smoothing=self.smoothing)  # type: ignore[arg-type]  # says whether it can be
         if self.nonfinite not in ("raise", "drop"):
             raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
         if self.constraint_batch_size < 2:

@@ -7,6 +7,7 @@ import torch
 from observing import make, observe, step
 
 import l3ms
+from l3m_kernels import barrier_weights, initial_state
 
 # ---- estimates ----
 
@@ -19,15 +20,41 @@ def test_the_first_estimate_is_the_first_batch_mean(smoothing):
 
 
 def test_the_estimate_is_the_bias_corrected_average_of_batch_means():
-    opt = make(l3ms.Constraint("r", max=9.0))
+    opt = make(l3ms.Constraint("r", max=9.0), smoothing="ema")
     batches = [[1.0, 3.0], [5.0, 6.0, 7.0, 10.0], [0.0, 0.0], [2.0, 4.0, 6.0]]
     weights, means = [], []
     for batch in batches:
         observe(opt, {"r": batch})
-        weights = [w * 0.9 for w in weights] + [0.1]  # smoothing 0.1 unless told
+        weights = [w * 0.9 for w in weights] + [0.1]
         means.append(sum(batch) / len(batch))  # a batch is one vote, whatever its size
         expected = sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights)
         assert opt.metrics()["constraints/r/estimate"] == pytest.approx(expected, rel=1e-14)
+
+
+def test_the_estimate_is_the_filters_unless_told():
+    opt, state = make(l3ms.Constraint("r", max=9.0), l3ms.Length(max=30)), initial_state(2, smoothing="trend")
+    bounds, mu = opt.estimates.bounds, torch.tensor(0.1).double()
+    for step_ in range(6):
+        batch = {"r": [1.0 + step_, 3.0 + step_], "length": [40.0 - 4 * step_, 50.0 - 2 * step_]}
+        expected = barrier_weights(torch.tensor(list(batch.values())).double().T, state, bounds, mu, smoothing="trend")
+        state = expected.state
+        observe(opt, batch)
+        found = opt.metrics()
+        for i, name in enumerate(("r", "length")):
+            assert found[f"constraints/{name}/estimate"] == pytest.approx(float(expected.estimate[i]), rel=1e-14)
+            assert found[f"constraints/{name}/stderr"] == pytest.approx(float(expected.stderr[i]), rel=1e-14)
+
+
+def test_the_state_of_an_average_is_no_state_of_a_filter():
+    average, trend = (make(l3ms.Constraint("r", max=9.0), smoothing=kind) for kind in ("ema", "trend"))
+    for opt in (average, trend):
+        observe(opt, {"r": [1.0, 2.0, 4.0]})
+    with pytest.raises(
+        ValueError, match=r"smoothing is 'trend', but the state is that of an average; .*of 0.1.0: .ema."
+    ):
+        trend.load_state_dict(average.state_dict())
+    with pytest.raises(ValueError, match=r'smoothing is 0\.1, but the state is that of "trend"'):
+        average.load_state_dict(trend.state_dict())
 
 
 def test_the_mean_of_the_batch_is_beside_the_estimate():

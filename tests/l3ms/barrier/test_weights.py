@@ -66,6 +66,7 @@ def test_weights_by_hand(length_norm, baseline):
         l3ms.Length(min=6, max=8, margin=0.0),
         length_norm=length_norm,
         baseline=baseline,
+        smoothing="ema",
     )
     observe(opt, {"r": [0.0, 1.0], "length": [4.0, 9.0]})
     rewards = [[1.0, 2.0, None, 6.0, 4.0], [3.0, 5.0, 9.0, 12.0, 1.0]]
