@@ -30,7 +30,7 @@ class KL(Constraint):
         per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
             is not lowered by longer responses.
         batch_size: responses scored at a time.
-        scale, margin, threshold, monitor: as in `Constraint`.
+        scale, margin, threshold, quantile, monitor: as in `Constraint`.
         trust_remote_code: run code that comes with a reference that is loaded.
 
     Raises:
@@ -50,10 +50,18 @@ class KL(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        quantile: float | None = None,
         monitor: bool = False,
         trust_remote_code: bool = False,
     ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
+        options: Any = {
+            "scale": scale,
+            "margin": margin,
+            "threshold": threshold,
+            "quantile": quantile,
+            "monitor": monitor,
+        }
+        super().__init__(name, min=min, max=max, **options)
         if batch_size < 1:
             raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
         object.__setattr__(self, "per_token", per_token)

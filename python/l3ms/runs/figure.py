@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from l3ms.constraints.shares import bounds_of, event_of, quantile_text
 from l3ms.runs.labels import bounds_text, model_label, solver_label
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
@@ -123,7 +124,7 @@ def clipped(name: str, longest: int) -> str:
 
 def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     """Running estimate with its 95% band, the bounds, and what fresh samples said afterwards."""
-    name, low, high = item["name"], item.get("min"), item.get("max")
+    name, (low, high) = item["name"], bounds_of(item)
     x, y = iterations(metrics), series(metrics, f"constraints/{name}/estimate")
     band = Z95 * np.nan_to_num(series(metrics, f"constraints/{name}/stderr"))
     found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models(report)]
@@ -166,8 +167,9 @@ def _words(item: Mapping[str, Any]) -> tuple[str, str]:
     """(title, unit) of a constraint's panel."""
     name = clipped(item["name"], LONGEST_IN_TITLE)
     kind = item.get("type", "length" if name == "length" else None)
-    if item.get("threshold") is not None:
-        return f"{name} ≥ {item['threshold']:g}", "share of responses"
+    if (event := event_of(item)) is not None:
+        quantile = f" ({quantile_text(item).partition(' ')[0]} quantile)" if quantile_text(item) else ""
+        return f"{name} {'≤' if event.at_most else '≥'} {event.value:g}{quantile}", "share of responses"
     if kind == "length":
         return "Mean response length" if name == "length" else f"Mean response length ({name})", "tokens"
     if kind == "data_nll":
