@@ -42,10 +42,12 @@ class SingleAnswers(NamedTuple):
         below = short_below(constraint)
         return SingleAnswers(below, sum(length < below for length in lengths) / len(lengths), 1 - ended)
 
-    def text(self, limit: int) -> str:
-        """`35% are below 2.4 tokens, a fifth of the bound, and 6.2% are cut at 64`."""
+    def text(self, limit: int | None = None) -> str:
+        """`35% are below 2.4 tokens, a fifth of the bound, and 6.2% are cut at 64`, where the limit is known."""
         short, cut = (f"{100 * share:.3g}%" for share in (self.short, self.cut))
-        return f"{short} are below {self.below:g} tokens, a fifth of the bound, and {cut} are cut at {limit}"
+        return f"{short} are below {self.below:g} tokens, a fifth of the bound, and {cut} are cut" + (
+            "" if limit is None else f" at {limit}"
+        )
 
 
 def open_sides(constraint: Constraint, constraints: Sequence[Constraint]) -> tuple[bool, bool]:

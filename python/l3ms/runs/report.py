@@ -2,7 +2,8 @@
 
 A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, type, min, max, threshold, quantile}]`,
 `skipped_steps`, `mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
-`{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples"}`. The picture is drawn from
+`{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples", "constraints": {name: {"mean", "ci95", "samples"}}}`,
+the constraint on the mean length with `"single_answers": {"below", "short", "cut"}`. The picture is drawn from
 `metrics.jsonl` (one object per iteration) and `report.json` alone, so `l3ms plot` can draw it again at any time.
 """
 
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from l3ms.config.yaml_reader import ConfigError, read_yaml
 from l3ms.constraints.shares import bounds_of
+from l3ms.constraints.single_answers import LARGE, SingleAnswers
 from l3ms.regular_files import read_regular
 from l3ms.runs.labels import MODELS, constraint_label, is_mean_length, model_label, wanted_text
 from l3ms.runs.whole_files import finite, write_json, write_whole
@@ -176,8 +178,22 @@ def _models_table(report: Mapping[str, Any]) -> Table:
         )
     samples = next((report[key]["samples"] for key in _models(report)), None)
     if samples:
-        table.caption = f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
+        table.caption = (
+            f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
+            + _single_answers(report)
+        )
     return table
+
+
+def _single_answers(report: Mapping[str, Any]) -> str:
+    """What the model that is handed out does under a bound on its mean length, where that is worth a word."""
+    found = (report.get("average") or {}).get("constraints") or {}
+    single = [SingleAnswers(**item["single_answers"]) for item in found.values() if "single_answers" in (item or {})]
+    return "".join(
+        f"\nof single answers, {model_label('average', report)}, {item.text()}"
+        for item in single
+        if max(item.short, item.cut) > LARGE
+    )
 
 
 def _constraints_table(report: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> Table:
