@@ -10,7 +10,7 @@ from l3ms.config.data import DataConfig
 from l3ms.config.sections import MOST, Batch, Bound, Count, Name, NonNegative, Positive, Section, Share, Text
 from l3ms.constraints import rewards
 from l3ms.constraints.constraint import BOUNDING
-from l3ms.constraints.shares import event_of, wrong_probability, wrong_quantile
+from l3ms.constraints.shares import PER_TOKEN_SHARE, event_of, wrong_probability, wrong_quantile
 
 
 class Bounded(Section):
@@ -111,6 +111,12 @@ class KLConfig(Sampled):
     reference: Text | None = None  # folder, or hub id; default: the model that the run starts from
     per_token: bool = False
     batch_size: Batch = 16
+
+    @model_validator(mode="after")
+    def _check_share(self) -> KLConfig:
+        if self.per_token and event_of(vars(self)) is not None:
+            raise ValueError(PER_TOKEN_SHARE)
+        return self
 
 
 class ReadyRewardConfig(Sampled):

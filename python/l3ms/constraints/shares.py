@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Bounds = tuple[float | None, float | None]
+PER_TOKEN_SHARE = (
+    "per_token is for a mean: of a batch's mean length, a share of responses would depend on how they are batched"
+)
 
 
 class Event(NamedTuple):

@@ -146,7 +146,7 @@ def evaluate(
     ended: list[bool] = []
     completions: list[Any] = []
     rewards: dict[str, list[float | None]] = {}
-    per_token = [item.name for item in constraints if getattr(item, "per_token", False) and item.event is None]
+    per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
     device = next(model.parameters()).device
     with undrawn(device):
         torch.manual_seed(seed)

@@ -123,6 +123,12 @@ def test_every_kind_that_samples_takes_a_quantile():
         l3ms.DataNLL("old", [], max=1.0, quantile=0.5)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("share", [{"threshold": 0.1}, {"quantile": 0.1}])
+def test_a_divergence_per_token_has_no_share(share):
+    with pytest.raises(ValueError, match="constraint 'kl': per_token is for a mean"):
+        l3ms.KL(max=0.5, per_token=True, **share)
+
+
 def test_the_words():
     item = {"min": 4.0, "max": None, "quantile": 0.07, "threshold": None}
     event = event_of(item)

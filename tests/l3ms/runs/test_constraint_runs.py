@@ -141,6 +141,7 @@ BAD = [
     (item("reward_model", model="judge", trust_remote_code=True, min=0), "trust_remote_code", "unknown field"),
     (item("kl", max=1.0, reference="./gone"), "reference", "cannot be loaded"),
     (item("kl", max=1.0, reference="small"), "reference", "vocabulary of 280 tokens, got 50"),
+    (item("kl", max=0.5, per_token=True, threshold=1), "per_token", "is for a mean"),
     (item("kl", max=-0.0, min=1), "min", "must be below max"),
     (NLL, "data", "is required"),
     (NLL | {"data": {"train": "gone.jsonl"}}, "data.train", "no such file"),
