@@ -66,7 +66,7 @@ def test_it_is_the_share_that_could_be_written_by_hand(options, same_as):
     lengths = [1, 4, 5, 39, 40, 41]
     mine, theirs = (c.rewards([""] * 6, [""] * 6, lengths) for c in (one, other))
     mirrored = one.max is not None  # P(r <= 40) >= 0.95 is P(r > 40) <= 0.05
-    assert mine == ([1 - value for value in theirs] if mirrored else theirs)
+    assert mine == ([float(value == 0) for value in theirs] if mirrored else theirs)
     (row,), (expected,) = one.rows(0), other.rows(0)
     if mirrored:
         assert (row[1], expected[1]) == (-1, 1)
