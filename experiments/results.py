@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.cells import CERTIFICATE, is_trained, run_folder
 from experiments.grid import Cell
+from l3ms.constraints.shares import bounds_of
 from l3ms.runs.report import read_metrics
 
 WEIGHTS = "average"  # the model that is reported and certified: the weights averaged over the last part of the run
@@ -24,7 +25,7 @@ class Result:
     labels: tuple[str, ...]
     seed: int
     solver: str
-    bounds: list[dict[str, Any]]  # {"name", "min", "max"}
+    bounds: list[dict[str, Any]]  # {"name", "min", "max", "threshold", "quantile"}
     summary: dict[str, Any]
     last: dict[str, Any]  # the same of the last iterate, without averaging
     initial: dict[str, Any]  # the same before training; empty where `evaluate.initial` is false
@@ -39,7 +40,7 @@ class Result:
 
     def bound(self, name: str = "length") -> tuple[float | None, float | None]:
         found = next((item for item in self.bounds if item["name"] == name), {})
-        return found.get("min"), found.get("max")
+        return bounds_of(found)
 
     @property
     def before(self) -> Result:

@@ -66,7 +66,9 @@ def _own(kind: str) -> list[tuple[str, Any]]:
 
 def _numeric(field: str, default: str) -> bool:
     name = field.rpartition(".")[2]
-    if name in {"min", "max", "scale", "margin", "threshold", "limit", "warmup", "n"} or field.endswith("max_length"):
+    if name in {"min", "max", "scale", "margin", "threshold", "quantile", "limit", "warmup", "n"} or field.endswith(
+        "max_length"
+    ):
         return True
     try:
         float(default)

@@ -28,10 +28,11 @@ HELP = """Run the constrained fine-tune that CONFIG describes.
 \b
       - {type: function, name: polite, function: "my.py:polite", min: 0.8}
 
-[bold]Other kinds[/bold]: the share of responses beyond a threshold, a classifier's score, the loss on other data, \
+[bold]Other kinds[/bold]: a quantile, the share of responses beyond a threshold, a classifier's score, the loss on other data, \
 the divergence from the first weights, ready-made rewards.
 
 \b
+      - {type: length, name: not-short, quantile: 0.05, min: 4}   # at most 5% of the responses below 4 tokens
       - {type: length, name: long, threshold: 100, max: 0.05}
       - {type: reward_model, name: harmless, model: ./classifier, squash: tanh, min: 0.2}
       - {type: data_nll, name: general, data: {train: general.jsonl}, max: 2.1}

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from l3ms.config.data import DataConfig
-from l3ms.config.sections import MOST, Batch, Bound, Count, Name, NonNegative, Positive, Section, Text
+from l3ms.config.sections import MOST, Batch, Bound, Count, Name, NonNegative, Positive, Section, Share, Text
 from l3ms.constraints import rewards
 from l3ms.constraints.constraint import BOUNDING
+from l3ms.constraints.shares import PER_TOKEN_SHARE, event_of, wrong_probability, wrong_quantile
 
 
 class Bounded(Section):
@@ -35,16 +36,18 @@ class Bounded(Section):
 
 
 class Sampled(Bounded):
-    """On the model's own responses. With `threshold` the bounds are on the share of responses whose reward is at least that."""
+    """On the model's own responses. With `threshold` the bounds are on the share of responses whose reward is at least that; with
+    `quantile` the one bound is on that quantile of the reward, which is a share too."""
 
     threshold: Bound | None = None
+    quantile: Share | None = None  # 0.05 with min: 4: at most 5% below 4; 0.95 with max: 40: at most 5% above 40
 
     @model_validator(mode="after")
-    def _check_probabilities(self) -> Sampled:
-        for side in ("min", "max"):
-            bound = getattr(self, side)
-            if self.threshold is not None and bound is not None and not 0 <= bound <= 1:
-                raise ValueError(f"{side} must be in [0, 1], since with a threshold it is a probability, got {bound:g}")
+    def _check_shares(self) -> Sampled:
+        item = vars(self)
+        wrong = (wrong_quantile(item) if self.quantile is not None else None) or wrong_probability(item)
+        if wrong:
+            raise ValueError(wrong)
         return self
 
 
@@ -56,8 +59,10 @@ class LengthConfig(Sampled):
 
     @model_validator(mode="after")
     def _check_reachable(self) -> LengthConfig:
-        if self.threshold is None and self.max is not None and self.max <= 1:
+        if self.max is not None and event_of(vars(self)) is None and self.max <= 1:
             raise ValueError(f"max must be above 1 token (a response has at least its end token), got {self.max:g}")
+        if self.max is not None and self.quantile is not None and self.max < 1:
+            raise ValueError(f"max must be at least 1 token (a response has at least its end token), got {self.max:g}")
         return self
 
 
@@ -106,6 +111,12 @@ class KLConfig(Sampled):
     reference: Text | None = None  # folder, or hub id; default: the model that the run starts from
     per_token: bool = False
     batch_size: Batch = 16
+
+    @model_validator(mode="after")
+    def _check_share(self) -> KLConfig:
+        if self.per_token and event_of(vars(self)) is not None:
+            raise ValueError(PER_TOKEN_SHARE)
+        return self
 
 
 class ReadyRewardConfig(Sampled):

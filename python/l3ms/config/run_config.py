@@ -129,8 +129,9 @@ def _wrong_across(config: RunConfig) -> Iterator[ConfigError]:
             option = "min" if item.threshold is None else "threshold"
             value, longest = getattr(item, option), config.train.max_new_tokens
             # Of those that are cut at the limit a share can be bounded; a mean of all at the limit cannot
-            if value is not None and (value > longest or (option == "min" and value == longest)):
-                wanted = "below" if option == "min" else "at most"
+            mean = item.threshold is None and item.quantile is None
+            if value is not None and (value > longest or (mean and value == longest)):
+                wanted = "below" if mean else "at most"
                 yield ConfigError(
                     f"constraints.{index}.{option}",
                     f"must be {wanted} train.max_new_tokens ({longest}), got {value:g}: no response can be that long",

@@ -1,7 +1,7 @@
 """What the model's own behaviour must satisfy, in native units (tokens, reward points).
 
 A kind of constraint says where its values come from: `call` (prompts and completions, as in TRL), or `ask` where it needs the rollout and
-the model. What is common to all stands here: the bounds, the checks of what came back, and the indicator of a chance constraint.
+the model. What is common to all stands here: the bounds and the checks of what came back. What turns rewards into shares is in `shares`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from l3ms.constraints import async_rewards
 from l3ms.constraints.reward_values import numbers
+from l3ms.constraints.shares import Event, bounds_of, event_of, wrong_probability, wrong_quantile
 from l3ms.constraints.trl_arguments import NAMES, trl_arguments
 from l3ms.rollouts.rollout import Rollout
 
@@ -46,16 +47,21 @@ class Constraint:
         min, max: bounds in native units; at least one.
         threshold: makes it a chance constraint, `min <= P(r >= threshold) <= max`: the reward is replaced by 1 where it is at least the
             threshold and 0 elsewhere, and the bounds are probabilities.
+        quantile: makes `min` or `max` a bound on that quantile of the reward, in native units: `quantile=0.05, min=4` says that at most 5%
+            of the responses are below 4, `quantile=0.95, max=40` that at most 5% are above 40. It is the chance constraint
+            `P(r >= min) >= 1 - quantile`, or `P(r <= max) >= quantile`, ties included (`shares` has the proof), and that share is what is
+            estimated, logged and certified. One of min and max: two bounds are two constraints.
         scale: native units per 1.0 of the dimensionless constraint; by default the middle of [min, max], or max(|bound|, 1) for one
-            bound, and 1 for a probability. It sets how a violation here weighs against one of another constraint.
-        margin: how far inside the bound to settle, in native units; by default 2 standard errors of the estimate, at most a quarter of
-            the range, since a barrier whose mu has decayed settles at the bound itself.
+            bound, and 1 for a share. It sets how a violation here weighs against one of another constraint.
+        margin: how far inside the bound to settle, in native units (of a share: a share); by default 2 standard errors of the estimate,
+            at most a quarter of the range, since a barrier whose mu has decayed settles at the bound itself.
         monitor: only measure it: its estimate is logged beside those of the constraints, and it has no part in the training. It takes no
             min, max, scale or margin.
 
     Raises:
         ValueError: no bound, or one of a monitor, min > max, a bound that is not finite, scale <= 0, a margin that leaves no room; a
-            threshold with a bound that is no probability, or where there is no function to apply it to.
+            threshold with a bound that is no probability; a quantile outside of (0, 1), with a threshold, with two bounds, or of a monitor;
+            either where there is no function to apply it to.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Constraint:
     scale: float | None = field(default=None, kw_only=True)
     margin: float | None = field(default=None, kw_only=True)
     threshold: float | None = field(default=None, kw_only=True)
+    quantile: float | None = field(default=None, kw_only=True)
     monitor: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -77,38 +84,54 @@ class Constraint:
                     raise ValueError(f"{where}: {option} is for a constraint, and a monitor bounds nothing")
         elif self.min is None and self.max is None:
             raise ValueError(f"{where}: give min, max or both")
-        for option in ("min", "max", "scale", "margin", "threshold"):
+        for option in ("min", "max", "scale", "margin", "threshold", "quantile"):
             value = getattr(self, option)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{where}: {option} must be a finite number, got {value}")
+        if self.quantile is not None and (wrong := wrong_quantile(vars(self))):
+            raise ValueError(f"{where}: {wrong}")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"{where}: min must be at most max, got min {self.min:g} > max {self.max:g}")
         if not math.isfinite(self.unit) or (self.min is not None and self.max is not None and self.width == math.inf):
             raise ValueError(
                 f"{where}: min and max must be numbers whose sum and difference are finite, got {self.min:g} and {self.max:g}"
             )
-        if self.threshold is not None:
-            for side, bound in (("min", self.min), ("max", self.max)):
-                if bound is not None and not 0 <= bound <= 1:
-                    raise ValueError(f"{where}: {side} is a probability with a threshold, in [0, 1], got {bound:g}")
-            if not self.samples:
-                raise ValueError(f"{where}: threshold needs a function, or a kind that samples responses")
+        if self.event is not None and not self.samples:
+            option = "threshold" if self.quantile is None else "quantile"
+            raise ValueError(f"{where}: {option} needs a function, or a kind that samples responses")
         if self.scale is not None and self.scale <= 0:
             raise ValueError(f"{where}: scale must be positive, got {self.scale:g}")
         if self.margin is not None and (self.margin < 0 or (self.margin > 0 and 2 * self.margin >= self.width)):
             raise ValueError(f"{where}: margin must be >= 0 and less than half of the range, got {self.margin:g}")
+        if wrong := wrong_probability(vars(self)):
+            raise ValueError(f"{where}: {wrong}")
+
+    @property
+    def event(self) -> Event | None:
+        """What counts as 1 where a share is bounded; None where it is the mean of the reward."""
+        return event_of(vars(self))
+
+    @property
+    def low(self) -> float | None:
+        """Least value of what is estimated: `min`, or the share that a bound on a quantile comes to."""
+        return bounds_of(vars(self))[0]
+
+    @property
+    def high(self) -> float | None:
+        """Largest value of what is estimated; None where a quantile is bounded."""
+        return bounds_of(vars(self))[1]
 
     @property
     def width(self) -> float:
-        """max - min in native units, inf for a one-sided constraint."""
-        return math.inf if self.min is None or self.max is None else self.max - self.min
+        """high - low in native units, inf for a one-sided constraint."""
+        return math.inf if self.low is None or self.high is None else self.high - self.low
 
     @property
     def unit(self) -> float:
         """Native units per 1.0 of the dimensionless constraint."""
         if self.scale is not None:
             return self.scale
-        if self.threshold is not None or self.monitor:
+        if self.event is not None or self.monitor:
             return 1.0
         if self.min is not None and self.max is not None:
             # A range around 0 has no middle to speak of: its half-width then.
@@ -118,7 +141,7 @@ class Constraint:
     def rows(self, reward: int) -> list[tuple[int, float, float, float, float, float, float]]:
         """One-sided constraints on reward number `reward`, lower bound first: the rows of `l3m_kernels.Bounds`."""
         margins = (0.0, 2.0, self.width / 4) if self.margin is None else (self.margin, 0.0, math.inf)
-        sides = ((-1.0, self.min), (1.0, self.max))
+        sides = ((-1.0, self.low), (1.0, self.high))
         return [(reward, sign, float(bound), self.unit, *margins) for sign, bound in sides if bound is not None]
 
     @property
@@ -168,7 +191,7 @@ class Constraint:
             return Asked(self, async_rewards.begin(self.ask(rollout, model)), len(rollout), rollout.completions)
 
     def measure(self, rollout: Rollout, model: Any = None) -> list[float | None]:
-        """One value per response of a rollout, NaN and inf let through; 0 or 1 with a threshold.
+        """One value per response of a rollout, NaN and inf let through; 0 or 1 where a share is bounded.
 
         Raises:
             ValueError: a wrong number of values, or a value that is no number: names the function and row.
@@ -179,7 +202,7 @@ class Constraint:
     def rewards(
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
-        """The reward of each response (1 or 0 with a threshold), checked.
+        """The reward of each response (1 or 0 where a share is bounded), checked.
 
         Raises:
             ValueError: no function, a wrong number of values, a value that is no number or not finite: names the function and row.
@@ -193,16 +216,17 @@ class Constraint:
     def values(
         self, prompts: Sequence[Any], completions: Sequence[Any], lengths: Sequence[int], **columns: Any
     ) -> list[float | None]:
-        """The rewards themselves, before a threshold, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
+        """The rewards themselves, no indicators, NaN and inf let through: `L3MOptimizer(nonfinite=...)` decides about those."""
         with _named(self.where, completions):
             answer = async_rewards.begin(self.call(prompts, completions, lengths, **columns))
             return self.checked(async_rewards.wait(answer), len(completions))
 
     def indicator(self, values: Sequence[float | None]) -> list[float | None]:
-        """1 where a value is at least the threshold, else 0; as they are without a threshold, and where missing or not finite."""
-        if self.threshold is None:
+        """1 where a value is of the `event`, else 0; as they are where the mean is bounded, and where missing or not finite."""
+        event = self.event
+        if event is None:
             return list(values)
-        return [v if v is None or not math.isfinite(v) else float(v >= self.threshold) for v in values]
+        return [v if v is None or not math.isfinite(v) else event.indicator(v) for v in values]
 
     def checked(self, values: Any, count: int) -> list[float | None]:
         """What a function returned, as a list of `count` numbers, see `reward_values`.
@@ -275,7 +299,7 @@ def _named(where: str, completions: Sequence[Any] = ()) -> Iterator[None]:
 
 class Length(Constraint):
     """Bounds on the mean response length in tokens, the closing EOS included; with a threshold on the share of responses of at least
-    that many tokens."""
+    that many tokens, with a quantile on that quantile: `Length(min=4, quantile=0.05, name="not short")`."""
 
     def __init__(
         self,
@@ -285,10 +309,18 @@ class Length(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        quantile: float | None = None,
         monitor: bool = False,
         name: str = "length",
     ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
+        options: Any = {
+            "scale": scale,
+            "margin": margin,
+            "threshold": threshold,
+            "quantile": quantile,
+            "monitor": monitor,
+        }
+        super().__init__(name, min=min, max=max, **options)
 
     @property
     def samples(self) -> bool:
@@ -307,6 +339,6 @@ def check_constraints(constraints: Sequence[Constraint]) -> tuple[Constraint, ..
         if not isinstance(item, Constraint):
             raise ValueError(f"constraints must be l3ms.Constraint objects, got {type(item).__name__}")
         if item.name in seen:
-            raise ValueError(f"constraints: the name {item.name!r} is used twice")
+            raise ValueError(f"constraints: the name {item.name!r} is used twice; give one of them another name")
         seen.add(item.name)
     return tuple(constraints)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.reference_model import Reference
+from l3ms.constraints.shares import PER_TOKEN_SHARE
 from l3ms.model.heads import fuse_head
 from l3ms.rollouts.rollout import Rollout
 
@@ -28,9 +29,9 @@ class KL(Constraint):
             the model with its adapters as they are then, otherwise a copy. The trainer takes care of that; in a loop of one's own call
             `prepare(model)` first.
         per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
-            is not lowered by longer responses.
+            is not lowered by longer responses. Not with a threshold or quantile.
         batch_size: responses scored at a time.
-        scale, margin, threshold, monitor: as in `Constraint`.
+        scale, margin, threshold, quantile, monitor: as in `Constraint`.
         trust_remote_code: run code that comes with a reference that is loaded.
 
     Raises:
@@ -50,10 +51,20 @@ class KL(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        quantile: float | None = None,
         monitor: bool = False,
         trust_remote_code: bool = False,
     ):
-        super().__init__(name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor)
+        options: Any = {
+            "scale": scale,
+            "margin": margin,
+            "threshold": threshold,
+            "quantile": quantile,
+            "monitor": monitor,
+        }
+        super().__init__(name, min=min, max=max, **options)
+        if per_token and self.event is not None:
+            raise ValueError(f"constraint {name!r}: {PER_TOKEN_SHARE}")
         if batch_size < 1:
             raise ValueError(f"constraint {name!r}: batch_size must be at least 1, got {batch_size}")
         object.__setattr__(self, "per_token", per_token)

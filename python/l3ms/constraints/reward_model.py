@@ -37,7 +37,7 @@ class RewardModel(Constraint):
         chat_template: "auto", conversations go through the tokenizer's chat template if it has one; True, plain prompts too, as one user
             turn; False, never. Without a template the text is prompt + completion, of a conversation its messages, one per line.
         squash: "tanh" or "sigmoid" of the score. A bounded score is harder to exploit than a linear one.
-        min, max, scale, margin, threshold: as in `Constraint`, in units of the (squashed) score.
+        min, max, scale, margin, threshold, quantile: as in `Constraint`, in units of the (squashed) score.
         device: where the model is put; by default a loaded model stays where it is, another goes to the GPU if there is one.
         trust_remote_code: run code that comes with the checkpoint.
 
@@ -63,6 +63,7 @@ class RewardModel(Constraint):
         scale: float | None = None,
         margin: float | None = None,
         threshold: float | None = None,
+        quantile: float | None = None,
         monitor: bool = False,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
@@ -78,9 +79,14 @@ class RewardModel(Constraint):
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        super().__init__(
-            name, score, min=min, max=max, scale=scale, margin=margin, threshold=threshold, monitor=monitor
-        )
+        options: Any = {
+            "scale": scale,
+            "margin": margin,
+            "threshold": threshold,
+            "quantile": quantile,
+            "monitor": monitor,
+        }
+        super().__init__(name, score, min=min, max=max, **options)
 
     def load(self) -> None:
         """Load the model now rather than at the first response, and check that it has what it needs."""

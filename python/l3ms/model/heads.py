@@ -20,6 +20,7 @@ from l3ms.model.after_head import AfterHead, find_after_head, no_cross_entropy, 
 from l3ms.model.head_output import HeadOutput as HeadOutput
 from l3ms.model.head_products import Product, head_module, head_rows, product
 from l3ms.model.head_proofs import as_it_was, prompt, prove
+from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.losses import shift
 
 
@@ -83,8 +84,7 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
 
 
 def _inner(model: Any) -> Any:
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = inside_adapters(getattr(model, "_orig_mod", model))  # of torch.compile
     inner = getattr(inner, "_orig_mod", inner)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(f"fuse_head: wanted a transformers model, got {type(inner).__name__}")

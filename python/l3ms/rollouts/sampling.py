@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
+from l3ms.model.inside_adapters import inside_adapters
 from l3ms.rollouts.prompts import Prompt, TemplateRefusal, as_turns, encode_prompt, template_options
 from l3ms.rollouts.rollout import Rollout, check_columns
 from l3ms.rollouts.shrinking import sample
@@ -79,7 +80,7 @@ def rollout(
     end = _end_tokens(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # generate() fills what its configuration leaves open from the model's own settings: min_p, penalties, suppressed tokens, beams.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inside_adapters(model)
     training, own = model.training, inner.generation_config
     inner.generation_config = GenerationConfig()
     model.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from l3ms.model.inside_adapters import inside_adapters
 from l3ms.rollouts.shrinking import left_padded, selects
 from l3ms.rollouts.stepping import last_logits, scored_logits
 
@@ -81,9 +82,8 @@ def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
     apart = _seen_ahead(model, tokens, pad, exact=exact)
     if apart <= limit:
         return Way("forward", shrink=True)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     raise ValueError(
-        f"rollout: {type(inner).__name__} sees later tokens: the next one has another probability where they are there "
+        f"rollout: {type(inside_adapters(model)).__name__} sees later tokens: the next one has another probability where they are there "
         f"({apart:.2g} apart in total variation), so no response can be sampled as it is scored; an encoder needs "
         "is_decoder=True in its configuration"
     )
@@ -212,7 +212,8 @@ def outside_autocast(model: Any):
 
     Kept where the model does not run without it (adapters and norms in other dtypes than the rest).
     """
-    wrapped = [m for m in (model, *_inner(model)) if "_original_forward" in vars(m) and "forward" in vars(m)]
+    models = dict.fromkeys([model, inside_adapters(model)])
+    wrapped = [m for m in models if "_original_forward" in vars(m) and "forward" in vars(m)]
     kind = model.device.type
     before = [vars(m)["forward"] for m in wrapped]
     try:
@@ -229,10 +230,6 @@ def outside_autocast(model: Any):
     finally:
         for m, forward in zip(wrapped, before, strict=True):
             m.forward = forward
-
-
-def _inner(model: Any) -> list[Any]:
-    return [model.get_base_model()] if hasattr(model, "get_base_model") else []
 
 
 @torch.no_grad()

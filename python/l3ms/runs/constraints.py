@@ -42,7 +42,8 @@ def build_constraints(config: RunConfig, console: Console, tokenizer: Any, model
 
 def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer: Any, model: Any) -> Constraint:
     options: dict[str, Any] = {
-        name: getattr(item, name, None) for name in ("min", "max", "scale", "margin", "threshold", "monitor")
+        name: getattr(item, name, None)
+        for name in ("min", "max", "scale", "margin", "threshold", "quantile", "monitor")
     }
     if isinstance(item, FunctionConfig):
         function, source = load_reward(f"{field}.function", item.function)
@@ -59,7 +60,7 @@ def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer
         constraint.load()
         return constraint
     if isinstance(item, DataNLLConfig):
-        del options["threshold"]
+        del options["threshold"], options["quantile"]
         train, held_out = _constraint_rows(config, field, item, tokenizer, model, console)
         pad = tokenizer.pad_token_id or 0
         return DataNLL(item.name, train, held_out=held_out, batch_size=item.batch_size, pad_token_id=pad, **options)

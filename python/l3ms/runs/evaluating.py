@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
 from l3ms.runs.loading import Run
@@ -52,6 +53,9 @@ def evaluator(run: Run, console: Console) -> Callable[[Any, str], Samples]:
                 # Values of further data have rows of their own
                 own = range(len(values)) if isinstance(item, DataNLL) else keys
                 rewards[item.name] = _mean(values, own)
+            if is_mean_length(item):
+                single = SingleAnswers.of(item, found.lengths, found.summary["ended"])
+                rewards[item.name]["single_answers"] = single._asdict()
         return Samples({**found.summary, "constraints": rewards}, found.lengths, prompts, found.completions)
 
     return sample

@@ -162,8 +162,8 @@ def _bounds(config: RunConfig) -> list[dict[str, Any]]:
     """What the report says of each constraint."""
 
     def of(item: ConstraintConfig) -> dict[str, Any]:
-        threshold = getattr(item, "threshold", None)
-        return {"name": item.name, "type": item.type, "min": item.min, "max": item.max, "threshold": threshold}
+        share = {key: getattr(item, key, None) for key in ("threshold", "quantile")}
+        return {"name": item.name, "type": item.type, "min": item.min, "max": item.max, **share}
 
     return [of(item) for item in config.constraints]
 

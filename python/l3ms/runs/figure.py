@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from l3ms.runs.labels import bounds_text, model_label, solver_label
+from l3ms.constraints.shares import bounds_of, event_of, quantile_text
+from l3ms.runs.labels import bounds_text, is_mean_length, model_label, solver_label
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
 CURVES = (BLUE, "#b5651d", "#6b4fa3", RED, "#1f8a8a", "#8a7a1f", "#c05a94", "#555b66")
@@ -122,8 +123,8 @@ def clipped(name: str, longest: int) -> str:
 
 
 def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """Running estimate with its 95% band, the bounds, and what fresh samples said afterwards."""
-    name, low, high = item["name"], item.get("min"), item.get("max")
+    """Running estimate with its 95% band, the bounds, what fresh samples said afterwards, and behind a mean length the single responses."""
+    name, (low, high) = item["name"], bounds_of(item)
     x, y = iterations(metrics), series(metrics, f"constraints/{name}/estimate")
     band = Z95 * np.nan_to_num(series(metrics, f"constraints/{name}/stderr"))
     found = [(label, colour, _measured(report, key, name)) for key, label, colour in _models(report)]
@@ -133,11 +134,17 @@ def _estimate(axes: Axes, metrics: Rows, item: Mapping[str, Any], report: Mappin
     bottom, top = min([*shown, np.nanmin(y - half)]), max([*shown, np.nanmax(y + half)])
     # A bound far from everything measured (a constraint that only watches) would flatten the curve
     near = 4 * (top - bottom) or math.inf
+    least, most = (smooth(series(metrics, f"watch/length/{key}")) for key in ("p5", "p95"))
+    single = is_mean_length(item) and not np.isnan(most).all()
+    if single:
+        shown += [np.nanmin(least), np.nanmax(most)]
     shown += [value for value in (low, high) if value is not None and bottom - near <= value <= top + near]
     bottom, top = min([*shown, bottom]), max([*shown, top])
     pad = 0.06 * (top - bottom) or 1.0
     axes.set_ylim(bottom - pad, top + pad)
     shade(axes.axhspan, axes.axhline, low, high, axes.get_ylim(), label=f"bounds: {bounds_text(low, high)}")
+    if single:
+        axes.fill_between(x, least, most, color=GREY, alpha=0.16, linewidth=0, label="single responses, 5% to 95%")
     axes.fill_between(x, y - band, y + band, color=BLUE, alpha=0.18, linewidth=0)
     curve(axes, x, y, color=BLUE, linewidth=1.8, label="running estimate, 95% band")
     start = report.get("average_from")
@@ -166,8 +173,9 @@ def _words(item: Mapping[str, Any]) -> tuple[str, str]:
     """(title, unit) of a constraint's panel."""
     name = clipped(item["name"], LONGEST_IN_TITLE)
     kind = item.get("type", "length" if name == "length" else None)
-    if item.get("threshold") is not None:
-        return f"{name} ≥ {item['threshold']:g}", "share of responses"
+    if (event := event_of(item)) is not None:
+        quantile = f" ({quantile_text(item).partition(' ')[0]} quantile)" if quantile_text(item) else ""
+        return f"{name} {'≤' if event.at_most else '≥'} {event.value:g}{quantile}", "share of responses"
     if kind == "length":
         return "Mean response length" if name == "length" else f"Mean response length ({name})", "tokens"
     if kind == "data_nll":

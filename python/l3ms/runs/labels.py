@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from l3ms.constraints.shares import bounds_of, event_of, quantile_text
+
 MODELS = ("sft", "initial", "last", "average")  # keys of a report, in the order in which they are shown
 
 
@@ -21,9 +23,15 @@ def solver_label(report: Mapping[str, Any] | None = None) -> str:
 
 
 def constraint_label(item: Mapping[str, Any]) -> str:
-    """What is bounded: the mean of `polite`, or the share `P(polite >= 0.5)` of responses that reach a threshold."""
-    threshold = item.get("threshold")
-    return item["name"] if threshold is None else f"P({item['name']} >= {threshold:g})"
+    """What is estimated: the mean of `polite`, or the share `P(polite >= 0.5)` of responses that a threshold or a quantile is about."""
+    event = event_of(item)
+    return item["name"] if event is None else event.text(item["name"])
+
+
+def wanted_text(item: Mapping[str, Any]) -> str:
+    """The bounds on what is estimated: `in [12, 16]`, or `>= 0.95 (5% quantile >= 4)`; empty without bounds."""
+    quantile = quantile_text(item)
+    return bounds_text(*bounds_of(item)) + (f" ({quantile})" if quantile else "")
 
 
 def bounds_text(minimum: float | None, maximum: float | None) -> str:
@@ -38,4 +46,4 @@ def bounds_text(minimum: float | None, maximum: float | None) -> str:
 def is_mean_length(item: Mapping[str, Any]) -> bool:
     """Whether a constraint is on the mean response length in tokens; `item` as in a report, one of the demo's without a type."""
     kind = item.get("type") or ("length" if item["name"] == "length" else None)
-    return kind == "length" and item.get("threshold") is None
+    return kind == "length" and event_of(item) is None

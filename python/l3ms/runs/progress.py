@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from l3ms.runs.labels import bounds_text
+from l3ms.constraints.shares import bounds_of
+from l3ms.runs.labels import bounds_text, constraint_label
 
 Z95 = 1.959964
 
@@ -21,7 +22,7 @@ Z95 = 1.959964
 class ProgressCallback(TrainerCallback):
     """Shows iteration, task loss, mu, and each constraint's estimate (with 95% half-width) beside its bounds.
 
-    `bounds` holds `{"name", "min", "max"}` per constraint. Without a terminal, about `lines` plain lines are printed
+    `bounds` holds `{"name", "min", "max", ...}` per constraint, as a report. Without a terminal, about `lines` plain lines are printed
     over the run, and at least one every `every` seconds.
     """
 
@@ -115,8 +116,8 @@ def status(logs: Mapping[str, Any], bounds: Sequence[Mapping[str, Any]]) -> str:
         if estimate is None:
             continue
         half = Z95 * float(logs.get(f"constraints/{item['name']}/stderr") or 0.0)
-        wanted = bounds_text(item.get("min"), item.get("max"))
-        parts.append(f"{item['name']} {float(estimate):.3g} ± {half:.2g} {wanted}".rstrip())
+        wanted = bounds_text(*bounds_of(item))
+        parts.append(f"{constraint_label(item)} {float(estimate):.3g} ± {half:.2g} {wanted}".rstrip())
     if logs.get("l3m/mu") is not None:
         parts.append(f"μ {float(logs['l3m/mu']):.2g}")
     return "  ".join(parts)

@@ -1,8 +1,9 @@
 """What a run leaves to look at: `report.json`, `report.png`, and the tables in the terminal.
 
-A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, type, min, max, threshold}]`, `skipped_steps`,
-`mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
-`{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples"}`. The picture is drawn from
+A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, type, min, max, threshold, quantile}]`,
+`skipped_steps`, `mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
+`{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples", "constraints": {name: {"mean", "ci95", "samples"}}}`,
+the constraint on the mean length with `"single_answers": {"below", "short", "cut"}`. The picture is drawn from
 `metrics.jsonl` (one object per iteration) and `report.json` alone, so `l3ms plot` can draw it again at any time.
 """
 
@@ -21,8 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from l3ms.config.yaml_reader import ConfigError, read_yaml
+from l3ms.constraints.shares import bounds_of
+from l3ms.constraints.single_answers import LARGE, SingleAnswers
 from l3ms.regular_files import read_regular
-from l3ms.runs.labels import MODELS, bounds_text, constraint_label, is_mean_length, model_label
+from l3ms.runs.labels import MODELS, constraint_label, is_mean_length, model_label, wanted_text
 from l3ms.runs.whole_files import finite, write_json, write_whole
 
 
@@ -127,7 +130,7 @@ def plot_run(folder: str | Path) -> Path:
 def _configured(path: Path) -> dict[str, Any]:
     """What the picture of a run that did not end needs of its configuration: the solver, and `{name, min, max, ...}` of the constraints."""
     values = read_yaml(path) if path.exists() else {}
-    keys = ("name", "type", "min", "max", "threshold")
+    keys = ("name", "type", "min", "max", "threshold", "quantile")
     try:
         items = [{key: item.get(key) for key in keys} for item in values.get("constraints") or []]
         solver = (values.get("train") or {}).get("solver")
@@ -175,8 +178,22 @@ def _models_table(report: Mapping[str, Any]) -> Table:
         )
     samples = next((report[key]["samples"] for key in _models(report)), None)
     if samples:
-        table.caption = f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
+        table.caption = (
+            f"{samples} fresh samples on held-out prompts; mean length and percentiles in tokens"
+            + _single_answers(report)
+        )
     return table
+
+
+def _single_answers(report: Mapping[str, Any]) -> str:
+    """What the model that is handed out does under a bound on its mean length, where that is worth a word."""
+    found = (report.get("average") or {}).get("constraints") or {}
+    single = [SingleAnswers(**item["single_answers"]) for item in found.values() if "single_answers" in (item or {})]
+    return "".join(
+        f"\nof single answers, {model_label('average', report)}, {item.text()}"
+        for item in single
+        if max(item.short, item.cut) > LARGE
+    )
 
 
 def _constraints_table(report: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> Table:
@@ -189,8 +206,9 @@ def _constraints_table(report: Mapping[str, Any], items: Iterable[Mapping[str, A
         table.add_column(Text(model_label(key, report)), justify="right")
     for item in items:
         found = [(report[key].get("constraints") or {}).get(item["name"]) or {} for key in keys]
-        cells = [_coloured(_mean(values), _inside(values.get("mean"), item)) for values in found]
-        table.add_row(Text(constraint_label(item)), Text(bounds_text(item.get("min"), item.get("max")) or "-"), *cells)
+        bounds: dict[str, Any] = dict(zip(("min", "max"), bounds_of(item), strict=True))
+        cells = [_coloured(_mean(values), _inside(values.get("mean"), bounds)) for values in found]
+        table.add_row(Text(constraint_label(item)), Text(wanted_text(item) or "-"), *cells)
     return table
 
 
@@ -211,7 +229,7 @@ def examples_table(examples: Iterable[Mapping[str, str]], report: Mapping[str, A
 
 def _title(report: Mapping[str, Any]) -> str:
     constraints = report.get("constraints") or [{"name": "length", **(report.get("bounds") or {})}]
-    bounds = {constraint_label(item): bounds_text(item.get("min"), item.get("max")) for item in constraints}
+    bounds = {constraint_label(item): wanted_text(item) for item in constraints}
     wanted = [f"{name} {text}" for name, text in bounds.items() if text]
     return f"Wanted: {', '.join(wanted) or 'the task alone'}"
 

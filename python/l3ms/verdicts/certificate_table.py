@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from l3ms.constraints.constraint import Constraint
-from l3ms.runs.labels import bounds_text, constraint_label
+from l3ms.constraints.shares import quantile_text
+from l3ms.constraints.single_answers import LARGE, SingleAnswers, bounds_to_add, open_sides
+from l3ms.runs.labels import constraint_label, wanted_text
 from l3ms.runs.terminal import say
 from l3ms.verdicts.certificates import Verdict
 from l3ms.verdicts.prices import Prices
@@ -34,8 +36,11 @@ def print_certificate(
     for verdict in verdicts:
         for line in remarks(verdict, used_up=used_up):
             say(console, f"{verdict.name}: {line}")
+    said = [line for item in constraints for line in of_lengths(certificate, item, constraints)]
+    for line in said:
+        say(console, line)
     cut = 1 - certificate["ended"]
-    if cut > 0:
+    if cut > 0 and not any("single_answers" in item for item in certificate["constraints"]):
         say(
             console,
             f"{100 * cut:.3g}% of the responses were cut at {certificate['max_new_tokens']} tokens; they do not count as ended.",
@@ -59,10 +64,9 @@ def verdict_table(
     table.add_column("bounds by", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for verdict, item in zip(verdicts, constraints, strict=True):
-        name = constraint_label({"name": item.name, "threshold": getattr(item, "threshold", None)})
         table.add_row(
-            escape(name),
-            escape(bounds_text(item.min, item.max)),
+            escape(constraint_label(vars(item))),
+            escape(wanted_text(vars(item))),
             *(number(value) for value in (verdict.mean, verdict.lower, verdict.upper)),
             str(verdict.groups),
             METHODS[verdict.method],
@@ -92,6 +96,27 @@ def remarks(verdict: Verdict, *, used_up: bool) -> list[str]:
     return lines + verdict.notes
 
 
+def of_lengths(certificate: Mapping[str, Any], constraint: Constraint, constraints: Sequence[Constraint]) -> list[str]:
+    """What the fresh responses say of single answers where their mean is bounded, and the quantile where that is."""
+    item = next(item for item in certificate["constraints"] if item["name"] == constraint.name)
+    if "quantile_found" in item:
+        quantile = quantile_text(item).partition(" ")[0]
+        return [
+            f"{constraint.name}: the {quantile} quantile of the fresh responses is {item['quantile_found']:g} tokens"
+        ]
+    if "single_answers" not in item:
+        return []
+    single = SingleAnswers(**item["single_answers"])
+    short, cut = open_sides(constraint, constraints)
+    short, cut = short and single.short > LARGE, cut and single.cut > LARGE
+    line = f"{constraint.name}: of single answers {single.text(certificate['max_new_tokens'])}"
+    if short or cut:
+        line += (
+            f"; the mean alone says nothing of them, bound them too: {bounds_to_add(constraint, short=short, cut=cut)}"
+        )
+    return [line]
+
+
 def price_table(prices: Prices) -> Table:
     style: Any = {"title_style": "bold", "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
     table = Table(title="Prices", box=box.SIMPLE_HEAD, pad_edge=False, **style)
@@ -101,7 +126,9 @@ def price_table(prices: Prices) -> Table:
         cells = (
             ("-", "-", "-") if price.inactive else (number(price.rate), number(price.stderr), number(price.multiplier))
         )
-        table.add_row(escape(f"{price.name} {'>=' if price.side == 'min' else '<='} {price.limit:g}"), *cells)
+        table.add_row(
+            escape(f"{price.share or price.name} {'>=' if price.side == 'min' else '<='} {price.limit:g}"), *cells
+        )
     return table
 
 

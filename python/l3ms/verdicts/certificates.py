@@ -82,10 +82,10 @@ def known_range(
 ) -> tuple[Range | None, bool]:
     """(range of a single value, whether it can only be 0 or 1), known without a sample.
 
-    A chance constraint is an indicator; a length is in [1, max_new_tokens]; a reward says so by attributes of the constraint or of its
-    function, `reward_range = (low, high)` and `binary = True`; or the user does (`declared`).
+    A chance constraint and a bound on a quantile are of an indicator; a length is in [1, max_new_tokens]; a reward says so by attributes of
+    the constraint or of its function, `reward_range = (low, high)` and `binary = True`; or the user does (`declared`).
     """
-    if getattr(constraint, "threshold", None) is not None:
+    if constraint.event is not None:
         return (0.0, 1.0), True
     for owner in (constraint, constraint.function):
         if getattr(owner, "binary", False):
@@ -196,7 +196,7 @@ def judge(
         raise ValueError(f"constraint {constraint.name!r}: {error}") from None
     lower, upper = _interval(units, units.n, delta, declared)
     sides = []
-    for side, limit in (("min", constraint.min), ("max", constraint.max)):
+    for side, limit in (("min", constraint.low), ("max", constraint.high)):
         if limit is None:
             continue
         word = _word(side, limit, lower, upper)

@@ -24,7 +24,9 @@ from rich.console import Console
 import l3m_kernels
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.constraint import Constraint, Length
+from l3ms.constraints.shares import sample_quantile
+from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
 from l3ms.model import random_numbers
@@ -60,7 +62,7 @@ def certify(
     config, constraints = subject.config, subject.constraints
     rows, keys = draw(subject.held_out.rows, options.samples, stream(config.seed, options.seed, "prompts"))
     notes = [*subject.notes, *repeats(keys)]
-    bounds = sum((c.min is not None) + (c.max is not None) for c in constraints)
+    bounds = sum((c.low is not None) + (c.high is not None) for c in constraints)
     delta = options.delta / bounds
     declared = {item.name: _declare(item, config, options, keys, delta) for item in constraints}
     for note in notes:
@@ -95,7 +97,7 @@ def certify(
         "perplexity": found.summary["perplexity"] if options.prompts is None else None,
         "constraints": [
             {**asdict(verdict), "type": type(item).__name__, "min": item.min, "max": item.max,
-             "threshold": getattr(item, "threshold", None)}
+             "threshold": item.threshold, "quantile": item.quantile, **_of_lengths(item, found)}
             for item, verdict in zip(constraints, verdicts, strict=True)
         ],
         "notes": notes,
@@ -178,6 +180,15 @@ def _judge(constraint: Constraint, found: Evaluation, declared: Declared, delta:
     # Values of further data have rows of their own, each measured once
     groups = list(keys) if len(values) == len(keys) and not getattr(constraint, "data", False) else None
     return judge(constraint, values, delta, declared, groups)
+
+
+def _of_lengths(constraint: Constraint, found: Evaluation) -> dict[str, Any]:
+    """What the fresh responses say beside the verdict: of single answers under a bound on their mean, or the quantile that is bounded."""
+    if is_mean_length(constraint):
+        return {"single_answers": SingleAnswers.of(constraint, found.lengths, found.summary["ended"])._asdict()}
+    if isinstance(constraint, Length) and constraint.quantile is not None:
+        return {"quantile_found": sample_quantile(found.lengths, vars(constraint))}
+    return {}
 
 
 def _prices(subject: Subject, verdicts: Sequence[Verdict], options: CertifyOptions, console: Console) -> Prices:

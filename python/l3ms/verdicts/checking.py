@@ -23,10 +23,11 @@ from rich.table import Table
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.single_answers import SingleAnswers, bounds_to_add, is_mean_length, open_sides
 from l3ms.constraints.trl_arguments import trl_arguments
-from l3ms.measuring.evaluation import evaluate
+from l3ms.measuring.evaluation import Evaluation, evaluate
 from l3ms.runs.arguments import training_arguments
-from l3ms.runs.labels import bounds_text, constraint_label
+from l3ms.runs.labels import constraint_label, wanted_text
 from l3ms.runs.loading import Run, load_run
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
@@ -41,7 +42,7 @@ class Start:
     """Where a constraint stands before training."""
 
     name: str
-    min: float | None  # bounds, native units
+    min: float | None  # bounds on what the values are: native units, or a share
     max: float | None
     values: int  # finite ones
     missing: int  # None
@@ -58,8 +59,8 @@ class Start:
     def of(constraint: Constraint, values: Sequence[float | None]) -> Start:
         given = [float(value) for value in values if value is not None]
         finite = [value for value in given if math.isfinite(value)]
-        low = -math.inf if constraint.min is None else constraint.min
-        high = math.inf if constraint.max is None else constraint.max
+        low = -math.inf if constraint.low is None else constraint.low
+        high = math.inf if constraint.high is None else constraint.high
         mean = statistics.fmean(finite) if finite else math.nan
         stderr = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
         if constraint.monitor:
@@ -69,7 +70,7 @@ class Start:
         else:
             feasible = float(low <= mean <= high) if finite else math.nan
         return Start(
-            constraint.name, constraint.min, constraint.max, len(finite), len(values) - len(given),
+            constraint.name, constraint.low, constraint.high, len(finite), len(values) - len(given),
             len(given) - len(finite), min(finite, default=math.nan), max(finite, default=math.nan), mean, stderr, feasible,
             sum(low <= value <= high for value in finite) / len(finite) if finite and not constraint.monitor else math.nan,
             constraint.monitor,
@@ -140,6 +141,7 @@ def check(
         "truncated": 1 - found.summary["ended"],
         "perplexity": found.summary["perplexity"],
         "warnings": [line for item in starts for line in item.warnings()],
+        "advice": _advice(constraints, found, config.train.max_new_tokens),
         "cost": asdict(cost),
     }
     _print(result, starts, cost, config, console)
@@ -157,6 +159,20 @@ def _refuse_nonfinite(config: RunConfig, starts: Sequence[Start]) -> None:
                 f"{item.nonfinite} of {total} values of {item.name!r} are NaN or infinite; "
                 "train.nonfinite: drop leaves such responses out",
             )
+
+
+def _advice(constraints: Sequence[Constraint], found: Evaluation, limit: int) -> list[str]:
+    """A line for each bound on a mean length that has none on single answers beside it: what they are now, and the YAML to add."""
+    lines = []
+    for item in filter(is_mean_length, constraints):
+        short, cut = open_sides(item, constraints)
+        if short or cut:
+            now = SingleAnswers.of(item, found.lengths, found.summary["ended"]).text(limit)
+            lines.append(
+                f"{item.name}: a bound on the mean leaves single answers free (now {now}); "
+                f"to bound 95% of them, add {bounds_to_add(item, short=short, cut=cut)}"
+            )
+    return lines
 
 
 def _trainer(run: Run, folder: str) -> L3MTrainer:
@@ -227,14 +243,12 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
         for heading in ("mean", "std. error", "lowest", "highest", "feasible", "within", *counts):
             in_two_lines = heading == "std. error"
             table.add_column(heading, justify="right", no_wrap=not in_two_lines, min_width=7 if in_two_lines else None)
-        labels = {item.name: constraint_label(vars(item)) for item in config.constraints}
+        texts = {item.name: (constraint_label(vars(item)), wanted_text(vars(item))) for item in config.constraints}
         for row, item in enumerate(starts):
             numbers = [number(value) for value in (item.mean, item.stderr, item.lowest, item.highest)]
             shares = ["-" if math.isnan(value) else f"{100 * value:.0f}%" for value in (item.feasible, item.within)]
-            wanted = escape(bounds_text(item.min, item.max))
-            table.add_row(
-                escape(labels[item.name]), wanted, *numbers, *shares, *(str(column[row]) for column in counts.values())
-            )
+            label, wanted = map(escape, texts[item.name])
+            table.add_row(label, wanted, *numbers, *shares, *(str(column[row]) for column in counts.values()))
         table.caption = (
             f"{result['samples']} responses to training prompts. feasible: probability that the mean is within the bounds; "
             "within: share of single responses"
@@ -242,6 +256,8 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
         console.print(table)
     for line in result["warnings"]:
         say(console, f"Warning: {line}")
+    for line in result["advice"]:
+        say(console, line)
     length = result["length"]
     lines = [
         f"Responses: {length['mean']:.1f} tokens on average, {100 * result['ended']:.0f}% end by themselves, "

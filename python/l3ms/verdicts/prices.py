@@ -41,11 +41,13 @@ class Price:
     rate: float  # nats of task loss per native unit; NaN where it is not known
     stderr: float
     multiplier: float  # of the dimensionless constraint, as in the run's logs
+    share: str = ""  # what is bounded where it is no mean, as P(long >= 200)
     inactive: str = ""  # why it was not measured: the constraint does not bind here, so its price is 0
 
     def sentence(self) -> str:
         """What relaxing the bound would bring, in words."""
-        bound = f"{self.name} {'>=' if self.side == 'min' else '<='} {self.limit:g}"
+        what = self.share or self.name
+        bound = f"{what} {'>=' if self.side == 'min' else '<='} {self.limit:g}"
         if self.inactive:
             return f"{bound}: {self.inactive}; its price is 0"
         if not math.isfinite(self.rate):
@@ -61,7 +63,7 @@ class Price:
         much = f"{self.step:g} {more} {unit}".strip()
         gain, error = self.rate * self.step, self.stderr * self.step
         return (
-            f"{self.name}: allowing {much} ({self.side} {self.limit:g} -> {to:g}) would lower the task loss "
+            f"{what}: allowing {much} ({self.side} {self.limit:g} -> {to:g}) would lower the task loss "
             f"by about {gain:.2g} nats (± {error:.1g}, to first order)"
         )
 

@@ -84,7 +84,7 @@ def measure_prices(
             Price(
                 side.constraint.name, side.name, side.limit,
                 "tokens" if isinstance(side.constraint, Length) and _plain(side.constraint) else "",
-                _step(side), multiplier / unit, error / unit, multiplier, why,
+                _step(side), multiplier / unit, error / unit, multiplier, _share(side.constraint), why,
             )
         )  # fmt: skip
     return Prices(bounds, math.nan if found is None else found.residual, probes, BATCHES)
@@ -97,11 +97,15 @@ def _step(side: Side) -> float:
 
 
 def _plain(constraint: Constraint) -> bool:
-    return getattr(constraint, "threshold", None) is None
+    return constraint.event is None
+
+
+def _share(constraint: Constraint) -> str:
+    return "" if constraint.event is None else constraint.event.text(constraint.name)
 
 
 def _sides(constraint: Constraint) -> list[Side]:
-    sides = ((-1.0, constraint.min), (1.0, constraint.max))
+    sides = ((-1.0, constraint.low), (1.0, constraint.high))
     return [Side(constraint, sign, float(limit)) for sign, limit in sides if limit is not None]
 
 

@@ -11,8 +11,8 @@ from l3ms.constraints.constraint import Constraint
 
 def violation(constraint: Constraint, reward: float) -> float:
     """By how much the nearer bound is exceeded, native units; negative inside."""
-    low = -math.inf if constraint.min is None else constraint.min - reward
-    high = -math.inf if constraint.max is None else reward - constraint.max
+    low = -math.inf if constraint.low is None else constraint.low - reward
+    high = -math.inf if constraint.high is None else reward - constraint.high
     return max(low, high)
 
 

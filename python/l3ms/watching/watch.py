@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 
 from l3ms.config.errors import explain
 from l3ms.config.watch import WatchConfig
-from l3ms.constraints.constraint import Constraint, Length
+from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.single_answers import is_mean_length, short_below
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate
 from l3ms.model.columns import check_names
@@ -254,11 +255,7 @@ class Watch(TrainerCallback):
 
 def short_floor(constraints: Sequence[Constraint], share: float) -> float | None:
     """Tokens below which a response is short: `share` of the bound of a mean length; None where none is bounded."""
-    for item in constraints:
-        bound = item.max if item.min is None else item.min
-        if isinstance(item, Length) and item.threshold is None and bound is not None:
-            return share * bound
-    return None
+    return next((short_below(item, share) for item in constraints if is_mean_length(item)), None)
 
 
 def active_side(constraint: Any, metrics: dict[str, float]) -> tuple[float, bool] | None:
@@ -266,8 +263,8 @@ def active_side(constraint: Any, metrics: dict[str, float]) -> tuple[float, bool
     estimate = metrics.get(f"constraints/{constraint.name}/estimate")
     if estimate is None or not math.isfinite(estimate):
         return None
-    below = -math.inf if constraint.min is None else constraint.min - estimate
-    above = -math.inf if constraint.max is None else estimate - constraint.max
+    below = -math.inf if constraint.low is None else constraint.low - estimate
+    above = -math.inf if constraint.high is None else estimate - constraint.high
     noise = VIOLATED * metrics.get(f"constraints/{constraint.name}/stderr", 0.0)
     return (1.0 if above > below else -1.0), violation(constraint, estimate) > noise
 

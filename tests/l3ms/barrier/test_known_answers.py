@@ -89,6 +89,8 @@ KINDS = {
     "chance": l3ms.Constraint("x", numbers, threshold=6.0, max=0.3, margin=0.0),
     "length": l3ms.Length(max=2.2, margin=0.0, name="x"),
     "length chance": l3ms.Length(threshold=3, max=0.25, margin=0.0, name="x"),
+    "quantile": l3ms.Constraint("x", numbers, quantile=0.3, min=8.0, margin=0.0),
+    "length quantile": l3ms.Length(quantile=0.6, max=2, margin=0.0, name="x"),
     "ends_with_eos": l3ms.Constraint("x", READY.ends_with_eos, min=0.8, margin=0.0),
     "matches": l3ms.Constraint("x", READY.matches("^a"), min=0.5, margin=0.0),
     "contains": l3ms.Constraint("x", READY.contains(["c", "d"]), min=0.6, margin=0.0),
@@ -116,7 +118,7 @@ def test_a_policy_ends_at_the_constrained_optimum(kind, tokenizer):
         options: dict[str, Any] = {"tokenizer": tokenizer, "squash": "sigmoid", "batch_size": 100, "scale": 0.2}
         constraint = l3ms.RewardModel("x", model, min=middle, margin=0.0, **options)
     before = float((TASK * reward).sum())
-    assert (constraint.min or -1e9) > before or (constraint.max or 1e9) < before, "the task alone must violate it"
+    assert (constraint.low or -1e9) > before or (constraint.high or 1e9) < before, "the task alone must violate it"
 
     logits = torch.nn.Parameter(TASK.log())
     opt, rate = optimizer(logits, constraint, steps)

@@ -161,8 +161,11 @@ def test_the_scale_of_a_probability_is_one():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"min": 1.1, "threshold": 0.0}, "min is a probability with a threshold, in [0, 1], got 1.1"),
-        ({"max": -0.1, "threshold": 0.0}, "max is a probability with a threshold, in [0, 1], got -0.1"),
+        ({"min": 1.1, "threshold": 0.0}, "min must be in [0, 1], since with a threshold it is a probability, got 1.1"),
+        (
+            {"max": -0.1, "threshold": 0.0},
+            "max must be in [0, 1], since with a threshold it is a probability, got -0.1",
+        ),
         ({"min": 0.5, "threshold": math.nan}, "threshold must be a finite number"),
         ({"min": 0.5, "threshold": 1.0, "function": None}, "threshold needs a function"),
     ],

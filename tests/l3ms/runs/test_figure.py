@@ -152,3 +152,23 @@ def test_samples_from_before_the_training_stand_before_it():
     axes = panel(draw(list(metrics(*names)), report), "Mean response length")
     points = [float(bar.lines[0].get_xdata()[0]) for bar in axes.containers]
     assert points[0] < 1 <= 30 < points[1]
+
+
+def test_single_responses_are_a_band_behind_their_mean_alone():
+    rows = [
+        row | {"watch/length/p5": 2.0, "watch/length/p95": 50.0 + row["iteration"]} for row in metrics("length", "tail")
+    ]
+    mean, tail = items("length", min=12, max=16), items("tail", max=40, quantile=0.95)
+    figure = draw(rows, {"constraints": [*mean, *tail]})
+    axes = panel(figure, "Mean response length")
+    assert "single responses, 5% to 95%" in labels(axes)
+    below, above = axes.get_ylim()
+    assert below < 2
+    assert above > 60
+    other = panel(figure, "tail ≤ 40 (95% quantile)")
+    assert "single responses, 5% to 95%" not in labels(other)
+    assert labels(other)[0] == "bounds: >= 0.95"
+    assert other.get_ylabel() == "share of responses"
+    assert "single responses, 5% to 95%" not in labels(
+        panel(draw(list(metrics("length")), {"constraints": mean}), "Mean")
+    )

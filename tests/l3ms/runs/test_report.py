@@ -196,3 +196,28 @@ def test_words():
     logs = {"loss": 2.9134, "constraints/length/estimate": 18.31, "constraints/length/stderr": 0.3, "l3m/mu": 0.2111}
     text = status(logs, [{"name": "length", "min": 12, "max": 16}, {"name": "unseen", "min": 1, "max": 2}])
     assert text == "loss 2.913  length 18.3 ± 0.59 in [12, 16]  μ 0.21"
+
+
+def test_a_quantile_is_shown_as_the_share_that_is_estimated():
+    quantile = item("brief", minimum=4) | {"quantile": 0.05}
+    values = {"brief": {"mean": 0.93, "ci95": [0.92, 0.94]}}
+    report = {"constraints": [quantile], "average": summary(14.0, constraints=values)}
+    text = " ".join(shown(summary_table(report), width=140).split())
+    assert "Wanted: P(brief >= 4) >= 0.95 (5% quantile >= 4)" in text
+    assert "P(brief >= 4) >= 0.95 (5% quantile >= 4) 0.93 ± 0.01" in text
+    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="standard")
+    console.print(summary_table(report))
+    assert re.search(r"\x1b\[31m *0\.93", console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
+    assert not is_mean_length(quantile)
+    logs = {"constraints/brief/estimate": 0.931, "constraints/brief/stderr": 0.01}
+    assert status(logs, [quantile]) == "P(brief >= 4) 0.931 ± 0.02 >= 0.95"
+
+
+@pytest.mark.parametrize(("short", "cut", "said"), [(0.35, 0.06, True), (0.0, 0.06, True), (0.04, 0.05, False)])
+def test_single_answers_are_told_of_where_they_are_many(short, cut, said):
+    single = {"single_answers": {"below": 2.4, "short": short, "cut": cut}}
+    values = {"length": {"mean": 14.0, "ci95": [13, 15], **single}, "gone": None}
+    text = " ".join(shown(summary_table({"average": summary(14.0, constraints=values)}), width=140).split())
+    line = f"of single answers, L3M averaged, {100 * short:.3g}% are below 2.4 tokens, a fifth of the bound, and 6% are cut"
+    assert (line in text) == said
+    assert ("single answers" in text) == said

@@ -227,3 +227,44 @@ def test_a_trained_run_is_certified_and_replaced_with_its_certificate(tmp_path, 
     assert (tmp_path / "out" / "certificate.json").exists()
     prepare_output(tmp_path / "out")
     assert not (tmp_path / "out" / "certificate.json").exists()
+
+
+SHORT_OR_CUT = [{"type": "length", "min": 4, "max": 15}]
+
+
+def test_single_answers_under_a_mean_are_told_of(make_run, capsys):
+    run = make_run(constraints=[*SHORT_OR_CUT, {"type": "length", "name": "watched", "monitor": True}])
+    certify(run, "--samples", 100)
+    found, said = certificate(run), capsys.readouterr().out
+    single = found["constraints"][0]["single_answers"]
+    assert single["below"] == pytest.approx(0.8)
+    assert (single["short"], single["cut"]) == (0, pytest.approx(1 - found["ended"]))
+    assert single["cut"] > 0.05
+    line = f"length: of single answers 0% are below 0.8 tokens, a fifth of the bound, and {100 * single['cut']:.3g}% are cut at 16"
+    assert f"{line}; the mean alone says nothing of them, bound them too: {{type: reward, name: ended, " in said
+    assert "single_answers" not in found["constraints"][1]
+
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["constraints"].append({"type": "length", "name": "tail", "quantile": 0.95, "max": 14})
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    certify(run, "--samples", 100)
+    said = capsys.readouterr().out
+    assert f"{line}\n" in said  # told, and no more is advised
+
+
+def test_a_quantile_is_certified_as_the_share_that_it_is(make_run, capsys):
+    length = {"type": "length", "quantile": 0.05, "min": 2, "name": "brief"}
+    run = make_run(constraints=[length, {**length, "name": "never", "min": 16}])
+    assert certify(run) == 3
+    found, said = certificate(run), capsys.readouterr().out
+    brief, never = found["constraints"]
+    assert (brief["quantile"], brief["min"], brief["threshold"]) == (0.05, 2, None)
+    assert (brief["method"], brief["range"]) == ("exact", [0, 1])
+    assert [(bound["side"], bound["limit"]) for bound in brief["bounds"]] == [("min", 0.95)]
+    assert (brief["quantile_found"] >= 2) == (brief["mean"] >= 0.95)
+    assert (never["verdict"], never["quantile_found"] < 16) == ("VIOLATED", True)
+    assert found["one_sided_bounds"] == 2
+    words = " ".join(said.split())
+    assert "P(brief >= 2)" in words
+    assert "0.95 (5% quantile >= 2)" in words
+    assert f"brief: the 5% quantile of the fresh responses is {brief['quantile_found']:g} tokens" in said

@@ -132,3 +132,34 @@ def test_feasibility_of_an_estimate():
 def test_words_for_time_and_memory():
     assert [duration(s) for s in (12, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
     assert [size(b) for b in (3 * 2**20, 5 * 2**29)] == ["3 MiB", "2.5 GiB"]
+
+
+def test_what_a_mean_length_leaves_open_is_said_with_the_bounds_to_add(project, capsys):
+    mean = {"type": "length", "min": 10, "max": 15}
+    added = [
+        {"type": "length", "name": "not-short", "quantile": 0.05, "min": 2},
+        {"type": "reward", "name": "ended", "reward": "ends_with_eos", "min": 0.95},
+    ]
+    config = str(project(constraints=[mean]))
+
+    def said(*constraints):
+        values = yaml.safe_load(Path(config).read_text())
+        Path(config).write_text(yaml.safe_dump(values | {"constraints": list(constraints)}))
+        assert main(["check", config, "--samples", "16"]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "single answers" in line]
+
+    (line,) = said(mean)
+    assert line.startswith("length: a bound on the mean leaves single answers free (now ")
+    assert "are below 2 tokens, a fifth of the bound, and " in line
+    assert yaml.safe_load(f"[{line.partition('add ')[2]}]") == added
+    (line,) = said(mean, added[0])
+    assert yaml.safe_load(f"[{line.partition('add ')[2]}]") == added[1:]
+    assert said(mean, *added) == []
+    assert said({"type": "length", "monitor": True}, *added) == []
+
+
+def test_a_quantile_stands_in_the_table_as_its_share(project, capsys):
+    config = project(constraints=[{"type": "length", "name": "tail", "quantile": 0.95, "max": 12}])
+    assert main(["check", str(config), "--samples", "16"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "P(tail <= 12)" in line]
+    assert ">= 0.95 (95% quantile <= 12)" in row
