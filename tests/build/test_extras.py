@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from l3ms.extras import TRAIN, missing
+from l3ms.extras import REAL, TRAIN, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED_AS = {"pyyaml": "yaml"}
@@ -19,8 +19,10 @@ BARE = f"import sys; sys.modules.update(dict.fromkeys({sorted(TRAIN - {'numpy'})
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib comes with Python 3.11")
 def test_the_extra_is_the_list_that_messages_go_by():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {re.split("[>=;]", line)[0] for line in project["optional-dependencies"]["train"]}
-    assert {IMPORTED_AS.get(name, name) for name in names} == TRAIN
+    extras = project["optional-dependencies"]
+    names = {extra: {re.split("[>=;]", line)[0] for line in extras[extra]} for extra in ("train", "real")}
+    assert {IMPORTED_AS.get(name, name) for name in names["train"]} == TRAIN
+    assert names["real"] - {"l3m-kernels[train]"} == REAL
     assert {re.split("[>=;]", line)[0] for line in project["dependencies"]} == {"torch", "triton"}
 
 
@@ -37,6 +39,14 @@ assert l3ms.rewards.contains(["yes"])([""], ["oh yes"]) == [1.0]
 """
     done = python("-W", "error", "-c", BARE + code, cwd=ROOT.parent, **PATHS)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_lock_has_the_extras():
+    locked = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+    }
+    assert {"pyyaml" if name == "yaml" else name for name in TRAIN | REAL} <= locked
 
 
 @pytest.mark.parametrize("name", ["L3MTrainer", "rollout", "fuse_head", "KL", "Watch", "certify"])

@@ -4,7 +4,6 @@
 that in the cache. The weights were 4 bits each, so this is a real model, and not quite the one that was published.
 """
 
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -81,8 +80,7 @@ def prepare(
             say(console, f"Making a checkpoint of it in {cache}: {package.megabytes_kept} MB, in half a minute")
             convert(gguf, folder)
 
-    versions = {name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers")}
-    store(entry, write, {"package": package.name, "version": package.version, "wheel": package.sha256, "by": versions})
+    store(entry, write, {"package": package.name, "version": package.version, "wheel": package.sha256})
     return entry
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import warnings
 from typing import Any
 
@@ -70,12 +72,11 @@ def load_model(
 
 
 def _gguf(source: str) -> str:
-    """How its quantised weights become a checkpoint that can be trained."""
-    folder, name = os.path.split(source)
-    load = f"from_pretrained({folder or '.'!r}, gguf_file={name!r})"
+    """How its quantised weights become a checkpoint that can be trained: transformers reads them, and refuses to save what it has read."""
+    code = f'from l3ms.model.gguf_files import convert; convert({json.dumps(source)}, "checkpoint")'
     return (
-        f"a GGUF file is for inference, got {source}: make a checkpoint of it with transformers' AutoModelForCausalLM and "
-        f"AutoTokenizer, {load} (needs the package gguf) and save_pretrained(FOLDER), and give that folder"
+        f"a GGUF file is for inference, got {source}: make a checkpoint of it in a new folder, {shlex.join(['python', '-c', code])} "
+        "(needs the package gguf, of the extra real), and give that folder"
     )
 
 
