@@ -13,8 +13,8 @@ JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
-# Whose lexicons the experiments on a real model use, and what reads that model's file (extra `experiments` of pyproject.toml).
-LEXICONS := better-profanity==0.7.0 vaderSentiment==3.3.2
+# The lexicons of the experiments on a real model, and what reads that model's file (extra `experiments` of pyproject.toml).
+EXPERIMENTS := better-profanity==0.7.0 gguf==0.19.0 vaderSentiment==3.3.2
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -126,7 +126,7 @@ $(VENV)/peers: $(VENV)/installed
 	@touch $@
 
 $(VENV)/experiments: $(VENV)/installed
-	$(PIP) install -q $(LEXICONS)
+	$(PIP) install -q $(EXPERIMENTS)
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

@@ -310,7 +310,7 @@ def _total(item: dict[str, dict[str, float]], name: str, what: str, join: Callab
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id, instead of the model of l3ms demo --real")
+    parser.add_argument("--model", help="folder or hub id, instead of the model of l3ms demo --model real")
     parser.add_argument("--data", type=Path, help="JSONL of prompt and completion, instead of the docstrings")
     parser.add_argument("--yes", action="store_true", help="the model may be downloaded")
     parser.add_argument("--rounds", type=int, default=6)

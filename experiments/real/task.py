@@ -1,7 +1,7 @@
 """What the studies on a real model start from: SmolLM2-135M-Instruct and the docstring task, or a model and a task of one's own.
 
-The model is that of `l3ms demo --real` (`--model` names another), the task a one-line docstring for a signature. Of the mined pairs those
-are kept that the model can write in full: a response that is cut would be one that has no end to learn.
+The model is that of `l3ms demo --model real` (`--model` names another), the task a one-line docstring for a signature. Of the mined
+pairs those are kept that the model can write in full: a response that is cut would be one that has no end to learn.
 """
 
 from __future__ import annotations
