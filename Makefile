@@ -13,14 +13,14 @@ JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
-# The lexicons of the experiments on a real model, and what reads that model's file (extra `experiments` of pyproject.toml).
-EXPERIMENTS := better-profanity==0.7.0 gguf==0.19.0 vaderSentiment==3.3.2
+# The lexicons of experiments/real (the extra `experiments`).
+LEXICONS := better-profanity==0.7.0 vaderSentiment==3.3.2
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real experiments test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real experiments experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -126,7 +126,7 @@ $(VENV)/peers: $(VENV)/installed
 	@touch $@
 
 $(VENV)/experiments: $(VENV)/installed
-	$(PIP) install -q $(EXPERIMENTS)
+	$(PIP) install -q $(LEXICONS)
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

@@ -4,7 +4,7 @@
 
 Both take turns in one process, on the same model, task batch, prompts and (for the gradient of the constraint) responses. The plain loop is
 what one writes without this library: `generate`, then (B, L, V) logits, log_softmax and gather, backward, clip, AdamW. Its step has a
-learning rate of 0, so both see the same weights; its gradients' norms are compared with ours.
+learning rate of 0; its gradients are taken where ours were, and their norms are compared.
 
 Writes phases.json and phases.md. The peak of a phase is the high-water mark of the resident set (Linux: /proc), less the model and all else
 that is resident before the iteration.
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import peft
 import torch
 import transformers
 from rich.console import Console
@@ -43,9 +42,11 @@ from experiments.presenting import markdown
 from experiments.real import task
 from l3ms.benchmark.memory import CLEAR, ENVIRONMENT, STATUS, resident
 from l3ms.config.data import DataConfig
+from l3ms.config.train import LoraConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.model.losses import scored_lengths, shift
 from l3ms.runs.data import encode, load_examples
+from l3ms.runs.models import load_model
 from l3ms.training import constraint_step
 from l3ms.training import trainer as training
 from l3ms.training.arguments import L3MConfig
@@ -109,6 +110,7 @@ class Timed(l3ms.L3MTrainer):
         super().__init__(*args, **kwargs)
         self.clock = clock
         self.norms: dict[str, float] = {}
+        self.weights_at: dict[str, list[Tensor]] = {}  # the adapters that a gradient is of
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self.task_batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
@@ -120,6 +122,7 @@ class Timed(l3ms.L3MTrainer):
     def keep_norm(self, name: str) -> None:
         before = self.clock.switch(None)
         self.norms[name] = gradient_norm(trained(self.policy))
+        self.weights_at[name] = [parameter.detach().clone() for parameter in trained(self.policy)]
         self.clock.switch(before)
 
 
@@ -152,7 +155,7 @@ class Turns(transformers.TrainerCallback):
         norms = {}
         clock.begin()
         model.train()
-        with clock.inside("task"):
+        with _at(parameters, trainer.weights_at["task"]), clock.inside("task"):
             batch = trainer.task_batch
             length = scored_lengths(shift(batch["labels"])).clamp(min=1)
             plain_backward(model, batch, 1 / (length * len(length)))
@@ -160,7 +163,7 @@ class Turns(transformers.TrainerCallback):
         with clock.inside("sampling"), torch.random.fork_rng(devices=[]):
             responses = plain_sampling(model, trainer)
         model.train()
-        with clock.inside("constraint"):
+        with _at(parameters, trainer.weights_at["constraint"]), clock.inside("constraint"):
             found = trainer.last_rollout
             size = trainer.args.per_device_train_batch_size
             for start in range(0, len(found), size):
@@ -180,6 +183,15 @@ class Turns(transformers.TrainerCallback):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+
+@contextmanager
+def _at(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters as they were; afterwards as they are."""
+    now = [parameter.detach().clone() for parameter in parameters]
+    torch._foreach_copy_([parameter.data for parameter in parameters], list(values))
+    yield
+    torch._foreach_copy_([parameter.data for parameter in parameters], now)
 
 
 def plain_backward(model: Any, batch: dict[str, Tensor], seq_weight: Tensor) -> None:
@@ -223,11 +235,8 @@ def measure(values: dict[str, Any], rounds: int, console: Console, threads: int)
     """`rounds` iterations of both, after one of each that is left out."""
     torch.set_num_threads(threads)
     transformers.set_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(values["model"], padding_side="left")
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(values["model"], dtype=torch.float32)
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    lora = LoraConfig(r=8, alpha=16)
+    tokenizer, model = load_model(values["model"], dtype="float32", lora=lora, console=console)
     examples, _ = load_examples(DataConfig(train=values["train"], evaluation=values["held_out"], limit=400), seed=0)
     rows = encode(examples, tokenizer, max_length=128).rows
     clock, plain = Clock(), Clock()
@@ -254,7 +263,8 @@ def measure(values: dict[str, Any], rounds: int, console: Console, threads: int)
             trainer.train()
     return {
         "l3ms": clock.iterations[1:], "plain": plain.iterations[1:], "tokens": turns.tokens[1:], "differences": turns.differences[1:],
-        "threads": threads, "machine": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "model": Path(values["model"]).name, "threads": threads, "machine": platform.machine(), "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }  # fmt: skip
 
 
@@ -296,7 +306,7 @@ def table(found: dict[str, Any]) -> str:
     tokens = [statistics.fmean(item[way] for item in found["tokens"]) for way in WAYS]
     worst = max(value for item in found["differences"] for value in item.values())
     return (
-        f"# SmolLM2-135M, an iteration by phase\n\n{markdown(header, rows)}\n"
+        f"# An iteration by phase: {found['model']}\n\n{markdown(header, rows)}\n"
         f"Medians of {len(found['l3ms'])} iterations of each, taking turns, {found['threads']} thread(s), float32 with LoRA r = 8: "
         f"4 task rows, 8 responses of at most {task.MOST_TOKENS} tokens. Peak: resident memory beyond that before the iteration. "
         f"Tokens sampled: {tokens[0]:.0f} and {tokens[1]:.0f}. The norms of both gradients differ by {worst:.1e} at most, relatively: "
