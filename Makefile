@@ -13,12 +13,14 @@ JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* csrc/*/*.*)
 # What the benchmarks compare with; what these packages depend on is here already, and on CUDA they need not insist.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+# The lexicons of experiments/real (the extra `experiments`).
+LEXICONS := better-profanity==0.7.0 vaderSentiment==3.3.2
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +39,12 @@ experiments: experiment-length experiment-far experiment-forgetting experiment-a
 
 experiment-%: dev ## (length, far, forgetting, ablations, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
 	$(BIN)/python experiments/run.py $* --jobs $(JOBS) $(ARGS)
+
+experiment-real-%: $(VENV)/experiments ## (length, tone, harmlessness, forgetting) on SmolLM2-135M: an hour or two each; ARGS="--yes" lets it be downloaded
+	$(BIN)/python experiments/run.py real/$* --jobs $(JOBS) $(ARGS)
+
+experiment-real-phases: $(VENV)/experiments ## seconds and memory of an iteration on SmolLM2-135M by phase, beside a plain loop
+	$(BIN)/python experiments/real/phases.py $(ARGS)
 
 test: dev ## the tests, without the slow ones
 	$(PYTEST) --durations 10 $(ARGS)
@@ -119,6 +127,10 @@ $(VENV)/installed: $(VENV)/locked $(NATIVE)
 
 $(VENV)/peers: $(VENV)/installed
 	$(PIP) install -q --no-deps $(PEERS)
+	@touch $@
+
+$(VENV)/experiments: $(VENV)/installed
+	$(PIP) install -q $(LEXICONS)
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

@@ -1,4 +1,7 @@
-"""What `python experiments/run.py NAME` does: run an experiment's cells, then make its table and its picture from their logs."""
+"""What `python experiments/run.py NAME` does: run an experiment's cells, then make its table and its picture from their logs.
+
+NAME is a folder with an experiment.yaml below this one: `length`, or `real/length`.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,12 @@ import yaml
 from rich.console import Console
 
 from experiments import inputs
-from experiments.cells import Outcome, run_cells
-from experiments.grid import Cell, Experiment, assign, expand, fill, read_experiment
+from experiments.cells import Outcome, is_trained, measured_file, run_cells, run_folder
+from experiments.grid import Cell, Experiment, assign, check_packages, expand, fill, read_experiment
 from experiments.results import Result, failed_lines, read_results, write_results
 from l3ms.config.run_config import load_config, parse_override
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.runs.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ("table.md", "figure.png", "results.json")
@@ -32,11 +36,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def main(
-    name: Annotated[str, typer.Argument(help="A folder of experiments/ with an experiment.yaml.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="A folder below experiments/ with an experiment.yaml.", show_default=False)
+    ],
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores.")] = 2,
     seeds: Annotated[str | None, typer.Option(help="0,1,2 for all cells, whatever the experiment says.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id, instead of the demo's base.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL with its task: prompt and completion, or messages.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="The model of real/... may be downloaded (93 MB, once).")] = False,
     output: Annotated[Path | None, typer.Option(help="Default: out/experiments/NAME.")] = None,
     only: Annotated[str | None, typer.Option(help="Pattern of cell names: 'barrier_*'.")] = None,
     config: Annotated[Path | None, typer.Option(help="Another experiment.yaml: other bounds, a larger model.")] = None,
@@ -59,18 +66,16 @@ def main(
     """
     start = time.monotonic()
     console = Console()
-    place = ROOT / name
-    if not (place / "experiment.yaml").is_file():
-        known = sorted(path.parent.name for path in ROOT.glob("*/experiment.yaml"))
-        raise ConfigError("NAME", f"{name!r} is no experiment; there are {', '.join(known)}")
-    folder = (output or Path("out/experiments") / name).resolve()
+    place = _place(name)
+    folder = (output or Path("out/experiments") / place.relative_to(ROOT)).resolve()
     experiment = read_experiment(config or place / "experiment.yaml")
+    check_packages(experiment)
     cells = expand(experiment, seeds=_seeds(seeds), only=only)
     if not (resume or overwrite or draw) and (folder / "cells").exists():
         raise ConfigError(
             "output", f"{folder} has cells of an earlier run: --resume keeps the finished ones, --overwrite none"
         )
-    arguments = inputs.Arguments(model, data, experiment.rows)
+    arguments = inputs.Arguments(model, data, experiment.rows, yes=yes)
     console.print(f"{experiment.title}: {len(cells)} cells", markup=False, highlight=False)
     values = {"here": str(place), **_prepare(place)(folder / "inputs", arguments)}
     ready = [_ready(cell, experiment, values, set_ or [], samples) for cell in cells]
@@ -79,6 +84,7 @@ def main(
         if overwrite:
             shutil.rmtree(folder / "cells", ignore_errors=True)
         outcomes = run_cells(ready, folder, jobs=jobs, allow_code=experiment.allow_code, console=console)
+        measure(place, ready, folder, values)
     errors = {outcome.cell.key: outcome.error for outcome in outcomes if outcome.error}
     results = read_results(ready, folder, experiment.reference)
     if not results:
@@ -99,9 +105,20 @@ def main(
         raise RuntimeError(f"{len(errors)} of {len(cells)} cells failed; --resume tries them again")
 
 
+def measure(place: Path, cells: list[Cell], folder: Path, values: dict[str, Any]) -> None:
+    """What the experiment's own `measure.py` says of each run that has ended, once: `measure(run, values) -> dict`."""
+    if not (place / "measure.py").exists():
+        return
+    module = importlib.import_module(_module(place, "measure"))
+    for cell in cells:
+        path = measured_file(folder, cell)
+        if is_trained(cell, folder) and not path.exists():
+            write_json(path, module.measure(run_folder(folder, cell), values))
+
+
 def present(place: Path, results: list[Result], folder: Path, facts: dict[str, Any], notes: list[str]) -> None:
     """`table.md` and `figure.png` by the experiment's `draw.py`: `table(results) -> str`, `figure(results) -> Figure`."""
-    module = importlib.import_module(f"experiments.{place.name}.draw")
+    module = importlib.import_module(_module(place, "draw"))
     lines = [f"# {facts['title']}", "", module.table(results).rstrip(), ""]
     if notes:
         lines += ["## What did not finish", "", *notes, ""]
@@ -135,7 +152,19 @@ def _prepare(place: Path) -> Callable[[Path, inputs.Arguments], dict[str, Any]]:
     """The experiment's own, or the usual inputs where it has none."""
     if not (place / "prepare.py").exists():
         return inputs.prepare
-    return importlib.import_module(f"experiments.{place.name}.prepare").prepare
+    return importlib.import_module(_module(place, "prepare")).prepare
+
+
+def _place(name: str) -> Path:
+    """The experiment's folder, from one of the names that there are: no other path leads to a folder."""
+    known = {path.parent.relative_to(ROOT).as_posix(): path.parent for path in ROOT.rglob("experiment.yaml")}
+    if name not in known:
+        raise ConfigError("NAME", f"{name!r} is no experiment; there are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _module(place: Path, name: str) -> str:
+    return ".".join(("experiments", *place.relative_to(ROOT).parts, name))
 
 
 def _seeds(text: str | None) -> list[int] | None:

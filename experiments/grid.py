@@ -20,6 +20,7 @@ An axis maps labels to overrides (dotted field: value); an entry of the grid is 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from l3ms.config.sections import Count, Section, Text
 from l3ms.config.yaml_reader import ConfigError, read_yaml
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.,+-]*$")]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Overrides = dict[str, Any]  # dotted field -> value
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
 
@@ -63,6 +65,7 @@ class Experiment(Section):
     certify: CertifyConfig | None = None
     allow_code: bool = False  # the base names reward functions of this repository
     rows: Count = 10_000  # of task data that are made ready (`inputs.py`)
+    packages: list[Identifier] = Field([])  # that its rewards import, beyond those of the library
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,16 @@ def read_experiment(path: Path) -> Experiment:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(".".join(map(str, first["loc"])) or str(path), first["msg"]) from None
+
+
+def check_packages(experiment: Experiment) -> None:
+    """Raises `ConfigError` for the packages that are not installed: before anything is prepared, not in each cell."""
+    missing = [name for name in experiment.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "packages",
+            f'{", ".join(missing)} cannot be imported: pip install ".[experiments]" in the source tree brings what the experiments need',
+        )
 
 
 def expand(experiment: Experiment, *, seeds: Sequence[int] | None = None, only: str | None = None) -> list[Cell]:

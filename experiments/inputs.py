@@ -31,6 +31,7 @@ class Arguments:
     data: Path | None = None
     rows: int = 10_000  # to train on at most
     seed: int = 0  # of the choice of rows
+    yes: bool = False  # what they want may be downloaded
 
 
 def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:

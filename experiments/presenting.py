@@ -107,10 +107,23 @@ def new_figure(rows: int, columns: int, width: float = 11.0, height: float = 2.9
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def legend(axes: Axes) -> None:
+    """Of what is drawn there, if anything is."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+
+
 def trajectories(
-    axes: Axes, results: Sequence[Result], name: str, label: Callable[[Result], str], title: str, unit: str
+    axes: Axes,
+    results: Sequence[Result],
+    name: str,
+    label: Callable[[Result], str],
+    title: str,
+    unit: str,
+    colour_of: Callable[[Result], str] | None = None,
 ) -> None:
-    """Running estimates over the iterations, a line per run; the first run of a label carries it, and its 95% band.
+    """Running estimates over the iterations, a line per run; the first run of a label carries it, and its 95% band. `colour_of` a run: by
+    default its solver's.
 
     What the first quarter of a run does outside of the rest's range is cut off: before fine-tuning nothing ends, and lengths are the limit.
     """
@@ -120,7 +133,8 @@ def trajectories(
         x, y = iterations(result.metrics), series(result.metrics, f"constraints/{name}/estimate")
         if np.isnan(y).all():
             continue
-        text, colour = label(result), COLOURS.get(result.solver, COLOURS["barrier"])
+        text = label(result)
+        colour = COLOURS.get(result.solver, COLOURS["barrier"]) if colour_of is None else colour_of(result)
         late += [float(value) for value in y[len(y) // 4 :] if not np.isnan(value)]
         first = text not in shown
         shown.setdefault(text, colour)

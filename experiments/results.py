@@ -1,4 +1,4 @@
-"""What the cells have come to, read from the logs of their run folders alone: report.json, metrics.jsonl, certificate.json."""
+"""What the cells have come to, read from their files alone: report.json, metrics.jsonl, certificate.json, measured.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import CERTIFICATE, is_trained, run_folder
+from experiments.cells import CERTIFICATE, is_trained, measured_file, run_folder
 from experiments.grid import Cell
+from l3ms.config.train import TrainConfig
 from l3ms.constraints.shares import bounds_of
 from l3ms.runs.report import read_metrics
 
@@ -36,6 +37,9 @@ class Result:
     verdicts: dict[str, str]  # constraint -> SATISFIED, VIOLATED, INCONCLUSIVE
     certificate: dict[str, Any] | None
     ratio: float | None = None  # task perplexity over the reference's of the same seed
+    responses: int = 0  # sampled in an iteration, of the constraints
+    measurements: dict[str, Any] = field(default_factory=dict)  # by the experiment's own `measure.py`
+    examples: list[dict[str, str]] = field(default_factory=list, repr=False)  # {"prompt", "average", "initial"?}
     metrics: list[dict[str, Any]] = field(default_factory=list, repr=False)  # the iterations
 
     def bound(self, name: str = "length") -> tuple[float | None, float | None]:
@@ -46,6 +50,14 @@ class Result:
     def before(self) -> Result:
         """The same run before its training."""
         return replace(self, summary=self.initial)
+
+    @property
+    def sampled_tokens(self) -> float | None:
+        """Of all responses that the training sampled; None where no constraint or monitor `length` has counted them."""
+        if self.solver == "none":
+            return 0.0
+        means = [mean for row in self.metrics if (mean := row.get("constraints/length/batch_mean")) is not None]
+        return self.responses * math.fsum(means) if means and len(means) == len(self.metrics) else None
 
     def measured(self, name: str) -> tuple[float, float, float]:
         """(mean, low, high) of a constraint (or of "length") on fresh held-out samples, 95%; NaN where not measured."""
@@ -64,8 +76,9 @@ def read_results(cells: Sequence[Cell], folder: Path, reference: str | None = No
 
 
 def write_results(results: Sequence[Result], path: Path, facts: dict[str, Any]) -> None:
-    """`results.json`: `facts` about the whole, and of each cell everything but its iterations."""
-    rows = [{key: value for key, value in asdict(result).items() if key != "metrics"} for result in results]
+    """`results.json`: `facts` about the whole, and of each cell everything but its iterations and texts."""
+    left_out = ("metrics", "examples")
+    rows = [{key: value for key, value in asdict(result).items() if key not in left_out} for result in results]
     for row in rows:
         if row["certificate"]:
             row["certificate"].pop("run", None)  # a path of this machine
@@ -77,6 +90,7 @@ def _read(cell: Cell, folder: Path) -> Result:
     run = run_folder(folder, cell)
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run / "metrics.jsonl")
+    measured = measured_file(folder, cell)
     certificate = None
     if cell.certify is not None and (run / CERTIFICATE).exists():
         certificate = json.loads((run / CERTIFICATE).read_text(encoding="utf-8"))
@@ -95,6 +109,9 @@ def _read(cell: Cell, folder: Path) -> Result:
         mu=report.get("mu_end"),
         verdicts=_verdicts(certificate),
         certificate=certificate,
+        responses=(cell.config.get("train") or {}).get("constraint_batch_size", TrainConfig().constraint_batch_size),
+        measurements=json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {},
+        examples=report.get("examples") or [],
         metrics=metrics,
     )
 

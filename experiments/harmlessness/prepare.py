@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +46,43 @@ RECIPE = base.Recipe()  # 1.07M parameters
 FINE_TUNED = Settings(learning_rate=1e-5, epochs=2, max_length=1024)  # reward models from --model
 
 
-def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
-    """Write base/, train.jsonl, held_out.jsonl, reward_model/ and second_opinion/ to `output`, unless they are there for the same data.
+@dataclass(frozen=True)
+class Plan:
+    """What is made of the pairs, beside the split by prompt: the task's rows, and the reward models."""
 
-    Returns {"model", "train", "held_out", "reward_model", "second_opinion"}.
+    model: str | None  # where the run and its reward models start; None: a base that is made of the training side
+    task: dict[str, int]  # characters at most of a "prompt" and a "reply", of the rows that are replied to
+    judged: dict[str, int]  # the same of what the reward models learn
+    reward_model: Settings
+
+    def key(self) -> dict[str, Any]:
+        """What its files depend on, besides the data."""
+        return {
+            "model": self.model,
+            "recipe": dataclasses.asdict(RECIPE),
+            "reward_model": dataclasses.asdict(self.reward_model),
+            "characters": [self.task, self.judged] if self.task != self.judged else [self.task],
+        }
+
+
+def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
+    """The inputs of the experiment, as `make_inputs` writes them.
 
     Raises:
         ConfigError: no data, or data that hold no preference pairs.
     """
-    data = data_path(arguments.data)
-    settings = Settings() if arguments.model is None else FINE_TUNED
-    key = {
-        "data": fingerprint(data),
-        "model": arguments.model,
-        "recipe": dataclasses.asdict(RECIPE),
-        "reward_model": dataclasses.asdict(settings),
-        "rows": arguments.rows,
-        "characters": [SMALL, JUDGED] if arguments.model is None else [LARGE],
-    }
+    own = Plan(None, SMALL, JUDGED, Settings())
+    given = Plan(arguments.model, LARGE, LARGE, FINE_TUNED)
+    return make_inputs(output, data_path(arguments.data), own if arguments.model is None else given, arguments.rows)
+
+
+def make_inputs(output: Path, data: Path, plan: Plan, rows: int) -> dict[str, Any]:
+    """Write base/ (where the plan has no model), train.jsonl, held_out.jsonl, reward_model/ and second_opinion/ to `output`, unless they
+    are there for the same data and plan.
+
+    Returns {"model", "train", "held_out", "reward_model", "second_opinion"}.
+    """
+    key = {"data": fingerprint(data), "rows": rows, **plan.key()}
     done = read_done(output, key)
     if done is not None:
         return done
@@ -70,10 +90,9 @@ def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     read = read_pairs(data)
     sides = split(read.pairs, HELD_OUT)
-    limits, judged = (SMALL, JUDGED) if arguments.model is None else (LARGE, LARGE)
-    train, held_out = (shorten(side, **limits) for side in sides)
+    train, held_out = (shorten(side, **plan.task) for side in sides)
     train = without(train, held_out)
-    pairs = without(shorten(sides[0], **judged), held_out)
+    pairs = without(shorten(sides[0], **plan.judged), held_out)
     console.print(
         f"{len(read.pairs)} pairs of replies to one prompt ({read.uneven + read.unanswered} more hold none); short enough: "
         f"{len(train)} to train on, {len(held_out)} held out; the reward models learn from {len(pairs)}",
@@ -81,17 +100,16 @@ def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
         soft_wrap=True,
     )
     output.mkdir(parents=True, exist_ok=True)
-    model = arguments.model or str(_make_base(sides[0], output / "base", console))
+    model = plan.model or str(_make_base(sides[0], output / "base", console))
     template = bool(getattr(AutoTokenizer.from_pretrained(model), "chat_template", None))
     for name, kept in (("train", train), ("held_out", held_out)):
-        rows = [row for pair in kept for row in task_rows(pair, template)]
-        write_rows(output / f"{name}.jsonl", rows[: arguments.rows])
+        written = [row for pair in kept for row in task_rows(pair, template)]
+        write_rows(output / f"{name}.jsonl", written[:rows])
     values = {"model": model, "train": str(output / "train.jsonl"), "held_out": str(output / "held_out.jsonl")}
     halves = split(pairs, 0.5, seed=1)
     for seed, (name, half) in enumerate(zip(("reward_model", "second_opinion"), halves, strict=True)):
-        report = train_reward_model(
-            model, half, held_out, output / name, dataclasses.replace(settings, seed=seed), console
-        )
+        settings = dataclasses.replace(plan.reward_model, seed=seed)
+        report = train_reward_model(model, half, held_out, output / name, settings, console)
         console.print(f"{name.replace('_', ' ')}: {summary(report)}", highlight=False, soft_wrap=True)
         values[name] = str(output / name)
     write_done(output, key, values)

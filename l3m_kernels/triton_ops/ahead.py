@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from l3m_kernels.triton_ops.barrier import barrier_weights_kernel
-from l3m_kernels.triton_ops.configs import RESPONSES, ROWS, SEQUENCES
+from l3m_kernels.triton_ops.configs import FILTERED, RESPONSES, ROWS, SEQUENCES
 from l3m_kernels.triton_ops.sequence_sums import sequence_sums_kernel
 from l3m_kernels.triton_ops.softmax_gradient import softmax_gradient_kernel
 
@@ -110,20 +110,20 @@ def _barrier_variants() -> Iterator[Variant]:
     for rewards, constraints in ((1, 2), (4, 8), (16, 32)):
         for sums in (False, True):
             given = types | ({"sums_ptr": "*fp64"} if sums else {})
-            for columns, leave_one_out in itertools.product((5, 23), (True, False)):
+            for config, leave_one_out in itertools.product((RESPONSES, FILTERED), (True, False)):
                 constants = {
-                    "COLUMNS": columns,
+                    "COLUMNS": 5 if config is RESPONSES else 23,
                     "LEAVE_ONE_OUT": leave_one_out,
                     "R": rewards,
                     "K": constraints,
-                    "BLOCK": RESPONSES.block,
+                    "BLOCK": config.block,
                 }
                 name = f"R={rewards} K={constraints}" + (", sums" if sums else "")
-                name += ("" if columns == 5 else ", trend") + ("" if leave_one_out else ", moving average")
+                name += ("" if config is RESPONSES else ", trend") + ("" if leave_one_out else ", moving average")
                 main = not sums and leave_one_out
-                limit = RESPONSES.registers
+                limit = config.registers
                 yield Variant(
-                    "barrier_weights", name, given, constants, RESPONSES.warps, False, main=main, registers=limit
+                    "barrier_weights", name, given, constants, config.warps, False, main=main, registers=limit
                 )
 
 

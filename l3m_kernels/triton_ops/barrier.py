@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l3m_kernels.triton_ops import trend
-from l3m_kernels.triton_ops.configs import RESPONSES
+from l3m_kernels.triton_ops.configs import FILTERED, RESPONSES
 
 EPSILON = tl.constexpr(2.0**-52)
 SMALLEST = tl.constexpr(2.0**-1022)
@@ -209,14 +209,15 @@ def barrier_weights(
     )
     smoothing_bits = struct.unpack("q", struct.pack("d", smoothing or 0.0))[0]
     arguments = [*inputs, mu, s, smoothing_bits, *results, sequences, columns, constraints]
+    config = RESPONSES if smoothing is not None else FILTERED
     options: dict[str, Any] = {
         "COLUMNS": state.shape[1],
         "LEAVE_ONE_OUT": leave_one_out,
         "R": triton.next_power_of_2(max(columns, 1)),
         "K": triton.next_power_of_2(max(constraints, 1)),
-        "BLOCK": RESPONSES.block,
-        "num_warps": RESPONSES.warps,
-        "maxnreg": RESPONSES.registers,
+        "BLOCK": config.block,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(rewards):

@@ -25,6 +25,8 @@ SEQUENCES = Config(1024, 4)  # tokens of a sequence at a time
 # Responses at a time, in `barrier_weights`. It is one block, and registers are there for it: left to choose, the assembler takes 48 to 64
 # and spills up to 32 bytes of some variants, so that a second block would fit beside it.
 RESPONSES = Config(128, 4, registers=128)
+# With the filter of level and trend, which keeps three models of 6 doubles in registers: at 128 it spills 100 to 190 bytes.
+FILTERED = Config(128, 4, registers=255)
 
 
 def for_rows(vocabulary: int) -> Config:

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,10 +166,58 @@ def test_the_command(tmp_path, rows, fake_command, monkeypatch, capsys):
     assert "no such solver" in (output / "table.md").read_text()
 
 
+def test_an_experiment_below_a_folder_and_what_it_measures_of_its_runs(
+    tmp_path, rows, fake_command, monkeypatch, capsys
+):
+    """A folder of experiments of the test's own: `real/a` with a measure.py, which a run is asked once."""
+    place = tmp_path / "experiments" / "real" / "a"
+    place.mkdir(parents=True)
+    (place / "experiment.yaml").write_text(
+        'title: t\nbase: {model: "${model}", data: {train: "${train}"}, constraints: [{type: length, max: 9}]}\n'
+        "grid: [{axes: [{x: {}}]}]\n"
+    )
+    (place / "measure.py").touch()
+    calls = []
+    modules = {
+        "experiments.real.a.draw": module("length"),
+        "experiments.real.a.measure": SimpleNamespace(
+            measure=lambda run, values: {"n": calls.append(run) or len(calls)}
+        ),
+    }
+    monkeypatch.setattr(command, "ROOT", tmp_path / "experiments")
+    monkeypatch.setattr(command.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(
+        command.run_cells, "__kwdefaults__", {**(command.run_cells.__kwdefaults__ or {}), "command": fake_command()}
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["real/a", "--model", "m", "--data", str(rows)]
+    output = tmp_path / "out" / "experiments" / "real" / "a"
+
+    def measured():
+        return [item["measurements"] for item in json.loads((output / "results.json").read_text())["cells"]]
+
+    assert command.run(words) == 0
+    assert measured() == [{"n": 1}]
+    assert calls == [output / "cells" / "x" / "seed-0" / "run"]
+    assert command.run([*words, "--resume"]) == 0
+    assert command.run([*words, "--draw"]) == 0
+    assert measured() == [{"n": 1}]
+    assert command.run([*words, "--resume", "--set", "train.iterations=20"]) == 0  # another run in the same folder
+    assert measured() == [{"n": 2}]
+    (place / "experiment.yaml").write_text(
+        f"packages: [json, no_such_package]\n{(place / 'experiment.yaml').read_text()}"
+    )
+    assert command.run([*words, "--overwrite"]) == 2
+    assert "packages: no_such_package cannot be imported: pip install" in capsys.readouterr().err
+    assert measured() == [{"n": 2}]  # nothing was removed
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["nothing"], "NAME: 'nothing' is no experiment; there are ablations"),
+        (["real"], "NAME: 'real' is no experiment; there are ablations"),
+        (["../experiments/length"], "NAME: '../experiments/length' is no experiment"),
         (["length", "--jobs", "0"], "--jobs"),
         (["length", "--seeds", "x"], "--seeds: wanted numbers"),
         (["length", "--only", "x"], "--only: no cell is called 'x'"),

@@ -1,0 +1,29 @@
+"""Replies of the real model and two reward models of it, from preference pairs alone, as in `experiments/harmlessness`.
+
+Both reward models are the whole model with a head of one output, fine-tuned on one half of the training pairs each: about 15 minutes an
+epoch and model on one core. The replies to learn are those that can be written in 40 tokens.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.harmlessness.pairs import data_path
+from experiments.harmlessness.prepare import JUDGED, Plan, make_inputs, reward_model_reports
+from experiments.harmlessness.train_reward_model import Settings
+from experiments.inputs import Arguments
+from experiments.real.task import model_folder
+
+TASK = {"prompt": 240, "reply": 160}  # characters: about 40 tokens
+REWARD_MODEL = Settings(learning_rate=2e-5, epochs=2, max_length=256)
+
+
+def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
+    """{"model", "train", "held_out", "reward_model", "second_opinion", "accuracy"}; the last is that of both, on held-out pairs.
+
+    Raises:
+        ConfigError: no data, or data that hold no preference pairs.
+    """
+    data = data_path(arguments.data)  # refused before a model is made
+    values = make_inputs(output, data, Plan(model_folder(arguments), TASK, JUDGED, REWARD_MODEL), arguments.rows)
+    reports = reward_model_reports(output)
+    return {**values, "accuracy": {name: report["accuracy"] for name, report in reports.items()}}

@@ -1,0 +1,5 @@
+"""The docstring task of the real model."""
+
+from experiments.real.task import prepare
+
+__all__ = ["prepare"]
