@@ -5,14 +5,11 @@ into blocks. It never sees the end-of-sequence token, nor a held-out pair: the t
 to the fine-tune.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from l3ms.demo import corpus
+from l3ms.demo.cached_folders import cache_folder, is_whole, store
 from l3ms.demo.corpus import Pair
 from l3ms.model.pretrained import load_tokenizer, load_whole
 
@@ -80,15 +78,6 @@ class Base(NamedTuple):
     train_pairs: list[Pair]
     held_out_pairs: list[Pair]
     from_cache: bool
-
-
-def cache_folder() -> Path:
-    """$L3M_CACHE, else $XDG_CACHE_HOME/l3m-kernels, else ~/.cache/l3m-kernels."""
-    if os.environ.get("L3M_CACHE"):
-        return Path(os.environ["L3M_CACHE"]).expanduser()
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "l3m-kernels"
-    return Path.home() / ".cache" / "l3m-kernels"
 
 
 def prepare(
@@ -222,38 +211,23 @@ def _key(recipe: Recipe, files: list[corpus.Source]) -> str:
 
 
 _PAIRS = "pairs.json"  # {"train": [[prompt, response], ...], "held_out": [...]}
-_MANIFEST = "manifest.json"  # {"recipe": ..., "sha256": {file name: digest}}, written last
 
 
 def _store(base: Base, recipe: Recipe, entry: Path) -> None:
-    """Write the entry under another name, then rename it: readers see all of it or nothing. Of two writers the first wins."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        written = Path(temporary) / "written"
-        base.model.save_pretrained(written)
-        base.tokenizer.save_pretrained(written)
+    def write(folder: Path) -> None:
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
         pairs = {"train": base.train_pairs, "held_out": base.held_out_pairs}
-        (written / _PAIRS).write_text(json.dumps(pairs), encoding="utf-8")
-        digests = {path.name: _sha256(path) for path in sorted(written.iterdir())}
-        manifest = {"recipe": dataclasses.asdict(recipe), "sha256": digests}
-        (written / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        if entry.exists() and not _valid(entry):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker to remove it
-                entry.rename(Path(temporary) / "damaged")
-        try:
-            written.rename(entry)
-        except OSError:
-            if not _valid(entry):
-                raise
+        (folder / _PAIRS).write_text(json.dumps(pairs), encoding="utf-8")
+
+    store(entry, write, {"recipe": dataclasses.asdict(recipe)})
 
 
 def _load(entry: Path) -> Base | None:
     """The base in `entry`; None where there is none, or part of it is missing or damaged."""
     if not entry.exists():
         return None
-    if not _valid(entry):
+    if not is_whole(entry, _PAIRS):
         _log.warning("the demo's cache entry %s is damaged and will be rebuilt", entry)
         return None
     model = load_whole(LlamaForCausalLM, entry, local_files_only=True).eval()
@@ -261,15 +235,3 @@ def _load(entry: Path) -> Base | None:
     pairs = json.loads((entry / _PAIRS).read_text(encoding="utf-8"))
     train, held_out = ([Pair(*pair) for pair in pairs[side]] for side in ("train", "held_out"))
     return Base(model, tokenizer, train, held_out, from_cache=True)
-
-
-def _valid(entry: Path) -> bool:
-    try:
-        digests = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        return _PAIRS in digests and all(_sha256(entry / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from l3ms.config.run_config import RunConfig
+from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
@@ -32,15 +34,27 @@ class Samples(NamedTuple):
 
 def evaluator(run: Run, console: Console) -> Callable[[Any, str], Samples]:
     """`sample(model, name)`: the same held-out rows for each model, as many as were asked for."""
-    config, held_out, constraints = run.config, run.held_out, run.constraints
+    config, held_out = run.config, run.held_out
     order = torch.randperm(len(held_out.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     rows = [held_out.rows[i] for i in itertools.islice(itertools.cycle(order), config.evaluate.samples)]
+    sample = sampler(config, rows, run.tokenizer, run.constraints, console)
+    return lambda model, name: sample(model, f"sampling, {name}")
+
+
+def sampler(
+    config: RunConfig,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    constraints: Sequence[Constraint],
+    console: Console,
+) -> Callable[[Any, str], Samples]:
+    """`sample(model, title)`: one response per row, as the configuration has them sampled."""
     prompts, keys = [row["prompt"] for row in rows], [prompt_key(row) for row in rows]
 
-    def sample(model: Any, name: str) -> Samples:
-        with progress_bar(console, f"sampling, {name}") as advance:
+    def sample(model: Any, title: str) -> Samples:
+        with progress_bar(console, title) as advance:
             found = evaluate(
-                model, run.tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
+                model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
                 training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
                 progress=advance,

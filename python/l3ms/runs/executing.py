@@ -115,7 +115,7 @@ def _trainer(run: Run, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
     config = run.config
     metrics = MetricsWriter(run.folder / "metrics.jsonl")
     title = solver_label({"solver": config.train.solver})
-    callbacks: list[Any] = [metrics, ProgressCallback(_bounds(config), title=title, console=console)]
+    callbacks: list[Any] = [metrics, ProgressCallback(bounds(config), title=title, console=console)]
     if config.watch is not None:
         callbacks.append(Watch(config.watch, held_out=run.held_out.rows))
     if config.logging.tensorboard:
@@ -157,7 +157,7 @@ def _kept(folder: Path, metrics: MetricsWriter) -> str:
     return f"kept: {', '.join(parts)}; " + ("no checkpoint" if found is None else f"--resume goes on from {found}")
 
 
-def _bounds(config: RunConfig) -> list[dict[str, Any]]:
+def bounds(config: RunConfig) -> list[dict[str, Any]]:
     """What the report says of each constraint."""
 
     def of(item: ConstraintConfig) -> dict[str, Any]:
@@ -170,15 +170,15 @@ def _bounds(config: RunConfig) -> list[dict[str, Any]]:
 def _report(run: Run, trainer: L3MTrainer, metrics: MetricsWriter, samples: dict[str, Samples]) -> dict[str, Any]:
     """What the run was, how it went, and what its models say."""
     logs = [row for row in trainer.state.log_history if "l3m/skipped_steps" in row]
-    bounds = _bounds(run.config)
-    length = next((item for item in bounds if is_mean_length(item)), {})
+    items = bounds(run.config)
+    length = next((item for item in items if is_mean_length(item)), {})
     report = {
         "seed": run.config.seed,
         "seconds": round(time.monotonic() - run.started + metrics.seconds_before, 1),
         "iterations": trainer.state.global_step,
         "solver": run.config.train.solver,
         "bounds": {"min": length.get("min"), "max": length.get("max")},
-        "constraints": bounds,
+        "constraints": items,
         "skipped_steps": int(logs[-1]["l3m/skipped_steps"]) if logs else 0,
         "mu_end": logs[-1].get("l3m/mu") if logs else None,
         "average_from": trainer.average_from,
