@@ -15,10 +15,12 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.* csrc/*.* c
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
+# What experiments/versus compares with (the extra `versus`); what they depend on is here already.
+RIVALS := cooper-optim==1.0.1 trl==1.16.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo experiments test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo experiments experiment-versus test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +32,9 @@ experiments: experiment-length experiment-far experiment-forgetting experiment-a
 
 experiment-%: dev ## (length, far, forgetting, ablations, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
 	$(BIN)/python experiments/run.py $* --jobs $(JOBS) $(ARGS)
+
+experiment-versus: $(VENV)/rivals ## L3M against TRL, cooper, dual ascent and filtered data on a real model; goes on where it was; ARGS="--seeds 0 --yes"
+	$(BIN)/python experiments/versus/run.py --jobs $(JOBS) $(ARGS)
 
 test: dev ## the tests, without the slow ones
 	$(PYTEST) --durations 10 $(ARGS)
@@ -112,6 +117,10 @@ $(VENV)/installed: $(VENV)/locked $(NATIVE)
 
 $(VENV)/peers: $(VENV)/installed
 	$(PIP) install -q --no-deps $(PEERS)
+	@touch $@
+
+$(VENV)/rivals: $(VENV)/installed
+	$(PIP) install -q --no-deps $(RIVALS)
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

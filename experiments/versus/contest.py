@@ -22,7 +22,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 class Entrant(Section):
     title: Text
     module: Name | None = None  # a file of this folder; by default the one that is called as the contestant
-    needs: list[Text] = []  # packages, as they are imported
+    needs: list[Text] = Field([])  # packages, as they are imported
     after: Name | None = None  # the contestant whose adapters it goes on from: the first try's
     tries: Annotated[dict[Label, dict[str, Any]], Field(min_length=1)]
 
@@ -38,8 +38,8 @@ class Contest(Section):
     title: Text
     contestants: Annotated[dict[Name, Entrant], Field(min_length=1)]
     reference: Name
-    seeds: Seeds = [0]
-    task: dict[str, Any] = {}
+    seeds: Seeds = Field([0])
+    task: dict[str, Any] = Field({})
     judge: Judge = Judge()
 
 

@@ -1,9 +1,9 @@
-"""cooper (https://github.com/cooper-org/cooper, PyPI `cooper-optim`) around a loop of one's own: task loss and two bounds as a problem of its.
+"""cooper (https://github.com/cooper-org/cooper, PyPI `cooper-optim`) around a loop of one's own: a task loss and two bounds.
 
-An iteration is one `roll()`: the task loss of a batch, responses to as many prompts as everybody gets, and a step of both sides. The mean length
-has no gradient, so the bound that the primal step sees is the surrogate `mean((length - mean of the others) log pi(response))`, whose gradient is
-that of the mean length (REINFORCE, leave-one-out); the multipliers get the violation itself, `strict_violation`. Both in units of the middle of
-the range. The head is ours, which is less memory and time than logits; learning rates warm up and fall as in all others.
+An iteration is one `roll()`: the task loss of a batch, responses to as many prompts as everybody gets, and a step of both sides. The mean
+length has no gradient, so what the primal step sees is the surrogate `mean((length - mean of the others) log pi(response))`, whose
+gradient is that of the mean length (REINFORCE, leave-one-out); the multipliers get the violation itself, `strict_violation`. Both are in
+units of the middle of the range. The head is ours, which is less memory and time than logits; the learning rate warms up and falls to 0.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _problem(cooper: Any, task: Task, model: Any, tokenizer: Any) -> Any:
                 model, tokenizer, [row["prompt"] for row in asked], prompt_ids=[prompt_part(row) for row in asked],
                 max_new_tokens=task.max_new_tokens,
             )  # fmt: skip
-            self.tally.add(responses.host_lengths, loss=float(loss))
+            self.tally.add(responses.host_lengths, loss=float(loss.detach()))
             mean, surrogate = responses.lengths.float().mean(), mean_length(model, responses)
             state = cooper.ConstraintState(
                 violation=torch.stack([task.min - surrogate, surrogate - task.max]) / task.unit,

@@ -1,7 +1,7 @@
 """The one who says what a contestant's model is: fresh responses to held-out prompts, the same prompts for all, as `l3ms certify` does it.
 
-A contestant that is tried with k settings is looked at k times, and each look may err: its verdicts hold at a level of 1 - delta / k each, so that
-all of them together are wrong with a probability of delta at most, for everybody.
+A contestant that is tried with k settings is looked at k times, and each look may err: its verdicts hold at a level of 1 - delta / k each,
+so that all of them together are wrong with a probability of delta at most, for everybody.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dual ascent, in the place of GRPO- and PPO-Lagrangian: the same training as L3M's with the multipliers of safe-rlhf's kind.
 
-The rule here (`l3ms.DualAscent`): after every step `lambda <- max(0, lambda + rate C)`, C the violation of the batch in units of the middle of
-the range, lambda 0 at the start, one for each bound; the step is on `(task + sum_i lambda_i C_i) / S`.
+The rule here (`l3ms.DualAscent`): after every step `lambda <- max(0, lambda + rate C)`, C the violation of the batch in units of the middle
+of the range, lambda 0 at the start, one for each bound; a step's gradient is divided by S, which grows with the multipliers.
 
 That of safe-rlhf's PPO-Lagrangian (arXiv 2310.12773, section 3.2 and appendix B): one multiplier kept by its logarithm,
 `log lambda <- log lambda + rate lambda (mean cost - limit)` with the mean over a window of recent episodes and lambda 1 at the start, and a

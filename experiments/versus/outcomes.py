@@ -76,7 +76,7 @@ def read_results(cells: Sequence[Cell], folder: Path, reference: str) -> list[Re
 
 
 def outcomes(cells: Sequence[Cell], results: Sequence[Result]) -> list[Outcome]:
-    """Of each contestant and seed whose tries have all finished. What it goes on from counts once: its training, and nothing is sampled in it."""
+    """Of each contestant and seed whose tries have all finished. Of what it goes on from the training counts, once."""
     by_key = {f"{item.contestant}/{item.attempt}/seed-{item.seed}": item for item in results}
     tries: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:

@@ -1,4 +1,4 @@
-"""What the contestants start from: SmolLM2 and one-line docstrings, as `l3ms demo --model real` has them, or a model and a task of one's own."""
+"""What the contestants start from: the model and the docstrings of `l3ms demo --model real`, or a model and a task of one's own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ HELD_OUT = 2000  # rows, at most
 
 
 def prepare(output: Path, arguments: inputs.Arguments, *, yes: bool, console: Console) -> dict[str, Any]:
-    """Write `train.jsonl` and `held_out.jsonl` to `output`, unless they are there for the same arguments; -> {"model", "train", "held_out"}.
+    """Write `train.jsonl` and `held_out.jsonl` to `output`, unless they are there for the same arguments.
 
-    `yes`: the real model may be downloaded.
+    `yes`: the real model may be downloaded. Returns {"model", "train", "held_out"}.
     """
     if arguments.model is not None or arguments.data is not None:
         return inputs.prepare(output, arguments)

@@ -11,34 +11,38 @@ from experiments.versus.outcomes import Cost, Outcome, Result
 
 
 def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], found: Sequence[Outcome]) -> str:
-    samples = contest.judge.samples
-    bounds = next(cell.values["task"] for cell in cells)
-    low, high = bounds["min"], bounds["max"]
-    return "\n".join([
+    task, judge = cells[0].values["task"], contest.judge
+    reference = contest.contestants[contest.reference].title
+    lines = [
         f"# {contest.title}",
         "",
-        f"Wanted: a mean response length in [{low:g}, {high:g}] tokens, certified on {samples} fresh responses to held-out prompts, at the least",
-        f"task perplexity. {bounds['iterations']} iterations each, of {bounds['batch_size']} task rows and {bounds['responses']} responses.",
+        f"Wanted: a mean response length in [{task['min']:g}, {task['max']:g}] tokens, certified on {judge.samples} fresh responses to",
+        f"held-out prompts, at the least task perplexity. {task['iterations']} iterations each, of {task['batch_size']} task rows and",
+        f"{task['responses']} responses.",
         "",
         "## What a certificate costs",
         "",
         _contestants(contest, found),
-        "Tries in the order of the grid, up to the first that is certified; of a seed that never is, all of them. Tokens are response tokens drawn in",
-        "training + for the verdicts; minutes are of both. Perplexity is of held-out completions, over that of "
-        f"{contest.contestants[contest.reference].title}",
-        "of the same seed: of the first certified try, and of the certified try with the least.",
+        "Tries in the order of the grid, up to the first that is certified; of a seed that never is, all of them. Tokens are response",
+        "tokens, drawn in training + for the verdicts; minutes are of both. Perplexity is that of held-out completions, over that of",
+        f"{reference} with the same seed: of the first certified try, and the least of the certified tries; means over the seeds,",
+        "of ratios over those that are certified.",
         "",
         "## Every try",
         "",
         _tries(contest, results),
-        f"Lengths are means with their confidence bounds, verdicts hold together with probability {1 - contest.judge.delta:g} for each contestant and seed:",
-        "the more tries, the wider the bounds of each.",
+        "Lengths with their confidence bounds: all verdicts on a contestant and seed hold together with probability",
+        f"{1 - judge.delta:g}, so the more tries, the wider they are.",
         "",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def _contestants(contest: Contest, found: Sequence[Outcome]) -> str:
-    header = ("contestant", "seeds certified", "tries", "of", "tokens, k", "minutes", "perplexity / SFT's", "best of the grid", "all tries: tokens, k", "minutes")  # fmt: skip
+    header = (
+        "contestant", "seeds certified", "tries", "of", "tokens, k", "minutes", "perplexity / SFT's", "least",
+        "all tries: tokens, k", "minutes",
+    )  # fmt: skip
     rows = []
     for name, entrant in contest.contestants.items():
         own = [item for item in found if item.contestant == name]
@@ -54,7 +58,10 @@ def _contestants(contest: Contest, found: Sequence[Outcome]) -> str:
 
 
 def _tries(contest: Contest, results: Sequence[Result]) -> str:
-    header = ("contestant", "try", "mean length (bounds), seed by seed", "verdict", "perplexity", "/ SFT's", "under 4 tokens", "cut", "tokens, k", "minutes")  # fmt: skip
+    header = (
+        "contestant", "try", "mean length (bounds), by seed", "verdict", "perplexity", "/ SFT's", "under 4 tokens", "cut",
+        "tokens, k", "minutes",
+    )  # fmt: skip
     rows = []
     for name, entrant in contest.contestants.items():
         for attempt in entrant.tries:

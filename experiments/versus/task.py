@@ -4,8 +4,8 @@ A contestant is a file of this folder with
 
     train(task: Task, setting: Mapping[str, Any], folder: Path) -> Trained
 
-It fine-tunes adapters on `task.model` with what `task` allows, writes to `folder` alone, and says what it has sampled on the way. Whether the
-model that it leaves meets the bounds is not for it to say: `judge.py` samples that model anew, the same way for all.
+It fine-tunes adapters on `task.model` with what `task` allows, writes to `folder` (empty) alone, and says what it has sampled on the way.
+Whether the model that it leaves meets the bounds is not for it to say: `judge.py` samples that model anew, the same way for all.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Task:
         return (self.min + self.max) / 2
 
     def with_setting(self, setting: Mapping[str, Any]) -> tuple[Task, dict[str, Any]]:
-        """(the task as the setting changes it, the rest of the setting). All may tune `learning_rate`, and take `times` as many iterations."""
+        """(the task as the setting changes it, the rest of it): all may tune `learning_rate`, and take `times` as many iterations."""
         rest = dict(setting)
         rate, times = rest.pop("learning_rate", self.learning_rate), rest.pop("times", 1)
         return replace(self, learning_rate=rate, iterations=round(times * self.iterations)), rest

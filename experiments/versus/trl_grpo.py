@@ -1,10 +1,10 @@
 """TRL's GRPOTrainer with a penalty on the length as the reward, the two ways in which its users keep a task in mind.
 
-After fine-tuning: from the adapters that SFTTrainer left (`task.start`), with a reward for the length alone and TRL's `beta`, which holds the
-policy near the fine-tuned one. All that GRPO knows of the task is that divergence.
+After fine-tuning: from the adapters that SFTTrainer left (`task.start`), with a reward for the length alone and TRL's `beta`, which holds
+the policy near the fine-tuned one. All that GRPO knows of the task is that divergence.
 
-With fine-tuning (`penalty`): TRL has no loss on data beside a reward (version 1.16), so the trainer is made to add one in `compute_loss`, as its
-documentation has users extend it: loss = task + penalty x GRPO's. It starts from the base model, as L3M does.
+With fine-tuning (`penalty`): GRPOTrainer has no loss on data beside a reward (TRL 1.16), so a subclass adds one in `compute_loss`:
+loss = task + penalty x GRPO's. It starts from the base model, as L3M does.
 
 The reward is of a response, since that is all a reward can be of: minus the distance of its length to [min, max], in units of the middle. A
 range for the mean, which single responses may leave, cannot be written as one. GRPO divides rewards by their deviation in a group, so a

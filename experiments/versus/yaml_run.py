@@ -15,7 +15,7 @@ from l3ms.runs.report import read_metrics
 
 
 def run(task: Task, train: Mapping[str, Any], folder: Path, *, weights: str = "average") -> Trained:
-    """With the fields `train` of the section of that name. `weights`: "average", of the last fifth of the run, or "model", the last ones."""
+    """With the fields `train` of that section. `weights`: "average", of the last fifth of the run, or "model", the last ones."""
     config = load_config(write(task, train, folder))
     report = execute(config, console=quiet())
     run_folder = Path(config.output)
