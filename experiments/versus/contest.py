@@ -52,6 +52,7 @@ class Cell:
     seed: int
     values: Mapping[str, Any] = field(repr=False)  # what the process is told
     after: str | None  # the key of the cell whose weights it goes on from
+    number: int = 0  # of the try, in the order of the grid
 
     @property
     def key(self) -> str:
@@ -114,7 +115,7 @@ def cells(
     for seed in seeds:
         for name in names:
             entrant = contest.contestants[name]
-            for attempt, setting in entrant.tries.items():
+            for number, (attempt, setting) in enumerate(entrant.tries.items()):
                 fields = {**contest.task, **task, "seed": seed}
                 after, before = None, None
                 if entrant.after is not None:
@@ -132,5 +133,5 @@ def cells(
                     "after": before,
                     "judge": {**contest.judge.model_dump(), "looks": len(entrant.tries)},
                 }
-                made.append(Cell(name, attempt, seed, values, after))
+                made.append(Cell(name, attempt, seed, values, after, number))
     return made

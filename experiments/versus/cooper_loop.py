@@ -39,7 +39,11 @@ def train(task: Task, setting: Mapping[str, Any], folder: Path) -> Trained:
     problem = _problem(cooper, task, model, tokenizer)
     parameters = [parameter for _, parameter in trained(model)]
     primal = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0)
-    primal.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(parameters, 1.0) and None)
+
+    def clip(*_: Any) -> None:  # `roll` has no place for it
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+
+    primal.register_step_pre_hook(clip)
     schedule = transformers.get_linear_schedule_with_warmup(primal, max(1, task.iterations // 10), task.iterations)
     optimizer = cooper.optim.SimultaneousOptimizer(
         cmp=problem, primal_optimizers=primal, dual_optimizers=_dual(cooper, problem, own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ class Outcome:
     seed: int
     certified: bool
     to_certificate: Cost  # the tries up to the first that is certified; all of them where none is
-    all_tries: Cost
     first_ratio: float | None  # task perplexity of the first certified try, over the reference's
-    best_ratio: float | None  # the least of the certified tries
-    best: str | None  # which try that is
+    all_tries: Cost | None = None  # where all have finished
+    best_ratio: float | None = None  # the least of all certified tries
+    best: str | None = None  # which try that is
 
 
 def read_results(cells: Sequence[Cell], folder: Path, reference: str) -> list[Result]:
@@ -76,34 +76,44 @@ def read_results(cells: Sequence[Cell], folder: Path, reference: str) -> list[Re
 
 
 def outcomes(cells: Sequence[Cell], results: Sequence[Result]) -> list[Outcome]:
-    """Of each contestant and seed whose tries have all finished. Of what it goes on from the training counts, once."""
+    """Of each contestant and seed that is certified or has finished all tries. Of what it goes on from the training counts, once."""
     by_key = {f"{item.contestant}/{item.attempt}/seed-{item.seed}": item for item in results}
     tries: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         tries.setdefault((cell.contestant, cell.seed), []).append(cell)
     found = []
     for (name, seed), own in tries.items():
-        if all(cell.key in by_key and (cell.after is None or cell.after in by_key) for cell in own):
-            before = sum(
-                by_key[key].trained["seconds"] for key in {cell.after for cell in own if cell.after is not None}
-            )
-            found.append(_outcome(name, seed, [by_key[cell.key] for cell in own], before))
+        before = {cell.after for cell in own if cell.after is not None}
+        if before <= by_key.keys():
+            seconds = sum(by_key[key].trained["seconds"] for key in before)
+            outcome = _outcome(name, seed, [by_key.get(cell.key) for cell in own], seconds)
+            found += [] if outcome is None else [outcome]
     return found
 
 
-def _outcome(name: str, seed: int, tries: Sequence[Result], seconds_before: float) -> Outcome:
-    certified = [item for item in tries if item.certified]
-    cost = Cost(seconds=seconds_before)
-    to_certificate = None
+def _outcome(name: str, seed: int, tries: Sequence[Result | None], seconds_before: float) -> Outcome | None:
+    """None where it is not known yet what a certificate costs."""
+    to_certificate = Cost(seconds=seconds_before)
+    winner = None
     for item in tries:
+        if item is None:
+            return None
+        to_certificate = to_certificate.with_try(item)
+        if item.certified:
+            winner = item
+            break
+    outcome = Outcome(name, seed, winner is not None, to_certificate, winner.ratio if winner else None)
+    finished = [item for item in tries if item is not None]
+    if len(finished) < len(tries):
+        return outcome
+    cost = Cost(seconds=seconds_before)
+    for item in finished:
         cost = cost.with_try(item)
-        if item.certified and to_certificate is None:
-            to_certificate = cost
+    certified = [item for item in finished if item.certified]
     best = min(certified, key=lambda item: item.judged["perplexity"] or math.inf, default=None)
-    return Outcome(
-        name, seed, bool(certified), to_certificate or cost, cost,
-        certified[0].ratio if certified else None, best.ratio if best else None, best.attempt if best else None,
-    )  # fmt: skip
+    return replace(
+        outcome, all_tries=cost, best_ratio=best.ratio if best else None, best=best.attempt if best else None
+    )
 
 
 def write_results(results: Sequence[Result], found: Sequence[Outcome], facts: Mapping[str, Any], path: Path) -> None:
@@ -114,4 +124,4 @@ def write_results(results: Sequence[Result], found: Sequence[Outcome], facts: Ma
 def _with_ratio(result: Result, base: float | None) -> Result:
     perplexity = result.judged["perplexity"]
     ratio = None if base is None or perplexity is None else perplexity / base
-    return Result(**{**vars(result), "ratio": ratio})
+    return replace(result, ratio=ratio)

@@ -19,7 +19,7 @@ from experiments import inputs  # noqa: E402
 from experiments.versus import contest as contests  # noqa: E402
 from experiments.versus.outcomes import outcomes, read_results, write_results  # noqa: E402
 from experiments.versus.prepare import prepare  # noqa: E402
-from experiments.versus.running import is_finished, run_cells  # noqa: E402
+from experiments.versus.running import is_certified, is_finished, run_cells  # noqa: E402
 from experiments.versus.table import table  # noqa: E402
 from l3ms.config.yaml_reader import ConfigError  # noqa: E402
 
@@ -41,6 +41,9 @@ def main(
     config: Annotated[Path | None, typer.Option(help="Another grid.yaml.")] = None,
     output: Annotated[Path, typer.Option(help="What is finished there is kept.")] = Path("out/experiments/versus"),
     yes: Annotated[bool, typer.Option("--yes", help="The real model may be downloaded.")] = False,
+    first: Annotated[
+        bool, typer.Option("--first", help="No more tries of a contestant once one is certified.")
+    ] = False,
     draw: Annotated[bool, typer.Option("--draw", help="Run nothing: tables of what is there.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Copy them to experiments/versus/results.")] = False,
 ) -> None:
@@ -56,13 +59,17 @@ def main(
     task = values | ({} if iterations is None else {"iterations": iterations})
     cells = contests.cells(contest, names, task, folder, _seeds(seeds) or contest.seeds)
     console.print(f"{contest.title}: {len(cells)} cells in {folder}", markup=False, highlight=False, soft_wrap=True)
-    errors = {} if draw else run_cells(cells, folder, jobs=jobs, console=console)
+    errors = {} if draw else run_cells(cells, folder, jobs=jobs, console=console, first=first)
     results = read_results(cells, folder, contest.reference)
     if not results:
         raise RuntimeError(f"no cell has finished; their logs are in {folder / 'cells'}")
     found = outcomes(cells, results)
     text = table(contest, cells, results, found)
-    missing = [f"* `{cell.key}`: {errors.get(cell.key, 'not run')}" for cell in cells if not is_finished(cell, folder)]
+    missing = [
+        f"* `{cell.key}`: {errors.get(cell.key, 'not run')}"
+        for cell in cells
+        if not is_finished(cell, folder) and not is_certified(cells, cell, folder)
+    ]
     if missing:
         text += "\n".join(["", "## What did not finish", "", *missing, ""])
     (folder / "table.md").write_text(text, encoding="utf-8")

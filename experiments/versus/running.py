@@ -30,36 +30,58 @@ def is_finished(cell: Cell, folder: Path) -> bool:
     return _written(cell_folder(folder, cell)) == cell.values and (cell_folder(folder, cell) / RESULT).exists()
 
 
+def is_certified(cells: Sequence[Cell], cell: Cell, folder: Path) -> bool:
+    """Whether an earlier try of the same contestant with the same seed has its certificate."""
+    before = [
+        other
+        for other in cells
+        if (other.contestant, other.seed) == (cell.contestant, cell.seed) and other.number < cell.number
+    ]
+    found = (cell_folder(folder, other) / RESULT for other in before if is_finished(other, folder))
+    return any(json.loads(path.read_text(encoding="utf-8"))["verdict"] == "SATISFIED" for path in found)
+
+
 def run_cells(
-    cells: Sequence[Cell], folder: Path, *, jobs: int, console: Console, command: Command = execute
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    jobs: int,
+    console: Console,
+    first: bool = False,
+    command: Command = execute,
 ) -> dict[str, str]:
-    """Cells that others go on from come first. A cell that fails is told, and the others go on. Returns what went wrong, by key."""
+    """Cells that others go on from come first, then everybody's first try, second try, ... A cell that fails is told, the others go on.
+
+    first: leave a contestant's further tries with a seed out once one is certified. Returns what went wrong, by key.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths,
-    }  # fmt: skip
-    first = {cell.after for cell in cells}
-    waves = ([c for c in cells if c.key in first], [c for c in cells if c.key not in first])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+    begun_from = {cell.after for cell in cells}
+    waves: dict[int, list[Cell]] = {}
+    for cell in cells:
+        waves.setdefault(-1 if cell.key in begun_from else cell.number, []).append(cell)
     errors: dict[str, str] = {}
-    start, done, kept = time.monotonic(), 0, 0
-    for wave in waves:
+    start, done, ran = time.monotonic(), 0, 0
+    for _, wave in sorted(waves.items()):
         with ThreadPoolExecutor(jobs) as pool:
             running = {}
             for cell in wave:
-                if cell.after in errors:
+                if first and is_certified(cells, cell, folder):
+                    done += 1
+                elif cell.after in errors:
                     errors[cell.key] = f"{cell.after} has failed"
                 else:
                     running[pool.submit(_run, cell, folder, environment, command)] = cell
             try:
                 for future in as_completed(running):
                     cell, found = running[future], future.result()
-                    done, kept = done + 1, kept + (found is None)
+                    done, ran = done + 1, ran + (found is not None)
                     if found:
                         errors[cell.key] = found
                         console.print(f"FAILED {cell.key}: {found}", markup=False, highlight=False, soft_wrap=True)
                         continue
-                    left = (time.monotonic() - start) / max(1, done - kept) * (len(cells) - done) / 60
+                    left = (time.monotonic() - start) / max(1, ran) * (len(cells) - done) / 60
                     word = "finished before" if found is None else f"finished, at most {left:.0f} min left"
                     console.print(
                         f"{done}/{len(cells)} {cell.key} {word}", markup=False, highlight=False, soft_wrap=True

@@ -26,7 +26,7 @@ def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], fo
         "Tries in the order of the grid, up to the first that is certified; of a seed that never is, all of them. Tokens are response",
         "tokens, drawn in training + for the verdicts; minutes are of both. Perplexity is that of held-out completions, over that of",
         f"{reference} with the same seed: of the first certified try, and the least of the certified tries; means over the seeds,",
-        "of ratios over those that are certified.",
+        "of ratios over those that are certified. What is of all tries stands where all have been run.",
         "",
         "## Every try",
         "",
@@ -47,7 +47,8 @@ def _contestants(contest: Contest, found: Sequence[Outcome]) -> str:
     for name, entrant in contest.contestants.items():
         own = [item for item in found if item.contestant == name]
         if own:
-            to, grid = [item.to_certificate for item in own], [item.all_tries for item in own]
+            to = [item.to_certificate for item in own]
+            grid = [item.all_tries for item in own if item.all_tries is not None]
             rows.append((
                 entrant.title, f"{sum(item.certified for item in own)} of {len(own)}", _mean(to, lambda cost: cost.tries, ".1f"),
                 str(len(entrant.tries)), _tokens(to), _mean(to, _minutes, ".1f"),
@@ -88,6 +89,8 @@ def _minutes(cost: Cost) -> float:
 
 def _tokens(costs: Sequence[Cost]) -> str:
     """`6.1 + 7.2`: drawn in training + for the verdicts."""
+    if not costs:
+        return "-"
     training, judging = (
         sum(getattr(cost, f"{part}_tokens") for cost in costs) / len(costs) / 1000 for part in ("training", "judging")
     )
@@ -95,7 +98,7 @@ def _tokens(costs: Sequence[Cost]) -> str:
 
 
 def _mean(costs: Sequence[Cost], value: Callable[[Cost], float], form: str) -> str:
-    return format(sum(map(value, costs)) / len(costs), form)
+    return format(sum(map(value, costs)) / len(costs), form) if costs else "-"
 
 
 def _average(values: Sequence[float | None], form: str) -> str:

@@ -13,7 +13,7 @@ from experiments.versus import contest as contests
 from experiments.versus.cell import run as run_cell
 from experiments.versus.contest import Cell
 from experiments.versus.filtered_sft import with_mean, within
-from experiments.versus.outcomes import Result, outcomes
+from experiments.versus.outcomes import Cost, Result, outcomes
 from experiments.versus.running import cell_folder, is_finished, run_cells
 from experiments.versus.table import table
 from experiments.versus.task import Tally, Task
@@ -41,7 +41,7 @@ def test_cells_share_the_level_and_know_where_they_go_on():
     assert {key.split("/")[0] for key in cells} == {"sft", "l3m", "trl_sft", "trl_grpo"}  # the reference, and the start
     grpo = cells["trl_grpo/beta-0.2/seed-0"]
     assert grpo.values["judge"]["looks"] == 4
-    assert cells["l3m/defaults/seed-0"].values["judge"]["looks"] == 1
+    assert cells["l3m/defaults/seed-0"].values["judge"]["looks"] == 2
     assert grpo.after == "trl_sft/plain/seed-0"
     assert grpo.values["task"]["start"] == "/out/cells/trl_sft/plain/seed-0/work/weights"
     task, setting = Task(**cells["trl_grpo/beta-0/seed-0"].values["task"]).with_setting(
@@ -95,12 +95,13 @@ def test_runs_go_on_and_tell_what_failed(tmp_path):
             return 1
         (place / "work").mkdir(exist_ok=True)
         (place / "trained.json").write_text('{"weights": "work"}')
-        (place / "result.json").write_text("{}")
+        certified = cell["setting"].get("beta") == 0.04 and cell["task"]["iterations"] == 5
+        (place / "result.json").write_text(json.dumps({"verdict": "SATISFIED" if certified else "VIOLATED"}))
         return 0
 
-    def go(cells):
+    def go(cells, **options):
         ran.clear()
-        return run_cells(cells, tmp_path, jobs=1, console=Console(quiet=True), command=command)
+        return run_cells(cells, tmp_path, jobs=1, console=Console(quiet=True), command=command, **options)
 
     cells = made("trl_grpo", tmp_path, iterations=3)
     errors = go(cells)
@@ -117,6 +118,11 @@ def test_runs_go_on_and_tell_what_failed(tmp_path):
     assert not is_finished(cells[0], tmp_path)
     assert go(cells) == {}
     assert ran == [("sft", True)]  # judged again, not trained again
+    cells = made("trl_grpo", tmp_path, iterations=5)
+    assert go(cells, first=True) == {}
+    assert [name for name, _ in ran] == ["trl_sft", "sft", "trl_grpo"]  # whose first try is certified
+    assert go(cells) == {}
+    assert len(ran) == 3
 
 
 def result(cell: Cell, verdict: str, perplexity: float, seconds: float = 60.0) -> Result:
@@ -139,25 +145,25 @@ def test_a_certificate_costs_all_tries_before_it():
     found = {item.contestant: item for item in outcomes(cells, results)}
     grpo = found["trl_grpo"]
     assert grpo.certified
-    assert (grpo.to_certificate.tries, grpo.to_certificate.training_tokens, grpo.to_certificate.judging_tokens) == (
-        2,
-        2000,
-        1000,
-    )
-    assert grpo.to_certificate.seconds == 60 + 2 * 90  # fine-tuning once, not its verdict
-    assert grpo.all_tries.tries == 4
-    assert grpo.all_tries.seconds == 60 + 4 * 90
+    # Fine-tuning counts once, without its verdict
+    assert grpo.to_certificate == Cost(tries=2, training_tokens=2000, judging_tokens=1000, seconds=60 + 2 * 90)
+    assert grpo.all_tries == Cost(tries=4, training_tokens=4000, judging_tokens=2000, seconds=60 + 4 * 90)
     assert (grpo.first_ratio, grpo.best_ratio, grpo.best) == (1.4, 1.2, "beta-0.2")
     assert not found["l3m"].certified
-    assert (found["l3m"].to_certificate.tries, found["l3m"].first_ratio) == (1, None)
+    assert (found["l3m"].to_certificate.tries, found["l3m"].first_ratio) == (2, None)
     text = table(GRID, cells, results, list(found.values()))
     assert (
         "| TRL SFT, then GRPO with a length penalty | 1 of 1 | 2.0 | 4 | 2.0 + 1.0 | 4.0 | 1.400 | 1.200 | 4.0 + 2.0 | 7.0 |"
         in text
     )
-    assert "| L3M (barrier) | 0 of 1 | 1.0 | 1 | 1.0 + 0.5 | 1.5 | - | - | 1.0 + 0.5 | 1.5 |" in text
-    unfinished = [item for item in results if item.attempt != "beta-0"]
-    assert "trl_grpo" not in {item.contestant for item in outcomes(cells, unfinished)}
+    assert "| L3M (barrier) | 0 of 1 | 2.0 | 2 | 2.0 + 1.0 | 3.0 | - | - | 2.0 + 1.0 | 3.0 |" in text
+    for left_out, known in (
+        ("beta-0", ["sft", "l3m", "trl_sft", "trl_grpo"]),
+        ("beta-0.04", ["sft", "l3m", "trl_sft"]),
+    ):
+        unfinished = outcomes(cells, [item for item in results if item.attempt != left_out])
+        assert [item.contestant for item in unfinished] == known  # the tries up to the certificate are there, or not
+        assert all((item.all_tries is None) == (item.contestant == "trl_grpo") for item in unfinished)
 
 
 # ---- on a tiny model ----
