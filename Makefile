@@ -17,10 +17,12 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 LEXICONS := better-profanity==0.7.0 vaderSentiment==3.3.2
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
+# What experiments/versus compares with (the extra `versus`); what they depend on is here already.
+RIVALS := cooper-optim==1.0.1 trl==1.16.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-versus experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +47,9 @@ experiment-real-%: $(VENV)/experiments ## (length, tone, harmlessness, forgettin
 
 experiment-real-phases: $(VENV)/experiments ## seconds and memory of an iteration on SmolLM2-135M by phase, beside a plain loop
 	$(BIN)/python experiments/real/phases.py $(ARGS)
+
+experiment-versus: $(VENV)/rivals ## L3M against TRL, cooper, dual ascent and filtered data on a real model; goes on where it was; ARGS="--seeds 0 --yes"
+	$(BIN)/python experiments/versus/run.py --jobs $(JOBS) $(ARGS)
 
 test: dev ## the tests, without the slow ones
 	$(PYTEST) --durations 10 $(ARGS)
@@ -131,6 +136,9 @@ $(VENV)/peers: $(VENV)/installed
 
 $(VENV)/experiments: $(VENV)/installed
 	$(PIP) install -q $(LEXICONS)
+
+$(VENV)/rivals: $(VENV)/installed
+	$(PIP) install -q --no-deps $(RIVALS)
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

@@ -1,0 +1,13 @@
+"""L3M: the barrier, as `l3ms train` runs it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.versus.task import Task, Trained, only
+from experiments.versus.yaml_run import run
+
+
+def train(task: Task, setting: Mapping[str, Any], folder: Path) -> Trained:
+    """setting: any of `smoothing`, `warmup`, `mu_end`; by default none, which is what the documentation says."""
+    return run(task, {"solver": "barrier", **only(setting, "smoothing", "warmup", "mu_end")}, folder)

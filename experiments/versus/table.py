@@ -1,0 +1,110 @@
+"""The tables: what each contestant paid for its certificate, then every try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from experiments.presenting import markdown, number
+from experiments.versus.contest import Cell, Contest
+from experiments.versus.outcomes import Cost, Outcome, Result
+
+
+def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], found: Sequence[Outcome]) -> str:
+    task, judge = cells[0].values["task"], contest.judge
+    reference = contest.contestants[contest.reference].title
+    lines = [
+        f"# {contest.title}",
+        "",
+        f"Wanted: a mean response length in [{task['min']:g}, {task['max']:g}] tokens, certified on {judge.samples} fresh responses to",
+        f"held-out prompts, at the least task perplexity. {task['iterations']} iterations each, of {task['batch_size']} task rows and",
+        f"{task['responses']} responses.",
+        "",
+        "## What a certificate costs",
+        "",
+        _contestants(contest, found),
+        "Tries in the order of the grid, up to the first that is certified; of a seed that never is, all of them. Tokens are response",
+        "tokens, drawn in training + for the verdicts; minutes are of both. Perplexity is that of held-out completions, over that of",
+        f"{reference} with the same seed: of the first certified try, and the least of the certified tries; means over the seeds,",
+        "of ratios over those that are certified. What is of all tries stands where all have been run.",
+        "",
+        "## Every try",
+        "",
+        _tries(contest, results),
+        "Lengths with their confidence bounds: all verdicts on a contestant and seed hold together with probability",
+        f"{1 - judge.delta:g}, so the more tries, the wider they are.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _contestants(contest: Contest, found: Sequence[Outcome]) -> str:
+    header = (
+        "contestant", "seeds certified", "tries", "of", "tokens, k", "minutes", "perplexity / SFT's", "least",
+        "all tries: tokens, k", "minutes",
+    )  # fmt: skip
+    rows = []
+    for name, entrant in contest.contestants.items():
+        own = [item for item in found if item.contestant == name]
+        if own:
+            to = [item.to_certificate for item in own]
+            grid = [item.all_tries for item in own if item.all_tries is not None]
+            rows.append((
+                entrant.title, f"{sum(item.certified for item in own)} of {len(own)}", _mean(to, lambda cost: cost.tries, ".1f"),
+                str(len(entrant.tries)), _tokens(to), _mean(to, _minutes, ".1f"),
+                _ratio([item.first_ratio for item in own]), _ratio([item.best_ratio for item in own]),
+                _tokens(grid), _mean(grid, _minutes, ".1f"),
+            ))  # fmt: skip
+    return markdown(header, rows)
+
+
+def _tries(contest: Contest, results: Sequence[Result]) -> str:
+    header = (
+        "contestant", "try", "mean length (bounds), by seed", "verdict", "perplexity", "/ SFT's", "under 4 tokens", "cut",
+        "tokens, k", "minutes",
+    )  # fmt: skip
+    rows = []
+    for name, entrant in contest.contestants.items():
+        for attempt in entrant.tries:
+            own = [item for item in results if (item.contestant, item.attempt) == (name, attempt)]
+            if own:
+                costs = [Cost().with_try(item) for item in own]
+                rows.append((
+                    entrant.title, attempt, ", ".join(map(_length, own)), ", ".join(item.judged["verdict"] for item in own),
+                    _average([item.judged["perplexity"] for item in own], ".2f"), _ratio([item.ratio for item in own]),
+                    *(f"{100 * sum(item.judged[share] for item in own) / len(own):.0f}%" for share in ("few", "cut")),
+                    _tokens(costs), _mean(costs, _minutes, ".1f"),
+                ))  # fmt: skip
+    return markdown(header, rows)
+
+
+def _length(result: Result) -> str:
+    judged = result.judged
+    return f"{judged['length']['mean']:.1f} ({judged['lower']:.1f} to {judged['upper']:.1f})"
+
+
+def _minutes(cost: Cost) -> float:
+    return cost.seconds / 60
+
+
+def _tokens(costs: Sequence[Cost]) -> str:
+    """`6.1 + 7.2`: drawn in training + for the verdicts."""
+    if not costs:
+        return "-"
+    training, judging = (
+        sum(getattr(cost, f"{part}_tokens") for cost in costs) / len(costs) / 1000 for part in ("training", "judging")
+    )
+    return f"{training:.1f} + {judging:.1f}"
+
+
+def _mean(costs: Sequence[Cost], value: Callable[[Cost], float], form: str) -> str:
+    return format(sum(map(value, costs)) / len(costs), form) if costs else "-"
+
+
+def _average(values: Sequence[float | None], form: str) -> str:
+    given = [value for value in values if value is not None]
+    return number(math.fsum(given) / len(given) if given else None, form)
+
+
+def _ratio(values: Sequence[float | None]) -> str:
+    return _average(values, ".3f")
