@@ -12,10 +12,11 @@ from experiments.results import Result
 METHODS = {
     "sft": "SFT",
     "mean": "L3M, mean alone",
+    "ema": "mean alone, moving average",
     "chance": "L3M, mean and shares",
     "paper": "mean alone, paper's settings",
 }
-SHADES = {"mean": COLOURS["barrier"], "chance": COLOURS["dual_ascent"], "paper": COLOURS["augmented_lagrangian"]}
+SHADES = {"mean": COLOURS["barrier"], "ema": COLOURS["penalty"], "chance": COLOURS["dual_ascent"], "paper": COLOURS["augmented_lagrangian"]}
 
 
 def table(results: Sequence[Result]) -> str:
