@@ -328,7 +328,8 @@ class _HalfStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_watching()
-        self._checks = WeightChecks(self.trainer.policy)
+        optimizer = self.trainer.l3m_optimizer
+        self._checks = WeightChecks(self.trainer.policy, None if optimizer is None else optimizer.base)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":

@@ -21,9 +21,12 @@ FEWEST = 0.5  # share of weights with a gradient that should move
 class WeightChecks:
     """Of a training: `before_step` and `after_step` of the task, `finite` after each half-step."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, optimizer: Any = None):
+        """An optimizer that rounds stochastically (torchao's) moves few weights in a step, and all of them in the mean."""
         self.model = model
-        self._narrow = [(name, p) for name, p in trained(model) if p.dtype in (torch.bfloat16, torch.float16)]
+        stochastic = getattr(optimizer, "bf16_stochastic_round", False)
+        narrow = () if stochastic else (torch.bfloat16, torch.float16)
+        self._narrow = [(name, p) for name, p in trained(model) if p.dtype in narrow]
         self._before: list[tuple[Tensor, Tensor]] = []  # sampled weights, and which of them have a gradient
         self._moved = self._due = self._seen = 0
 
@@ -64,7 +67,8 @@ class WeightChecks:
             logger.warning(
                 "%.0f%% of the %s weights with a gradient moved in %d steps: the others' steps are below half of their last bit; "
                 "train float32 weights with bfloat16 activations (train.dtype: float32 and train.autocast: true; bf16=True of "
-                "L3MConfig), or raise the learning rate",
+                "L3MConfig), round stochastically (optimizers=(torchao.optim._AdamW(..., bf16_stochastic_round=True), None)), or raise the "
+                "learning rate",
                 100 * self._moved / self._due, str(self._narrow[0][1].dtype).removeprefix("torch."), ITERATIONS,
             )  # fmt: skip
 

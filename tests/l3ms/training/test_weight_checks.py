@@ -41,3 +41,19 @@ def test_bfloat16_weights_that_rounding_keeps_where_they_are_are_said(
     with caplog.at_level(logging.WARNING, "l3ms"):
         run(tmp_path, tokenizer, model, max_steps=10, learning_rate=rate, optim="adamw_torch", constraint_batch_size=2)
     assert ("of the bfloat16 weights with a gradient moved in 10 steps" in caplog.text) == said
+
+
+class RoundsStochastically(torch.optim.SGD):
+    """As torchao's optimizers say it of themselves."""
+
+    bf16_stochastic_round = True
+
+
+def test_an_optimizer_that_rounds_stochastically_is_let_be(tmp_path, tokenizer, make_model, caplog):
+    trainer, _ = run(
+        tmp_path, tokenizer, make_model().to(torch.bfloat16), start=False, max_steps=10, constraint_batch_size=2
+    )
+    trainer.optimizer_cls_and_kwargs = (RoundsStochastically, {"lr": 1e-9})
+    with caplog.at_level(logging.WARNING, "l3ms"):
+        trainer.train()
+    assert "weights with a gradient moved" not in caplog.text
