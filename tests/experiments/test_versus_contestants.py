@@ -1,5 +1,6 @@
 """The contestants of the comparison, each with its own library, and their judge, on a tiny model."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def task(tmp_path_factory) -> dict[str, Any]:
         vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     ))  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if (
+                parameter.ndim > 1
+            ):  # larger than at an initialisation: distributions far from uniform, which adapters can move
+                parameter.normal_(0.0, 0.3)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [
@@ -164,6 +171,29 @@ def test_trl_trains_and_is_judged(task, tmp_path):
         assert found["sampled_tokens"] == round(4 * sum(row["length"] for row in found["log"]))
     with pytest.raises(ValueError, match="penalty is for a training from the base model"):
         trained(tmp_path / "neither", task, "trl_grpo", {"beta": 0.1})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("package", "module", "setting"),
+    [
+        ("cooper", "cooper_loop", {"multiplier_learning_rate": 2.0}),
+        ("trl", "trl_grpo", {"penalty": 4.0, "generations": 4}),
+    ],
+)
+def test_they_steer(package, module, setting, task, tmp_path):
+    """Responses of 7 tokens in the mean come down to a range of [2, 3]: no contestant is there to lose."""
+    pytest.importorskip(package, reason=f'{package} is not installed: pip install ".[versus]"')
+    wanted = {"min": 2.0, "max": 3.0, "iterations": 40, "learning_rate": 1e-2, "responses": 16}
+    (tmp_path / "work").mkdir()
+    log = (
+        importlib.import_module(f"experiments.versus.{module}")
+        .train(Task(**{**task, **wanted}), setting, tmp_path / "work")
+        .log
+    )
+    lengths = [row["length"] for row in log]
+    assert sum(lengths[:4]) / 4 > 6
+    assert sum(lengths[-10:]) / 10 < 4
 
 
 def test_a_setting_that_a_contestant_does_not_have_is_refused(task, tmp_path):
