@@ -58,7 +58,7 @@ __device__ void take_response(const BarrierWeights& a, int64_t n) {
 }
 
 // One block: what a thread writes to memory, the others read after the barrier.
-__global__ void __launch_bounds__(kThreads) barrier_weights_kernel(BarrierWeights a) {
+__global__ void __launch_bounds__(kThreads, 1) barrier_weights_kernel(BarrierWeights a) {
   for (int64_t first = 0; first < a.reward_count; first += kThreads) {
     const int width = static_cast<int>(first + kThreads < a.reward_count ? kThreads : a.reward_count - first);
     const int64_t r = first + threadIdx.x;
