@@ -66,7 +66,7 @@ def table(runs: int, responses: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--responses", type=int, default=8)
     options = parser.parse_args()

@@ -189,9 +189,9 @@ class Turns(transformers.TrainerCallback):
 def _at(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """The parameters as they were; afterwards as they are."""
     now = [parameter.detach().clone() for parameter in parameters]
-    torch._foreach_copy_([parameter.data for parameter in parameters], list(values))
+    torch._foreach_copy_([parameter.data for parameter in parameters], list(values))  # pyright: ignore[reportPrivateImportUsage]
     yield
-    torch._foreach_copy_([parameter.data for parameter in parameters], now)
+    torch._foreach_copy_([parameter.data for parameter in parameters], now)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def plain_backward(model: Any, batch: dict[str, Tensor], seq_weight: Tensor) -> None:

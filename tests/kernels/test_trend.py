@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_units_do_not_matter(backend):
     assert seconds == [(4096 * e, 4096 * s) for e, s in followed([b.tolist() for b in batches], backend)]
 
 
-def simulated(path, repetitions=400, n=8, sd=1.0, smoothing="trend", seed=0):
+def simulated(path, repetitions=400, n=8, sd=1.0, smoothing: Any = "trend", seed=0):
     """Errors of the estimates and their standard errors, (steps, repetitions), of policies whose mean follows `path`."""
     generator = torch.Generator().manual_seed(seed)
     state, errors, bands = initial_state(repetitions, smoothing=smoothing), [], []

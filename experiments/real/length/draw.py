@@ -16,7 +16,12 @@ METHODS = {
     "chance": "L3M, mean and shares",
     "paper": "mean alone, paper's settings",
 }
-SHADES = {"mean": COLOURS["barrier"], "ema": COLOURS["penalty"], "chance": COLOURS["dual_ascent"], "paper": COLOURS["augmented_lagrangian"]}
+SHADES = {
+    "mean": COLOURS["barrier"],
+    "ema": COLOURS["penalty"],
+    "chance": COLOURS["dual_ascent"],
+    "paper": COLOURS["augmented_lagrangian"],
+}
 
 
 def table(results: Sequence[Result]) -> str:

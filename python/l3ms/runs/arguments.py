@@ -31,7 +31,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         penalty=train.penalty,
         mu=train.mu,
         mu_end=train.mu_end,
-        smoothing=train.smoothing,
+        smoothing=str(train.smoothing),  # a number in a text is one
         constraint_batch_size=train.constraint_batch_size,
         max_new_tokens=train.max_new_tokens,
         temperature=train.temperature,
