@@ -178,9 +178,14 @@ def _seeds(text: str | None) -> list[int] | None:
 
 def _shown(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Without the paths of this machine."""
-    inside = f"{folder}{os.sep}"
-    shown = {key: value for key, value in values.items() if key != "here"}
-    return {key: value.removeprefix(inside) if isinstance(value, str) else value for key, value in shown.items()}
+
+    def short(value: Any) -> Any:
+        if not isinstance(value, str) or not os.path.isabs(value):
+            return value
+        inside = f"{folder}{os.sep}"
+        return value.removeprefix(inside) if value.startswith(inside) else Path(value).name
+
+    return {key: short(value) for key, value in values.items() if key != "here"}
 
 
 def _machine(jobs: int) -> dict[str, Any]:
