@@ -7,8 +7,9 @@ Blom and Bar-Shalom, IEEE Trans. Automatic Control 33, 1988. The estimate is the
 by: a policy that may be moving has a wide band until the batches have said.
 
 Everything is relative to the noise of a batch, so units do not matter. Variances are in units of the variance within a batch. The numbers
-below were chosen on simulated means (`python bench/estimates.py`): at rest the band is as wide as that of the moving average or narrower,
-and a mean that moves by a tenth of a batch's standard error or more at each step is inside it for nine steps in ten.
+below were chosen on simulated means (`python bench/estimates.py`): after 60 steps at rest the
+band is no wider than that of the moving average (before that by a tenth, since it might be moving), and a mean that moves from the start
+by a tenth of a batch's standard error or more at each step is inside it for nine steps in ten.
 
 Only sums, products and quotients in a fixed order: other backends match the bits.
 """

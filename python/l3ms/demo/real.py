@@ -79,7 +79,7 @@ def constraints(low: float, high: float, form: str) -> list[dict[str, Any]]:
     """Of config.yaml: the mean length, that hardly any response is a stub, and the form.
 
     A mean alone is met by a mixture of stubs and rambles too: no constraint forbids that but the second one. Four tokens too many count
-    as a gross violation: with the default scale of 14 the task was stronger, and the mean was still at 18 tokens after 28 iterations.
+    as a gross violation: with the default of 14 the estimate is at 16 after 40 iterations (experiments/real/length).
     """
     made: list[dict[str, Any]] = [
         {"type": "length", "name": "length", "min": low, "max": high, "scale": 4},
