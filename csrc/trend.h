@@ -55,25 +55,24 @@ L3M_HOST_DEVICE inline double heron_root(double x) {
 
 // What model `to` says of the next batch.
 L3M_HOST_DEVICE inline Model foretell(const Model* models, int to, double pooled, double noise) {
-  double flows[kModels], probability = 0.0;
+  double shares[kModels], probability = 0.0;  // of who may have gone over to it
   for (int i = 0; i < kModels; ++i) {
-    flows[i] = change(i, to) * models[i].probability;
-    probability = i == 0 ? flows[i] : probability + flows[i];
+    shares[i] = change(i, to) * models[i].probability;
+    probability = i == 0 ? shares[i] : probability + shares[i];
   }
+  for (double& share : shares) share = share / probability;
   double level = models[to].level, trend = models[to].trend;
   for (int i = 0; i < kModels; ++i) {
-    const double share = flows[i] / probability;
-    level = level + share * (models[i].level - models[to].level);
-    trend = trend + share * (models[i].trend - models[to].trend);
+    level = level + shares[i] * (models[i].level - models[to].level);
+    trend = trend + shares[i] * (models[i].trend - models[to].trend);
   }
   double level_variance = 0.0, covariance = 0.0, trend_variance = 0.0;
   for (int i = 0; i < kModels; ++i) {
-    const double share = flows[i] / probability;
     const double dl = models[i].level - level, dt = models[i].trend - trend;
     const double scale = clamp_min(maximum(pooled, kLeast * maximum(dl * dl, dt * dt)), kSmallest);
-    level_variance = level_variance + share * (models[i].level_variance + dl * dl / scale);
-    covariance = covariance + share * (models[i].covariance + dl * dt / scale);
-    trend_variance = trend_variance + share * (models[i].trend_variance + dt * dt / scale);
+    level_variance = level_variance + shares[i] * (models[i].level_variance + dl * dl / scale);
+    covariance = covariance + shares[i] * (models[i].covariance + dl * dt / scale);
+    trend_variance = trend_variance + shares[i] * (models[i].trend_variance + dt * dt / scale);
   }
   if (to == 0) return {probability, level, 0.0, level_variance + level_noise(0) * noise, 0.0, 0.0};
   return {probability,

@@ -57,6 +57,12 @@ def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
         ).returncode
 
 
+def environment_of(jobs: int) -> dict[str, str]:
+    """Of one of `jobs` cells at a time: its share of the cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    return {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+
+
 def run_cells(
     cells: Sequence[Cell],
     folder: Path,
@@ -72,8 +78,7 @@ def run_cells(
     if it wants one. Returns one outcome per cell, in order.
     """
     console, command = console or Console(), command or execute
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment = environment_of(jobs)
     outcomes: dict[str, Outcome] = {}
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.fields[note]}"),
@@ -146,12 +151,12 @@ def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, s
             environment,
         )
         if status:
-            return Outcome(cell, f"l3ms train ended with exit code {status}: {_last_line(log)}")
+            return Outcome(cell, f"l3ms train ended with exit code {status}: {last_line(log)}")
     if cell.certify is not None:
         options = ["--samples", str(cell.certify), "--json", str(certificate), *code]
         status = command([*l3ms, "certify", str(run), *options], log, environment)
         if status not in VERDICTS:
-            return Outcome(cell, f"l3ms certify ended with exit code {status}: {_last_line(log)}")
+            return Outcome(cell, f"l3ms certify ended with exit code {status}: {last_line(log)}")
         if not certificate.exists():
             return Outcome(cell, f"l3ms certify has written no {CERTIFICATE}")
     return Outcome(cell)
@@ -177,6 +182,6 @@ def _tell(outcome: Outcome, done: int, total: int, seconds: float, console: Cons
         console.print(f"{done}/{total} {outcome.cell.key} {word}{left}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it has printed nothing"

@@ -9,7 +9,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from experiments import inputs
+from experiments import ending, inputs
 from experiments.cells import Outcome, is_trained, measured_file, run_cells, run_folder
 from experiments.grid import Cell, Experiment, assign, check_packages, expand, fill, read_experiment
 from experiments.results import Result, failed_lines, read_results, write_results
@@ -167,15 +166,6 @@ def _module(place: Path, name: str) -> str:
     return ".".join(("experiments", *place.relative_to(ROOT).parts, name))
 
 
-def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError("--seeds", f"wanted numbers with commas between, got {text!r}") from None
-
-
 def _shown(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Without the paths of this machine."""
 
@@ -200,25 +190,13 @@ def _machine(jobs: int) -> dict[str, Any]:
     return {"jobs": jobs, "cores": os.cpu_count(), "machine": platform.machine(), "versions": versions}
 
 
-def run(arguments: list[str] | None = None) -> int:
-    """The exit code: 2 for bad input, 1 where cells have failed; what is wrong is said in one line."""
+def _seeds(text: str | None) -> list[int] | None:
     try:
-        app(arguments, prog_name="experiments/run.py", standalone_mode=False)
-    except typer.Exit as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return _fail("interrupted; --resume goes on", 130)
-    except ConfigError as error:
-        return _fail(str(error), 2)
-    except RuntimeError as error:
-        return _fail(str(error), 1)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # wrong use of the command line, from typer
-            raise
-        return _fail(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
-    return 0
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("--seeds", f"wanted numbers with commas between, got {text!r}") from None
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"experiments: {message}", file=sys.stderr)
-    return code
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code, see `ending`."""
+    return ending.run(app, arguments, program="experiments/run.py", name="experiments", again="--resume goes on")

@@ -10,13 +10,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.data_files import data_file
 from l3ms.config.yaml_reader import ConfigError
 
 WHERE_FROM = (
@@ -46,13 +46,7 @@ class Read(NamedTuple):
 
 def data_path(given: str | Path | None) -> Path:
     """The file named by --data or L3M_HH_DATA. ConfigError in one line where neither is there."""
-    text = given or os.environ.get("L3M_HH_DATA")
-    if not text:
-        raise ConfigError("data", f"needs {WHERE_FROM}")
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ConfigError("data", f"no such file: {path}; wanted {WHERE_FROM}")
-    return path
+    return data_file(given, "L3M_HH_DATA", WHERE_FROM)
 
 
 def read_pairs(path: Path) -> Read:

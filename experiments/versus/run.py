@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from experiments import inputs  # noqa: E402
+from experiments import ending, inputs  # noqa: E402
 from experiments.versus import contest as contests  # noqa: E402
 from experiments.versus.outcomes import outcomes, read_results, write_results  # noqa: E402
 from experiments.versus.prepare import prepare  # noqa: E402
@@ -92,27 +92,11 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """The exit code: 2 for bad input, 1 where cells have failed; what is wrong is said in one line."""
-    try:
-        app(arguments, prog_name="experiments/versus/run.py", standalone_mode=False)
-    except typer.Exit as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on", 130)
-    except (ConfigError, ModuleNotFoundError) as error:
-        return _fail(str(error), 2)
-    except RuntimeError as error:
-        return _fail(str(error), 1)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # wrong use of the command line, from typer
-            raise
-        return _fail(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
-    return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"versus: {message}", file=sys.stderr)
-    return code
+    """The exit code, see `ending`."""
+    bad_input, again = (ConfigError, ModuleNotFoundError), "the same command goes on"
+    return ending.run(
+        app, arguments, program="experiments/versus/run.py", name="versus", again=again, bad_input=bad_input
+    )
 
 
 if __name__ == "__main__":

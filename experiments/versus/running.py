@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.cells import execute
+from experiments.cells import environment_of, execute, last_line
 from experiments.versus.cell import CELL, RESULT, TRAINED
 from experiments.versus.contest import Cell
 from l3ms.runs.whole_files import write_json
@@ -54,9 +54,8 @@ def run_cells(
 
     first: leave a contestant's further tries with a seed out once one is certified. Returns what went wrong, by key.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+    environment = environment_of(jobs) | {"PYTHONPATH": paths}
     begun_from = {cell.after for cell in cells}
     waves: dict[int, list[Cell]] = {}
     for cell in cells:
@@ -108,10 +107,7 @@ def _run(cell: Cell, folder: Path, environment: Mapping[str, str], command: Comm
     log = place / "log.txt"
     status = command([sys.executable, "-m", "experiments.versus.cell", str(place)], log, environment)
     if status or not (place / RESULT).exists():
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        return f"ended with exit code {status}: {lines[-1][:300] if lines else 'it has printed nothing'}"
+        return f"ended with exit code {status}: {last_line(log)}"
     return ""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import inputs
+from experiments.data_files import data_file
 from experiments.harmlessness.pairs import fingerprint
 from experiments.real import task
 from experiments.real.forgetting.losses import row_losses
@@ -37,7 +37,7 @@ def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
     Raises:
         ConfigError: no instructions, or rows of another form.
     """
-    data = data_path(arguments.data)
+    data = data_file(arguments.data, "L3M_ALPACA_DATA", WHERE_FROM)
     rows = read_tasks(data)
     docstrings = dataclasses.replace(arguments, data=None)
     values = task.prepare(output / "docstrings", docstrings)
@@ -64,17 +64,6 @@ def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
     values["bound"] = round(values["start"] + ALLOWED, 4)
     inputs.write_done(output, key, values)
     return values
-
-
-def data_path(given: Path | None) -> Path:
-    """The file named by --data or L3M_ALPACA_DATA. ConfigError in one line where neither is there."""
-    text = given or os.environ.get("L3M_ALPACA_DATA")
-    if not text:
-        raise ConfigError("data", f"needs {WHERE_FROM}")
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ConfigError("data", f"no such file: {path}; wanted {WHERE_FROM}")
-    return path
 
 
 def read_tasks(path: Path) -> list[dict[str, str]]:

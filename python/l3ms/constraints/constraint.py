@@ -313,14 +313,9 @@ class Length(Constraint):
         monitor: bool = False,
         name: str = "length",
     ):
-        options: Any = {
-            "scale": scale,
-            "margin": margin,
-            "threshold": threshold,
-            "quantile": quantile,
-            "monitor": monitor,
-        }
-        super().__init__(name, min=min, max=max, **options)
+        super().__init__(
+            name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, quantile=quantile, monitor=monitor
+        )  # fmt: skip
 
     @property
     def samples(self) -> bool:

@@ -55,14 +55,9 @@ class KL(Constraint):
         monitor: bool = False,
         trust_remote_code: bool = False,
     ):
-        options: Any = {
-            "scale": scale,
-            "margin": margin,
-            "threshold": threshold,
-            "quantile": quantile,
-            "monitor": monitor,
-        }
-        super().__init__(name, min=min, max=max, **options)
+        super().__init__(
+            name, min=min, max=max, scale=scale, margin=margin, threshold=threshold, quantile=quantile, monitor=monitor
+        )  # fmt: skip
         if per_token and self.event is not None:
             raise ValueError(f"constraint {name!r}: {PER_TOKEN_SHARE}")
         if batch_size < 1:

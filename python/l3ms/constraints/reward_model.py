@@ -79,14 +79,9 @@ class RewardModel(Constraint):
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        options: Any = {
-            "scale": scale,
-            "margin": margin,
-            "threshold": threshold,
-            "quantile": quantile,
-            "monitor": monitor,
-        }
-        super().__init__(name, score, min=min, max=max, **options)
+        super().__init__(
+            name, score, min=min, max=max, scale=scale, margin=margin, threshold=threshold, quantile=quantile, monitor=monitor
+        )  # fmt: skip
 
     def load(self) -> None:
         """Load the model now rather than at the first response, and check that it has what it needs."""

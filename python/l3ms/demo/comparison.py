@@ -24,9 +24,8 @@ from l3ms.runs.arguments import training_arguments
 from l3ms.runs.constraints import build_constraints
 from l3ms.runs.data import Example, encode
 from l3ms.runs.evaluating import Samples, examples, sampler
-from l3ms.runs.executing import bounds
+from l3ms.runs.executing import bounds, wanted
 from l3ms.runs.folder import MetricsWriter, save_weights, write_config
-from l3ms.runs.labels import is_mean_length
 from l3ms.runs.models import context_of, load_model
 from l3ms.runs.progress import ProgressCallback
 from l3ms.runs.report import examples_table, summary_table, write_report
@@ -171,16 +170,13 @@ def _report(
     demo: Demo, config: RunConfig, ours: TimedTrainer, found: Mapping[str, Samples], before: Mapping[str, Samples]
 ) -> dict[str, Any]:
     assert ours.l3m_optimizer is not None
-    items = bounds(config)
-    length = next((item for item in items if is_mean_length(item)), {})
     shown = examples({**before, **found}, demo.shown)
     return {
         "seed": config.seed,
         **demo.facts,
         "iterations": config.train.iterations,
         "solver": "barrier",
-        "bounds": {"min": length.get("min"), "max": length.get("max")},
-        "constraints": items,
+        **wanted(config),
         "average_from": ours.average_from,
         "skipped_steps": ours.l3m_optimizer.skipped_steps,
         "mu_end": float(ours.l3m_optimizer.mu),

@@ -48,7 +48,6 @@ def train(
         raise ConfigError(
             "WORLD_SIZE", "l3ms train is one process; for several use l3ms.L3MTrainer in a script under torchrun or accelerate"
         )  # fmt: skip
-    config = resuming.as_begun(config) if resume else config
     if resume and resuming.is_finished(config):
         return _finished(Path(config.output), console)
     return execute(
@@ -168,18 +167,22 @@ def bounds(config: RunConfig) -> list[dict[str, Any]]:
     return [of(item) for item in config.constraints]
 
 
+def wanted(config: RunConfig) -> dict[str, Any]:
+    """What a report says was wanted: `constraints`, and as `bounds` those on the mean length."""
+    items = bounds(config)
+    length = next((item for item in items if is_mean_length(item)), {})
+    return {"bounds": {"min": length.get("min"), "max": length.get("max")}, "constraints": items}
+
+
 def _report(run: Run, trainer: L3MTrainer, metrics: MetricsWriter, samples: dict[str, Samples]) -> dict[str, Any]:
     """What the run was, how it went, and what its models say."""
     logs = [row for row in trainer.state.log_history if "l3m/skipped_steps" in row]
-    items = bounds(run.config)
-    length = next((item for item in items if is_mean_length(item)), {})
     report = {
         "seed": run.config.seed,
         "seconds": round(time.monotonic() - run.started + metrics.seconds_before, 1),
         "iterations": trainer.state.global_step,
         "solver": run.config.train.solver,
-        "bounds": {"min": length.get("min"), "max": length.get("max")},
-        "constraints": items,
+        **wanted(run.config),
         "skipped_steps": int(logs[-1]["l3m/skipped_steps"]) if logs else 0,
         "mu_end": logs[-1].get("l3m/mu") if logs else None,
         "average_from": trainer.average_from,

@@ -47,7 +47,7 @@ def is_finished(config: RunConfig) -> bool:
     folder = Path(config.output)
     if not is_run(folder):
         return False
-    check_same(config, folder)
+    check_same(as_begun(config), folder)
     return (folder / "report.json").is_file()
 
 

@@ -1,0 +1,19 @@
+"""Data that an experiment cannot make: a file that somebody has, named by --data or an environment variable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from l3ms.config.yaml_reader import ConfigError
+
+
+def data_file(given: str | Path | None, variable: str, wanted: str) -> Path:
+    """The file that is named. ConfigError in one line, with what is `wanted`, where none is or there is none."""
+    text = given or os.environ.get(variable)
+    if not text:
+        raise ConfigError("data", f"needs {wanted}")
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ConfigError("data", f"no such file: {path}; wanted {wanted}")
+    return path
