@@ -57,9 +57,14 @@ def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
         ).returncode
 
 
+def cores() -> int:
+    """That this process may use, which `taskset` and container limits make fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment_of(jobs: int) -> dict[str, str]:
     """Of one of `jobs` cells at a time: its share of the cores."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, cores() // jobs))
     return {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
 
 

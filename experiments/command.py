@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from experiments import ending, inputs
-from experiments.cells import Outcome, is_trained, measured_file, run_cells, run_folder
+from experiments.cells import Outcome, cores, is_trained, measured_file, run_cells, run_folder
 from experiments.grid import Cell, Experiment, assign, check_packages, expand, fill, read_experiment
 from experiments.results import Result, failed_lines, read_results, write_results
 from l3ms.config.run_config import load_config, parse_override
@@ -187,7 +187,7 @@ def _machine(jobs: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"jobs": jobs, "cores": os.cpu_count(), "machine": platform.machine(), "versions": versions}
+    return {"jobs": jobs, "cores": cores(), "machine": platform.machine(), "versions": versions}
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from experiments import ending, inputs  # noqa: E402
+from experiments.cells import cores  # noqa: E402
 from experiments.versus import contest as contests  # noqa: E402
 from experiments.versus.outcomes import outcomes, read_results, write_results  # noqa: E402
 from experiments.versus.prepare import prepare  # noqa: E402
@@ -73,7 +73,7 @@ def main(
     if missing:
         text += "\n".join(["", "## What did not finish", "", *missing, ""])
     (folder / "table.md").write_text(text, encoding="utf-8")
-    facts = {"title": contest.title, "jobs": jobs, "cores": os.cpu_count(), "contest": contest.model_dump()}
+    facts = {"title": contest.title, "jobs": jobs, "cores": cores(), "contest": contest.model_dump()}
     write_results(results, found, facts, folder / "results.json")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if publish:
