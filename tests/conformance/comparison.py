@@ -210,16 +210,22 @@ def _recorded(model: Any):
             return scores
 
     generate: Callable[..., Any] = inner.generate
-    inner.generate = lambda *args, **options: generate(
-        *args, **options, logits_processor=LogitsProcessorList([Record()])
+    inner.generate = lambda *args, logits_processor=(), **options: generate(
+        *args, **options, logits_processor=LogitsProcessorList([Record(), *logits_processor])
     )
-    draw = stepping.draw
-    stepping.draw = lambda rows, logits: (record(rows, logits), draw(rows, logits))[1]
+    last_logits = stepping.last_logits
+
+    def recorded(model: Any, rows: Any, pad: int) -> Tensor:
+        logits = last_logits(model, rows, pad)
+        record(rows, logits)
+        return logits
+
+    stepping.last_logits = recorded
     try:
         yield drawn
     finally:
         del inner.generate
-        stepping.draw = draw
+        stepping.last_logits = last_logits
 
 
 @dataclass

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.rollouts.drawing import Drawn
+from l3ms.rollouts.packed_weights import packed_weights
 from l3ms.rollouts.prompts import Prompt, TemplateRefusal, as_turns, encode_prompt, template_options
 from l3ms.rollouts.rollout import Rollout, check_columns
 from l3ms.rollouts.shrinking import sample
@@ -98,25 +100,26 @@ def rollout(
                     f"rollout: {name} is not sampled by generate, which has another distribution than its forward: leave out "
                     f"{', '.join(sorted(options))}"
                 )
-            sampling = {
-                "do_sample": True,
-                "temperature": temperature,
-                "top_k": 0,
-                "top_p": 1.0,
-                "repetition_penalty": 1.0,
-            }
+            # the largest of what Drawn leaves is what it has drawn
+            drawn = None if options or model.device.type != "cpu" else Drawn(temperature)
+            sampling = (
+                {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if drawn is None else {}
+            )
             ending = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
-            config = GenerationConfig(**sampling, **ending, **options)
+            config = GenerationConfig(repetition_penalty=1.0, **sampling, **ending, **options)
             responses: list[list[int]] = [[] for _ in prompt_ids]
-            for rows in _batches(prompt_ids, batch_size or len(prompt_ids), equal=way.kind == "equal lengths"):
-                part = [prompt_ids[row] for row in rows]
-                if way.kind == "forward":
-                    stop = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-                    answers = sample_by_forward(model, part, pad, end, **stop)
-                else:
-                    answers = sample(model, part, pad, end, config, shrink=way.shrink and not options)
-                for row, answer in zip(rows, answers, strict=True):
-                    responses[row] = answer
+            batches = list(_batches(prompt_ids, batch_size or len(prompt_ids), equal=way.kind == "equal lengths"))
+            with packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches)):
+                for rows in batches:
+                    part = [prompt_ids[row] for row in rows]
+                    if way.kind == "forward":
+                        stop = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+                        answers = sample_by_forward(model, part, pad, end, **stop)
+                    else:
+                        shrink = way.shrink and not options
+                        answers = sample(model, part, pad, end, config, drawn=drawn, shrink=shrink)
+                    for row, answer in zip(rows, answers, strict=True):
+                        responses[row] = answer
     finally:
         inner.generation_config = own
         model.train(training)

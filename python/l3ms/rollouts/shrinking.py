@@ -15,8 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
+
+from l3ms.rollouts.roomy_cache import RoomyLayer, make_room
 
 FEWEST = 4  # rows that are worth a smaller batch
 SHARE = 3  # one row in so many has ended
@@ -29,6 +38,7 @@ def sample(
     end: Sequence[int],
     config: GenerationConfig,
     *,
+    drawn: LogitsProcessor | None = None,
     shrink: bool = True,
 ) -> list[list[int]]:
     """Response tokens of one batch, each up to and including its end token.
@@ -38,6 +48,7 @@ def sample(
         prompts: tokens of each; padded on the left with `pad`, as generate wants them.
         end: tokens that close a response.
         config: of generate, with `max_new_tokens`.
+        drawn: draws the tokens, where generate itself does not.
         shrink: let ended rows leave, where the model's cache can (a `DynamicCache` of plain attention) and no other rank waits.
     """
     ids, mask = left_padded(prompts, pad, model.device)
@@ -50,11 +61,15 @@ def sample(
     cache: Any = None
     while rows:
         started = ids.shape[1]
+        first = shrink and cache is None  # one token, whose cache is then given room for the others
         enough = _ManyEnded(started, closing) if shrink and len(rows) >= FEWEST else None
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=_with(config, max_new_tokens=width + most - started, return_dict_in_generate=True),
+            generation_config=_with(
+                config, max_new_tokens=1 if first else width + most - started, return_dict_in_generate=True
+            ),
+            **({} if drawn is None else {"logits_processor": LogitsProcessorList([drawn])}),
             **({} if cache is None else {"past_key_values": cache}),
             **({} if enough is None else {"stopping_criteria": StoppingCriteriaList([enough])}),
         )
@@ -67,7 +82,10 @@ def sample(
         if len(done) == len(rows):
             break
         if selects(cache):
-            cache.batch_select_indices(live)
+            if len(done):
+                cache.batch_select_indices(live)
+            if first:
+                make_room(cache, width + most - ids.shape[1])
         else:  # the others go on to their end, from where they are, with a cache of their own
             cache, shrink = None, False
         ids = ids[live]
@@ -101,7 +119,7 @@ def selects(cache: Any) -> bool:
     if type(cache) is not DynamicCache or not cache.layers:
         return False
     layers: list[Any] = cache.layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
+    if any(type(layer) not in (DynamicLayer, RoomyLayer) for layer in layers):
         return False
     lengths = {layer.get_seq_length() for layer in layers}
     return len(lengths) == 1 and lengths != {0}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l3ms.rollouts.drawing import draw
+
 
 def sample_by_forward(
     model: Any,
@@ -24,18 +26,13 @@ def sample_by_forward(
     rows = [list(prompt) for prompt in prompts]
     live, closing = list(range(len(rows))), set(end)
     for _ in range(max_new_tokens):
-        chosen = draw([rows[row] for row in live], last_logits(model, [rows[row] for row in live], pad) / temperature)
+        chosen = draw(last_logits(model, [rows[row] for row in live], pad) / temperature)
         for row, token in zip(live, chosen.tolist(), strict=True):
             rows[row].append(token)
         live = [row for row in live if rows[row][-1] not in closing]
         if not live:
             break
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-
-
-def draw(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """(N,) the next tokens of rows, from (N, V) logits."""
-    return torch.multinomial(logits.float().softmax(-1), 1)[:, 0]
 
 
 def last_logits(model: Any, rows: Sequence[Sequence[int]], pad: int) -> Tensor:

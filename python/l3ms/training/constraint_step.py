@@ -4,12 +4,12 @@ half-step. All of them are observed before the one step and share its S."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
@@ -129,13 +129,11 @@ def _sampled(trainer: Constrained) -> Rollout:
     weights = optimizer.observe(rewards, responses.lengths)
     if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
         return responses
-    size = args.per_device_train_batch_size
     # Of all parts before the first: between them the host would wait for the device.
     widths = responses.attention_mask.sum(1).tolist()
     model.train()
-    for start in range(0, len(responses), size):
-        part = slice(start, start + size)
-        width = max(widths[part])
+    for part in _parts(widths, _counted(trainer, weights), args.per_device_train_batch_size):
+        width = widths[part[0]]
         with trainer.compute_loss_context_manager():
             loss = model(
                 input_ids=responses.input_ids[part, :width],
@@ -145,9 +143,23 @@ def _sampled(trainer: Constrained) -> Rollout:
                 temperature=args.temperature,
                 auxiliary=False,  # of the task, once per task half-step
                 # nn.DataParallel gives each replica some of the rows, and the whole count
-                scored=None if isinstance(model, nn.DataParallel) else responses.scored_in(part),
+                scored=None if isinstance(model, nn.DataParallel) else sum(responses.host_lengths[row] for row in part),
                 use_cache=False,
             ).loss.sum()  # nn.DataParallel gives that of each part
         # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
     return responses
+
+
+def _counted(trainer: Constrained, weights: Tensor) -> list[int]:
+    """Rows with a gradient; ranks take as many forwards as the others, so there all. One stays in any case: with gradients of zero an
+    optimizer does other things than with none."""
+    if trainer.args.world_size > 1:
+        return list(range(len(weights)))
+    return weights.ne(0).nonzero()[:, 0].tolist() or [0]
+
+
+def _parts(widths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
+    """Rows of like widths together, `size` at a time, the widest first."""
+    ordered = sorted(rows, key=lambda row: -widths[row])
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
