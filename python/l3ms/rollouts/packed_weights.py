@@ -47,22 +47,23 @@ def _pays(model: nn.Module, rows: int, steps: int) -> bool:
     weights = list(model.parameters())
     if rows < FEWEST_ROWS or steps < FEWEST_STEPS or any(weight.device.type != "cpu" for weight in weights):
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
     return psutil.virtual_memory().available > ROOM * sum(weight.nbytes for weight in weights)
 
 
 def _replace(model: nn.Module, rows: int, replaced: list[nn.Module]) -> None:
     inside: set[nn.Module] = set()  # of layers with adapters that are in the copy
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if module in inside or "forward" in vars(module):
             continue
         if (merged := _with_adapters(module)) is not None:
             weight, bias = merged
             inside.update(module.modules())
-        elif type(module) in (nn.Linear, Conv1D) and _supported(module.weight):
-            weight, bias = (module.weight if type(module) is nn.Linear else module.weight.t()), module.bias
         else:
+            weight, bias = _own(module)
+        if weight is None:
             continue
         module.forward = _product(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows), bias)
         replaced.append(module)
@@ -77,6 +78,13 @@ def _product(packed: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _own(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Weight (out, in) and bias of a plain linear layer."""
+    if type(module) not in (nn.Linear, Conv1D) or not _supported(module.weight):
+        return None, None
+    return (module.weight if type(module) is nn.Linear else module.weight.t()), module.bias
+
+
 def _with_adapters(module: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer with plain LoRA in float32, the adapters added."""
     lora = sys.modules.get("peft.tuners.lora")  # not imported: no such layer
@@ -89,7 +97,8 @@ def _with_adapters(module: Any) -> tuple[Tensor, Tensor | None] | None:
         return None
     if any(type(part) is not nn.Linear or part.bias is not None for part in products):
         return None
-    if any(_hooked(part) or part.weight.dtype != torch.float32 for part in (base, *products)):
+    parts = (base, *products)
+    if any(_hooked(part) or part.weight.dtype != torch.float32 or not _supported(part.weight) for part in parts):
         return None
     weight = base.weight.detach().clone()
     for name in names:
@@ -102,6 +111,8 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _supported(weight: Tensor) -> bool:
+    if type(weight) not in (Tensor, nn.Parameter):  # quantized, or a shard
+        return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight.dtype == torch.float16:

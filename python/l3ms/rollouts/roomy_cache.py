@@ -17,6 +17,9 @@ from transformers.cache_utils import DynamicLayer
 class RoomyLayer(DynamicLayer):
     """Keys and values of a `DynamicLayer`, and of as many more tokens as it is told; of more than these it is a `DynamicLayer` again."""
 
+    keys: Any  # never None here, as it may be in the layers that this is one of
+    values: Any
+
     def __init__(self, keys: Tensor, values: Tensor, room: int):
         """`keys` and `values` (N, heads, length, width); `room`: tokens to come."""
         super().__init__()
@@ -50,4 +53,4 @@ class RoomyLayer(DynamicLayer):
 def make_room(cache: DynamicCache, tokens: int) -> None:
     """Of a cache whose layers are plain (`selects`)."""
     layers: list[Any] = cache.layers
-    cache.layers = [RoomyLayer(layer.keys, layer.values, tokens) for layer in layers]
+    layers[:] = [RoomyLayer(layer.keys, layer.values, tokens) for layer in layers]

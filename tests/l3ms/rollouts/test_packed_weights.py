@@ -1,5 +1,7 @@
 """Packed weights give the products of the model's own, with its adapters, and leave the model as it was."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ pytestmark = [
 mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is a build without oneDNN")
 
 
-def adapted(model, seed=0, **config):
+def adapted(model, seed=0, **config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **config))

@@ -1,5 +1,7 @@
 """A cache with room holds what one without holds, until it is full and beyond."""
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -32,7 +34,7 @@ def test_tokens_are_written_in_place_while_there_is_room():
     cache = DynamicCache()
     cache.update(*states(5, 0), 0)
     make_room(cache, 2)
-    layer = cache.layers[0]
+    layer: Any = cache.layers[0]
     first = layer.keys.data_ptr()
     for step in (1, 2):
         cache.update(*states(1, step), 0)
