@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from l3ms.barrier.schedules import noise_floor
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
@@ -35,6 +36,9 @@ from l3ms.runs.whole_files import write_json
 from l3ms.training.trainer import L3MTrainer
 from l3ms.verdicts.certificate_table import number
 from l3ms.verdicts.quantiles import normal_cdf
+
+AT_REST = 20  # batches that an estimate is made of where nothing moves
+FLAT = 2.0  # mu^2 over half a range from which on the barrier is told to be flat
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,10 @@ def check(
         "truncated": 1 - found.summary["ended"],
         "perplexity": found.summary["perplexity"],
         "warnings": [line for item in starts for line in item.warnings()],
-        "advice": _advice(constraints, found, config.train.max_new_tokens),
+        "advice": [
+            *_single_answers(constraints, found, config.train.max_new_tokens),
+            *_flat_barriers(constraints, starts, config),
+        ],
         "cost": asdict(cost),
     }
     _print(result, starts, cost, config, console)
@@ -161,7 +168,7 @@ def _refuse_nonfinite(config: RunConfig, starts: Sequence[Start]) -> None:
             )
 
 
-def _advice(constraints: Sequence[Constraint], found: Evaluation, limit: int) -> list[str]:
+def _single_answers(constraints: Sequence[Constraint], found: Evaluation, limit: int) -> list[str]:
     """A line for each bound on a mean length that has none on single answers beside it: what they are now, and the YAML to add."""
     lines = []
     for item in filter(is_mean_length, constraints):
@@ -171,6 +178,29 @@ def _advice(constraints: Sequence[Constraint], found: Evaluation, limit: int) ->
             lines.append(
                 f"{item.name}: a bound on the mean leaves single answers free (now {now}); "
                 f"to bound 95% of them, add {bounds_to_add(item, short=short, cut=cut)}"
+            )
+    return lines
+
+
+def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], config: RunConfig) -> list[str]:
+    """A line for each range across which the barrier's pull hardly changes, at the mu that the noise of the estimates will leave.
+
+    The barrier is a parabola nearer to a bound than mu^2; where that is more than the whole range, both sides pull alike at each end of it.
+    """
+    if config.train.solver != "barrier" or config.train.mu != "auto":
+        return []
+    lines = []
+    for item, start in zip(constraints, starts, strict=True):
+        spread = start.stderr * math.sqrt(max(start.values, 1))
+        half = item.width / 2
+        if item.scale is not None or item.monitor or not math.isfinite(half) or not half > 0 or not spread > 0:
+            continue
+        at_rest = spread / math.sqrt(AT_REST * config.train.constraint_batch_size)
+        mu = min(1.0, float(noise_floor(torch.tensor(2 * at_rest / item.unit))))
+        if mu**2 > FLAT * half / item.unit:
+            lines.append(
+                f"{item.name}: {config.train.constraint_batch_size} responses leave mu at about {mu:.2f}, and a barrier flat across "
+                f"a range this narrow for its scale of {item.unit:g}; set scale: {half:g}, half the range, or sample more"
             )
     return lines
 

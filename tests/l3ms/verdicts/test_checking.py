@@ -10,7 +10,8 @@ from run_folders import strict_json, write_project
 
 import l3ms
 from l3ms.commands.command_line import main
-from l3ms.verdicts.checking import Start, duration, size
+from l3ms.config.run_config import RunConfig
+from l3ms.verdicts.checking import Start, _flat_barriers, duration, size
 from l3ms.verdicts.quantiles import normal_cdf
 
 
@@ -163,3 +164,27 @@ def test_a_quantile_stands_in_the_table_as_its_share(project, capsys):
     assert main(["check", str(config), "--samples", "16"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "P(tail <= 12)" in line]
     assert ">= 0.95 (95% quantile <= 12)" in row
+
+
+@pytest.mark.parametrize(
+    ("bounds", "responses", "told"),
+    [
+        ({"min": 28, "max": 34}, 8, True),
+        ({"min": 28, "max": 34}, 4096, False),  # quiet enough
+        ({"min": 28, "max": 34, "scale": 4}, 8, False),  # it was thought of
+        ({"min": 5, "max": 60}, 8, False),
+        ({"min": 28}, 8, False),
+    ],
+    ids=str,
+)
+def test_a_range_too_narrow_for_its_scale_and_noise_is_told(bounds, responses, told):
+    values = [10.0, 20.0, 25.0, 30.0, 40.0, 48.0, 17.0, 22.0]
+    config = RunConfig.model_validate(
+        {"model": "m", "output": "o", "data": {"train": "t"}, "train": {"constraint_batch_size": responses}}
+    )
+    constraint = l3ms.Length(**bounds)
+    lines = _flat_barriers([constraint], [Start.of(constraint, values)], config)
+    assert [("set scale: 3," in line) for line in lines] == [True] * told
+    for train in ({"mu": "paper"}, {"solver": "penalty"}):
+        other = config.model_copy(update={"train": config.train.model_copy(update=train)})
+        assert not _flat_barriers([constraint], [Start.of(constraint, values)], other)
