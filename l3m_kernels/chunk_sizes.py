@@ -6,7 +6,7 @@ A chunk of m rows is three products, each cut into tiles of 128 x 256 results, o
 
     NT  logits (m, V)     ceil(m / 128) ceil(V / 256) tiles, D deep
     NN  d_hidden (m, D)   ceil(m / 128) ceil(D / 256) tiles, V deep: few and deep, so a last wave that is not full is dear
-    TN  d_weight (V, D)   ceil(V / 128) ceil(D / 256) tiles, m deep; each chunk but the only one reads and writes its fp32 sum, 8 D V bytes
+    TN  d_weight (V, D)   ceil(V / 128) ceil(D / 256) tiles, m deep; of several chunks, each reads and writes an fp32 sum of 4 D V bytes
 
 768 rows at D = 4096 are 96 tiles on 132 multiprocessors, a wave that is 73% full; 1024 rows are 128 tiles, 97%; 1536 are 192, 73% again. So
 what fits the workspace is no answer yet: of the least number of chunks and the larger ones whose chunks still have `LEAST_ROWS`, the one that

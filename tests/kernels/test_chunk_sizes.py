@@ -1,11 +1,13 @@
 """Rows of a chunk: within the workspace, not below its own floor, equal, and by whole waves of tiles."""
 
+from typing import Any
+
 import pytest
 
 from l3m_kernels import chunk_sizes
 from l3m_kernels.chunk_sizes import LEAST_ROWS, chunk_rows, default_workspace, row_bytes
 
-R = {"scored": 8192, "vocabulary": 128256, "width": 4096}
+R: dict[str, Any] = {"scored": 8192, "vocabulary": 128256, "width": 4096}
 SHAPES = [(128256, 4096), (151936, 896), (32000, 4096), (256000, 3584), (262144, 5376), (1000, 64), (1, 1)]
 
 
