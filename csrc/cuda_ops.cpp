@@ -1,7 +1,10 @@
 // Registers the CUDA kernels with torch: checks what keeps memory access in bounds, and launches on the current stream
 // of the tensors' device. Nothing here waits for the device.
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -11,6 +14,7 @@
 
 #include "barrier_tensors.h"
 #include "cuda/barrier_weights.h"
+#include "cuda/scale.h"
 #include "cuda/softmax_gradient.h"
 
 namespace l3m {
@@ -27,7 +31,7 @@ cuda::Dtype dtype_of(at::ScalarType type) {
     case at::kHalf:
       return cuda::Dtype::fp16;
     default:
-      TORCH_CHECK_TYPE(false, "softmax_gradient: must be float32, bfloat16 or float16, got ", type);
+      TORCH_CHECK_TYPE(false, "l3m_kernels: must be float32, bfloat16 or float16, got ", type);
   }
 }
 
@@ -80,6 +84,32 @@ void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::op
   C10_CUDA_CHECK(cuda::softmax_gradient(arguments, c10::cuda::getCurrentCUDAStream()));
 }
 
+// out (m, n) = a (m, k) @ b (k, n), or += it, of fp32 in fp32 in this thread, whatever the process allows. The guard holds
+// where torch asks cuBLAS, not cuBLASLt: l3m_kernels/products.py looks for that.
+void product(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
+  TORCH_CHECK_TYPE(a.scalar_type() == at::kFloat, "product: a must be float32, got ", a.scalar_type());
+  const c10::cuda::CUDAGuard guard(a.device());
+  const at::NoTF32Guard exact;
+  Tensor result = out;
+  if (accumulate) {
+    at::addmm_out(result, out, a, b);
+  } else {
+    at::mm_out(result, a, b);
+  }
+}
+
+// values *= factor, a number on the device, where that is not 1.
+void scale(const Tensor& values, const Tensor& factor) {
+  TORCH_CHECK_VALUE(values.is_contiguous(), "scale: values must be contiguous, got strides ", values.strides());
+  TORCH_CHECK_VALUE(factor.numel() == 1 && factor.scalar_type() == at::kFloat && factor.device() == values.device(),
+                    "scale: factor must be one float32 on ", values.device(), ", got ", factor.sizes(), " ",
+                    factor.scalar_type(), " on ", factor.device());
+  constexpr int kBlocks = 1024;  // more than run at once, so that the last ones are even
+  const c10::cuda::CUDAGuard guard(values.device());
+  C10_CUDA_CHECK(cuda::scale(values.data_ptr(), dtype_of(values.scalar_type()), values.numel(),
+                             factor.const_data_ptr<float>(), kBlocks, c10::cuda::getCurrentCUDAStream()));
+}
+
 BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const std::optional<Tensor>& sums,
                                const Tensor& state, const Tensor& reward_index, const Tensor& bounds, const Tensor& mu,
                                const Tensor& s, std::optional<double> smoothing, bool leave_one_out) {
@@ -123,11 +153,15 @@ TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
       "cuda_softmax_gradient(Tensor(a!) logits, Tensor targets, Tensor? upstream, Tensor? bias, float softcap, float "
       "inverse_temperature, ScalarType grad_dtype, Tensor(b!)? token, Tensor(c!) lse, Tensor(d!) flag, bool known_lse) "
       "-> ()");
+  m.def("cuda_product(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("cuda_scale(Tensor(a!) values, Tensor factor) -> ()");
   m.def("cuda" L3M_BARRIER_WEIGHTS);
 }
 
 TORCH_LIBRARY_IMPL(l3m_kernels, CUDA, m) {
   m.impl("cuda_softmax_gradient", &softmax_gradient);
+  m.impl("cuda_product", &product);
+  m.impl("cuda_scale", &scale);
   m.impl("cuda_barrier_weights", &barrier_weights);
 }
 

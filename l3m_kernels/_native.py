@@ -23,6 +23,7 @@ class NativeStatus(NamedTuple):
     module: ModuleType | None  # l3m_kernels._C; importing it registered its ops under torch.ops.l3m_kernels
     reason: str  # what it was built with, or why there is none and the command that adds it
     no_cuda: str | None  # why it has no CUDA kernels, or None
+    architectures: tuple[str, ...] = ()  # of its CUDA kernels, as CMake names them: 90-real, 120-virtual
 
 
 def _missing(why: str) -> NativeStatus:
@@ -80,4 +81,20 @@ def load() -> NativeStatus:
     no_cuda = None if cuda else f"built without CUDA: {record['missing']['cuda']}"
     nvcc = f"nvcc {record['nvcc']['version']} for {', '.join(record['nvcc']['architectures'])}" if cuda else no_cuda
     how = f"{record['compiler']} as C++{built['cpp_standard']} ({nvcc})"
-    return NativeStatus(module, f"built against torch {then} by {how}, runs on {path}", no_cuda)
+    architectures = tuple(record["nvcc"]["architectures"]) if cuda else ()
+    return NativeStatus(module, f"built against torch {then} by {how}, runs on {path}", no_cuda, architectures)
+
+
+def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a GPU has machine code of these: of its generation and not newer, or from intermediate code of any that is not newer."""
+    for name in architectures:
+        number, _, kind = name.partition("-")
+        specific = number[-1] in "af"  # of one GPU, or of its family from it on
+        digits = number.rstrip("af")
+        built = int(digits[:-1]), int(digits[-1])
+        if kind == "virtual" and not specific:
+            if built <= capability:
+                return True
+        elif built == capability or (built[0] == capability[0] and built < capability and not number.endswith("a")):
+            return True
+    return False

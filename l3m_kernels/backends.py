@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from l3m_kernels import _native, _native_head, chunked, reference, row_chunks
+from l3m_kernels import _native, _native_head, chunk_sizes, chunked, products, reference, row_chunks
 
 NATIVE = _native.load()
 
@@ -25,9 +25,14 @@ class Backend:
     missing: str | None = None  # why it cannot be used here
     float64: bool = True  # has the head's ops for float64 inputs
     automatic: bool = True  # `auto` may take it
+    cannot_run_on: Callable[[tuple[int, int]], str | None] | None = (
+        None  # why not on a GPU of that compute capability, or None
+    )
 
-    def problem(self, op: str, device: str, dtype: torch.dtype | None = None) -> str | None:
-        """Why this backend cannot run `op` on `device`, for hidden states of `dtype` where the op has any; or None."""
+    def problem(self, op: str, device: str, dtype: torch.dtype | None = None, index: int | None = None) -> str | None:
+        """Why this backend cannot run `op` on `device`, for hidden states of `dtype` where the op has any; or None. `index`: of a GPU, None
+        for the current one.
+        """
         if self.missing:
             return self.missing
         if self.devices != ("*",) and device not in self.devices:
@@ -36,7 +41,27 @@ class Backend:
             return f"does not implement {op} (it has: {', '.join(self.ops)})"
         if dtype == torch.float64 and not self.float64:
             return "computes in float32, and the inputs are float64"
+        if device != "cuda" or self.cannot_run_on is None or not torch.cuda.is_available():
+            return None
+        capability = torch.cuda.get_device_capability(index)
+        if why := self.cannot_run_on(capability):
+            return f"{why}; {torch.cuda.get_device_name(index)} has {capability[0]}.{capability[1]}"
         return None
+
+
+LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16, and what Triton compiles for
+
+
+def _too_old(capability: tuple[int, int]) -> str | None:
+    return None if capability >= LEAST_CAPABILITY else "needs a GPU of compute capability 8.0 or newer"
+
+
+def _not_compiled(capability: tuple[int, int]) -> str | None:
+    if too_old := _too_old(capability):
+        return too_old
+    if _native.runs_on(NATIVE.architectures, capability):
+        return None
+    return f"was compiled for compute capabilities {', '.join(NATIVE.architectures)} (TORCH_CUDA_ARCH_LIST at build time says for which)"
 
 
 def _native_ops() -> dict[str, Callable]:
@@ -57,23 +82,25 @@ def _triton() -> Backend:
         return Backend("triton", ("cuda",), missing=missing)
     from l3m_kernels import triton_ops
 
-    kernels = row_chunks.RowKernels(triton_ops.softmax_gradient, triton_ops.sequence_sums)
+    product = products.where_tf32_is_allowed(triton_ops.product)
+    kernels = row_chunks.RowKernels(triton_ops.softmax_gradient, triton_ops.sequence_sums, product)
     ops = row_chunks.head_ops(kernels) | {"barrier_weights": triton_ops.barrier_weights}
     devices = ("cuda", "cpu") if interpreted else ("cuda",)
-    return Backend("triton", devices, ops, float64=False, automatic=not interpreted)
+    ops["scale"] = triton_ops.scale
+    return Backend("triton", devices, ops, float64=False, automatic=not interpreted, cannot_run_on=_too_old)
 
 
 def _cuda_ops() -> dict[str, Callable]:
     if NATIVE.no_cuda:
         return {}
     kernels = torch.ops.l3m_kernels
-    rows = row_chunks.RowKernels(kernels.cuda_softmax_gradient)
-    return row_chunks.head_ops(rows) | {"barrier_weights": kernels.cuda_barrier_weights}
+    rows = row_chunks.RowKernels(kernels.cuda_softmax_gradient, product=products.guarded(kernels.cuda_product))
+    return row_chunks.head_ops(rows) | {"barrier_weights": kernels.cuda_barrier_weights, "scale": kernels.cuda_scale}
 
 
 # Fastest first: `auto` goes down this list.
 TABLE: tuple[Backend, ...] = (
-    Backend("cuda", ("cuda",), _cuda_ops(), NATIVE.no_cuda, float64=False),
+    Backend("cuda", ("cuda",), _cuda_ops(), NATIVE.no_cuda, float64=False, cannot_run_on=_not_compiled),
     _triton(),
     Backend("cpp", ("cpu",), _native_ops(), None if NATIVE.module else NATIVE.reason),
     Backend(
@@ -89,23 +116,23 @@ TABLE: tuple[Backend, ...] = (
 )
 
 
-def _automatic(op: str, device: str, dtype: torch.dtype | None = None) -> Iterator[Backend]:
+def _automatic(op: str, device: str, dtype: torch.dtype | None = None, index: int | None = None) -> Iterator[Backend]:
     """The rows that `auto` may take, the first one first."""
-    return (row for row in TABLE if row.automatic and row.problem(op, device, dtype) is None)
+    return (row for row in TABLE if row.automatic and row.problem(op, device, dtype, index) is None)
 
 
-def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> Callable:
-    """The function that runs `op` on `device`; `backend` is "auto" or a name, `dtype` that of the hidden states.
+def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None, index: int | None = None) -> Callable:
+    """The function that runs `op` on `device`; `backend` is "auto" or a name, `dtype` that of the hidden states, `index` that of a GPU.
 
     Raises:
         ValueError: no backend of that name.
         RuntimeError: it is not available here, and why.
     """
     if backend == "auto":
-        return next(_automatic(op, device, dtype)).ops[op]
+        return next(_automatic(op, device, dtype, index)).ops[op]
     for row in TABLE:
         if row.name == backend:
-            if problem := row.problem(op, device, dtype):
+            if problem := row.problem(op, device, dtype, index):
                 raise RuntimeError(
                     f"{op}: backend {backend!r} cannot be used: {problem}; backend=None picks one that can"
                 )
@@ -115,10 +142,19 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None)
     )
 
 
+def scale_in_place(backend: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """values *= factor () fp32, at no cost where the factor on the device is 1; None where the backend has no such kernel."""
+    rows = (
+        (row for row in TABLE if row.automatic) if backend == "auto" else (row for row in TABLE if row.name == backend)
+    )
+    usable = (row.ops["scale"] for row in rows if row.problem("scale", device.type, index=device.index) is None)
+    return next(usable, None)
+
+
 # Bytes held beyond inputs, outputs and gradient accumulators, and the rows of fp32 logits that they hold at least: each chunk of
 # rows reads and writes the whole sum of the weight's gradient, which costs as much as the products where chunks are small.
-DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
-LEAST_ROWS = {"cpu": 384, "cuda": 1024}
+# These are a CPU's; a GPU's are in `chunk_sizes`.
+DEFAULT_WORKSPACE, LEAST_ROWS = 64 << 20, 384
 _workspace: int | None = None
 _low_memory = False
 
@@ -128,9 +164,9 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
 
     Args:
         bytes: None restores the default: 64 MiB on a CPU, or 384 rows of logits (4 V bytes each) where that is more (from V = 43,691
-            on); 512 MiB on a GPU, or 1024 rows. At least one row of logits is always held, and the tiles of the threads. Where the
-            weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top, or exponentials of that size, or both
-            within it.
+            on); 512 MiB on a GPU, or 1024 rows, with their inputs and the gradient of these. At least one row of logits is always held,
+            and the tiles of the threads. Where the weight has 16 bits, an fp32 accumulator of its gradient (4 V D bytes) comes on top, or
+            exponentials of that size, or both within it; or on a GPU, instead of an accumulator, all rows at once where that is enough.
         low_memory: do without these: logits are computed a second time, 8 n D V FLOPs instead of 6, and every row of the weight's
             gradient is written once. Backend `cpp` has this, for as many rows as their operands fit half of the workspace (8,000 at
             D = 1024 in bf16, by default); beyond, and in the reference, an accumulator is held. Backend `triton` has it for any number
@@ -154,10 +190,13 @@ def release_workspace() -> None:
         NATIVE.module.release_workspace()
 
 
-def workspace(device: str, vocabulary: int = 0) -> int:
-    """The bound in force on a device type, in bytes, for a head of that many tokens."""
-    kind = device if device in DEFAULT_WORKSPACE else "cuda"
-    return _workspace or max(DEFAULT_WORKSPACE[kind], LEAST_ROWS[kind] * 4 * vocabulary)
+def workspace(device: str, vocabulary: int = 0, width: int = 0, itemsize: int = 4) -> int:
+    """The bound in force on a device type, in bytes, for a head of that many tokens, and hidden states of that size."""
+    if _workspace is not None:
+        return _workspace
+    if device == "cpu":
+        return max(DEFAULT_WORKSPACE, LEAST_ROWS * 4 * vocabulary)
+    return chunk_sizes.default_workspace(vocabulary, width, itemsize)
 
 
 def low_memory() -> bool:

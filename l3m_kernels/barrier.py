@@ -264,7 +264,7 @@ def _barrier_weights(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_positive("barrier_weights", mu, s)
-    run = select("barrier_weights", backend, rewards.device.type)
+    run = select("barrier_weights", backend, rewards.device.type, index=rewards.device.index)
     return run(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_one_out)
 
 

@@ -1,7 +1,7 @@
 """Arguments of the head's ops: what can be checked from shapes and dtypes (at the call), and from values (inside the op, on a CPU).
 
 On a GPU the values are not looked at, since that would stop the stream: a target outside the vocabulary makes its row NaN and is told
-later (`device_flags`), and so is a wrong count of scored rows.
+later (`device_flags`), and so are a wrong count of scored rows and wrong offsets of the sequences.
 """
 
 import math
@@ -109,14 +109,20 @@ def check_values(
         ValueError: cu_seqlens does not start at 0, end at T and never decrease; `scored` is not the number of targets other than
             `ignore_index` (on a GPU: is not in [0, T]).
     """
+    total = len(targets)
+    if targets.device.type == "cpu":  # whose offsets come to it
+        cu_seqlens = cu_seqlens.cpu()
     if cu_seqlens.device.type == "cpu":
-        total = len(targets)
         steps = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((steps < 0).any()):
             raise ValueError(
                 f"{op}: cu_seqlens must start at 0, never decrease and end at T = {total} (the rows of hidden); "
                 f"got {shorten(cu_seqlens.tolist())}"
             )
+    elif total and len(cu_seqlens) == 1:
+        raise ValueError(
+            f"{op}: cu_seqlens must start at 0 and end at T = {total} (the rows of hidden), got one offset"
+        )
     if targets.device.type == "cuda":
         device_flags.raise_if_set(op, targets.device)
     if scored is not None and not 0 <= scored <= len(targets):
@@ -135,17 +141,36 @@ def check_values(
             )
 
 
-def moved_offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """On `device`. From a CPU to a GPU through pinned memory, so that the host does not wait for what the device is busy with.
+def offsets_on(device: torch.device, cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """-> cu_seqlens on `device`, and () fp32 for results to have added where nobody has looked at them: 0, or NaN where they are wrong.
+
+    From a CPU to a GPU through pinned memory, so that the host does not wait for what the device is busy with.
 
     Raises:
         ValueError: they would have to be copied into a CUDA graph, which would read the host's memory at each replay.
     """
-    if cu_seqlens.device.type != "cpu" or device.type != "cuda":
-        return cu_seqlens.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise ValueError(f"cu_seqlens must be on {device} while a CUDA graph is captured, got cpu")
-    return cu_seqlens.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda":
+        return cu_seqlens.to(device), None
+    if cu_seqlens.device.type == "cpu":
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(f"cu_seqlens must be on {device} while a CUDA graph is captured, got cpu")
+        return cu_seqlens.pin_memory().to(device, non_blocking=True), None
+    with torch.cuda.device(device):
+        return within(cu_seqlens.to(device), tokens)
+
+
+def within(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Offsets that lead nowhere outside: cu_seqlens (N + 1,) itself if it starts at 0, ends at T, never falls; else a flag is up.
+
+    -> (N + 1,) int64, and () fp32: 0, or NaN where these are not the ones that were given.
+    """
+    given = cu_seqlens.long()
+    offsets = given.clamp(0, tokens).cummax(0).values
+    offsets[:1], offsets[-1:] = 0, tokens
+    wrong = (offsets != given).any()
+    device_flags.flag(given.device, "cu_seqlens").masked_fill_(wrong, 1)
+    device_flags.copy_later(given.device)  # also where the backend sends none
+    return offsets, torch.where(wrong, torch.nan, 0.0).float()
 
 
 def shorten(values: list) -> str:

@@ -6,11 +6,11 @@ A chunk of m rows is three products, each cut into tiles of 128 x 256 results, o
 
     NT  logits (m, V)     ceil(m / 128) ceil(V / 256) tiles, D deep
     NN  d_hidden (m, D)   ceil(m / 128) ceil(D / 256) tiles, V deep: few and deep, so a last wave that is not full is dear
-    TN  d_weight (V, D)   ceil(V / 128) ceil(D / 256) tiles, m deep; of several chunks, each reads and writes an fp32 sum of 4 D V bytes
+    TN  d_weight (V, D)   ceil(V / 128) ceil(D / 256) tiles, m deep; of several chunks, each reads and writes the fp32 sum
 
-768 rows at D = 4096 are 96 tiles on 132 multiprocessors, a wave that is 73% full; 1024 rows are 128 tiles, 97%; 1536 are 192, 73% again. So
-what fits the workspace is no answer yet: of the least number of chunks and the larger ones whose chunks still have `LEAST_ROWS`, the one that
-takes the least time by this count is chosen, and the rows are dealt out to it equally.
+768 rows at D = 4096 are 96 tiles on 132 multiprocessors, a wave that is 73% full; 1024 rows are 128 tiles, 97%; 1536 are 192, 73% again.
+So what fits the workspace is no answer yet: of the least number of chunks, and larger ones whose chunks have `LEAST_ROWS`, the one is
+chosen that takes the least time by this count, and the rows are dealt out to it equally.
 """
 
 import functools
@@ -24,6 +24,11 @@ MOST_TRIED = 32  # numbers of chunks beside the least
 
 DEFAULT_WORKSPACE = 512 << 20  # bytes
 LEAST_ROWS = 1024  # that the default holds, whatever V and D; chunks are not made smaller for the sake of whole waves
+
+
+def waves(height: int, columns: int, multiprocessors: int) -> float:
+    """Of tiles of a product of that shape, the last one perhaps a part of one."""
+    return -(-height // TILE_ROWS) * -(-columns // TILE_COLUMNS) / multiprocessors
 
 
 def row_stride(vocabulary: int) -> int:
@@ -107,10 +112,10 @@ def _time(
 
 def _products(rows: int, vocabulary: int, width: int, multiprocessors: int, d_hidden: bool, d_weight: bool) -> int:
     """Steps in depth of one chunk's products, waves of tiles one after the other."""
+    steps = _whole(waves(rows, vocabulary, multiprocessors)) * width
+    steps += _whole(waves(rows, width, multiprocessors)) * vocabulary if d_hidden else 0
+    return steps + (_whole(waves(vocabulary, width, multiprocessors)) * rows if d_weight else 0)
 
-    def waves(height: int, columns: int) -> int:
-        return -(-(-(-height // TILE_ROWS) * -(-columns // TILE_COLUMNS)) // multiprocessors)
 
-    steps = waves(rows, vocabulary) * width
-    steps += waves(rows, width) * vocabulary if d_hidden else 0
-    return steps + (waves(vocabulary, width) * rows if d_weight else 0)
+def _whole(waves: float) -> int:
+    return -int(-waves // 1)

@@ -16,6 +16,10 @@ FAULTS: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "a `scored` that is not the number of its targets other than ignore_index; its results are NaN",
     ),
+    "cu_seqlens": (
+        ValueError,
+        "cu_seqlens that do not start at 0, end at T (the rows of hidden) and never decrease; its sequences and gradients are NaN",
+    ),
 }
 _PLACE = {name: place for place, name in enumerate(FAULTS)}
 
@@ -31,11 +35,20 @@ _flags: dict[torch.device, _Flags] = {}
 
 
 def flag(device: torch.device, fault: str) -> Tensor:
-    """(1,) int32 on `device`, for a kernel to set to 1."""
+    """(1,) int32 on `device`, for a kernel to set to 1.
+
+    Raises:
+        RuntimeError: the first call on a GPU, which makes them, is made while a CUDA graph is captured.
+    """
     place = _PLACE[fault]
     if device.type != "cuda":  # there the values were looked at before
         return torch.zeros(1, dtype=torch.int32, device=device)
     if device not in _flags:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"l3m_kernels: the first call on {device} cannot be captured into a CUDA graph, since it makes what later calls use; "
+                "call the op once before the capture"
+            )
         zero = torch.zeros(len(FAULTS), dtype=torch.int32)
         _flags[device] = _Flags(zero.to(device), zero.pin_memory())
     return _flags[device].device[place : place + 1]
@@ -56,7 +69,7 @@ def raise_if_set(op: str, device: torch.device, wait: bool = False) -> None:
 
     Raises:
         IndexError: a target outside [0, V) that is not `ignore_index`.
-        ValueError: a count of scored rows that was given and is wrong.
+        ValueError: a count of scored rows that was given and is wrong, or wrong offsets of the sequences.
     """
     found = _flags.get(device)
     if found is None:
@@ -78,7 +91,7 @@ def raise_if_set(op: str, device: torch.device, wait: bool = False) -> None:
 
 
 def check_targets(device: torch.device | str | None = None) -> None:
-    """Wait for a GPU, and raise if the targets of the calls so far were not what they should be.
+    """Wait for a GPU, and raise if the targets of the calls so far, or their `scored` or cu_seqlens, were not what they should be.
 
     The head's ops do not wait for the device: they make NaN of what such targets touch, and a later call raises this error.
 
@@ -87,7 +100,8 @@ def check_targets(device: torch.device | str | None = None) -> None:
 
     Raises:
         IndexError: a target outside [0, V) that is not `ignore_index`.
-        ValueError: a call was given a `scored` that is not the number of its scored targets.
+        ValueError: a call was given a `scored` that is not the number of its scored targets, or cu_seqlens on the GPU that do not start
+            at 0, end at T and never decrease.
     """
     where = torch.device("cuda" if device is None else device)
     if where.type == "cuda" and torch.cuda.is_initialized():

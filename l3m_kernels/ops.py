@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from l3m_kernels.backends import low_memory, select, workspace
-from l3m_kernels.checks import check_values, moved_offsets, packed_batch
+from l3m_kernels.backends import low_memory, scale_in_place, select, workspace
+from l3m_kernels.checks import check_values, offsets_on, packed_batch
 from l3m_kernels.chunked import NEEDS, Head, gradient_dtype
 
 
@@ -59,10 +59,13 @@ def log_likelihood(
         backend: "reference", "cpp", "triton" or "cuda"; None takes the fastest that is available.
 
     Raises:
-        ValueError: a shape, dtype, device, option or `scored` is wrong (named), or cu_seqlens is not ordered.
+        ValueError: a shape, dtype, device, option or `scored` is wrong (named), or cu_seqlens does not start at 0, end at T and never
+            decrease.
         IndexError: a target outside [0, V) that is not `ignore_index`. On a GPU nothing waits to see: its row is NaN, a later call or
-            `check_targets` raises; so for a wrong `scored`, which makes all results NaN.
-        RuntimeError: the named backend is not available here, or a second derivative is asked for.
+            `check_targets` raises; so for a wrong `scored`, which makes all results NaN, and for wrong cu_seqlens on the GPU, which make
+            the sequences and all gradients NaN.
+        RuntimeError: the named backend is not available here, a second derivative is asked for, or the first call on a GPU is made while
+            a CUDA graph is captured.
     """
     batch = packed_batch("log_likelihood", hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
     sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, scored, backend or "auto")
@@ -124,7 +127,9 @@ def weighted_log_likelihood(
 
 
 def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Head:
-    return Head(weight, bias, softcap, temperature, workspace(weight.device.type, len(weight)), low_memory())
+    vocabulary, width = weight.shape
+    bound = workspace(weight.device.type, vocabulary, width, weight.itemsize)
+    return Head(weight, bias, softcap, temperature, bound, low_memory())
 
 
 def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,9 +176,11 @@ def _log_likelihood(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_values("log_likelihood", targets, cu_seqlens, len(weight), ignore_index, scored)
-    run = select("log_likelihood", backend, hidden.device.type, hidden.dtype)
+    run = select("log_likelihood", backend, hidden.device.type, hidden.dtype, hidden.device.index)
     head = _head(weight, bias, softcap, temperature)
-    return run(hidden, targets, moved_offsets(cu_seqlens, hidden.device), head, ignore_index, scored)
+    offsets, fault = offsets_on(hidden.device, cu_seqlens, len(hidden))
+    sequence, *rest = run(hidden, targets, offsets, head, ignore_index, scored)
+    return sequence if fault is None else sequence + fault, *rest
 
 
 @_log_likelihood.register_fake
@@ -201,10 +208,11 @@ def _log_likelihood_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = select("log_likelihood_backward", backend, hidden.device.type, hidden.dtype)
+    run = select("log_likelihood_backward", backend, hidden.device.type, hidden.dtype, hidden.device.index)
     head = _head(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
-    offsets = moved_offsets(cu_seqlens, hidden.device)
+    offsets, fault = offsets_on(hidden.device, cu_seqlens, len(hidden))
+    grad_sequence = grad_sequence if fault is None else grad_sequence + fault
     return run(grad_sequence, grad_token, hidden, targets, offsets, lse, head, ignore_index, needs, scored)
 
 
@@ -260,10 +268,14 @@ def _weighted_log_likelihood(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_values("weighted_log_likelihood", targets, cu_seqlens, len(weight), ignore_index, scored)
-    run = select("weighted_log_likelihood", backend, hidden.device.type, hidden.dtype)
+    run = select("weighted_log_likelihood", backend, hidden.device.type, hidden.dtype, hidden.device.index)
     head = _head(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
-    return run(hidden, targets, seq_weight, moved_offsets(cu_seqlens, hidden.device), head, ignore_index, needs, scored)
+    offsets, fault = offsets_on(hidden.device, cu_seqlens, len(hidden))
+    if fault is None:
+        return run(hidden, targets, seq_weight, offsets, head, ignore_index, needs, scored)
+    loss, sequence, *rest = run(hidden, targets, seq_weight + fault, offsets, head, ignore_index, needs, scored)
+    return loss + fault, sequence + fault, *rest
 
 
 @_weighted_log_likelihood.register_fake
@@ -274,7 +286,7 @@ def _(hidden, weight, targets, seq_weight, cu_seqlens, bias, *rest):
 
 def _weighted_setup(ctx, inputs, output):
     hidden, weight, *_ = inputs
-    ctx.needs = inputs[-3:]
+    ctx.backend, ctx.needs = inputs[-4], inputs[-3:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, weight, inputs[5], *output[4:])
@@ -288,20 +300,27 @@ def _weighted_backward(ctx, grad_loss, *_):
         for i, need in enumerate(ctx.needs):
             if need:
                 gradient = _once_differentiable(gradients[i], *inputs) if torch.is_grad_enabled() else gradients[i]
-                scaled[i] = _scaled(gradient, grad_loss).to(hidden.dtype)
+                scaled[i] = _scaled(gradient, grad_loss, hidden.dtype, ctx.backend)
     return scaled[0], scaled[1], None, None, None, scaled[2], *[None] * 8
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream, without the copy (V x D for a weight) where the loss itself is differentiated and looking costs nothing.
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """gradient * upstream in `dtype`, rounded once: without a pass over it (V x D for a weight) where the loss itself is differentiated.
 
-    A graph that is kept needs the copy: who holds the first gradient may change it in place.
+    On a CPU that can be seen; on a GPU a kernel sees it. A graph that is kept needs a copy: who holds the first gradient may change it in
+    place.
     """
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
-    last = real and not torch.is_grad_enabled() and not _get_current_graph_task_keep_graph()
-    if last and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
-    return gradient * upstream  # 0-dim fp32: the product is rounded once; a loss scale of 65536 is no fp16 number
+    if not real or torch.is_grad_enabled():
+        return (gradient * upstream).to(dtype)  # 0-dim fp32: a loss scale of 65536 is no fp16 number
+    if gradient.dtype == dtype and not _get_current_graph_task_keep_graph():
+        if upstream.device.type == "cpu" and upstream.item() == 1:
+            return gradient
+        scale = scale_in_place(backend, upstream.device) if gradient.is_contiguous() else None
+        if upstream.is_cuda and scale is not None and upstream.dtype == torch.float32:
+            scale(gradient, upstream)
+            return gradient
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
 _weighted_log_likelihood.register_autograd(_weighted_backward, setup_context=_weighted_setup)

@@ -12,21 +12,22 @@ Counting the rows makes the host wait for the device, once a call; where the cal
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from l3m_kernels import device_flags
+from l3m_kernels.chunk_sizes import chunk_rows, row_stride
 from l3m_kernels.chunked import NEEDS, Head, sequence_index, sequence_lengths, weighted_loss
 from l3m_kernels.chunked import sequence_sums as segment_sums
-from l3m_kernels.gradient_sums import GradientSums, matmul_fp32
+from l3m_kernels.gradient_sums import GradientSums, multiprocessors
+from l3m_kernels.products import Product, matmul
 from l3m_kernels.row_order import Rows, ordered
 
-COLUMN_MULTIPLE = 32  # of a row of logits: 128 bytes, so that each row is aligned whatever V
+COLUMN_MULTIPLE = 32  # of a block of the vocabulary: 128 bytes of logits, so that the next one is aligned
 LEAST_COLUMNS = 2048  # of a block of the vocabulary: shorter ones make slow products, and long chains of sums
-ROW_MULTIPLE = 256  # of a chunk: whole tiles of the products
 
 
 def sequence_sums(token: Tensor, targets: Tensor, cu_seqlens: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -50,25 +51,23 @@ class RowKernels(NamedTuple):
         upstream 0 gives a row of zeros, also where p is NaN. 1 - p of a target is the sum of the others' p (with known_lse 1 - p will do).
         A -inf logit has p = 0 (no gradient); a row of -inf, a +inf and a NaN give a NaN row.
     sequence_sums: as the function above, which is the default.
+    product(a, b, out, accumulate) -> None
+        out (m, n) fp32 = a (m, k) fp32 @ b (k, n) fp32, or += it, of any strides, in fp32 whatever the program allows its own products.
+        None: torch's, where TF32 is not a question.
     """
 
     softmax_gradient: Callable[..., None]
     sequence_sums: Callable[..., tuple[Tensor, Tensor]] = sequence_sums
+    product: Product | None = None
 
 
 @contextmanager
 def _launching(hidden: Tensor) -> Iterator[None]:
-    """On hidden's device, with products of fp32 in fp32: not in tf32, whatever the program allows its own products."""
+    """On hidden's device; then what was wrong with the values is sent to the host."""
     if not hidden.is_cuda:
         yield
         return
-    settings = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    with ExitStack() as stack:
-        stack.enter_context(torch.cuda.device(hidden.device))
-        if hidden.dtype == torch.float32:
-            stack.callback(setattr, settings, name, getattr(settings, name))
-            setattr(settings, name, exact)
+    with torch.cuda.device(hidden.device):
         yield
         device_flags.copy_later(hidden.device)
 
@@ -86,26 +85,23 @@ class _Batch:
             self.targets = self.targets.where(self.targets != ignore_index, 0)
         self.token, self.lse = (hidden.new_empty(rows.scored, dtype=torch.float32) for _ in range(2))
         self.vocabulary, self.width = head.weight.shape
-        self.stride = -(-self.vocabulary // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        self.limit = self._limit()
         self.settings = (head.softcap or 0.0, 1 / head.temperature, hidden.dtype)
         self.buffer: Tensor | None = None
 
-    def _limit(self) -> int:
-        """Rows of a chunk: as many as the workspace holds, with their inputs and the gradient of these."""
-        row_bytes = 4 * self.stride + self.width * (self.hidden.itemsize + 4)
-        limit = max(self.head.workspace // row_bytes, 1)
-        return limit - limit % ROW_MULTIPLE if limit > ROW_MULTIPLE else limit
-
-    def chunks(self, start: int, end: int) -> Iterator[slice]:
-        """Equal slices of the rows, whole multiples where there is room."""
-        count = -(-(end - start) // self.limit)
-        if not count:
-            return
-        size = -(-(end - start) // count)
-        if self.limit >= ROW_MULTIPLE:
-            size = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
-        yield from (slice(first, min(first + size, end)) for first in range(start, end, size))
+    def chunks(self, start: int, end: int, sums: GradientSums | None = None) -> Iterator[slice]:
+        """Equal slices of the rows, for the logits alone or with the products of `sums`."""
+        size = chunk_rows(
+            end - start,
+            self.vocabulary,
+            self.width,
+            multiprocessors=multiprocessors(self.hidden.device),
+            workspace_bytes=self.head.workspace,
+            itemsize=self.hidden.itemsize,
+            d_hidden=sums is not None and sums.needs[0],
+            d_weight=sums is not None and sums.needs[1],
+            accumulator_bytes=0 if sums is None else sums.saved_by_one_chunk,
+        )
+        yield from (slice(first, min(first + size, end)) for first in range(start, end, size or 1))
 
     def inputs(self, chunk: slice) -> Tensor:
         inputs = self.hidden[self.rows.index[chunk]]
@@ -114,12 +110,12 @@ class _Batch:
     def logits(self, inputs: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """(n, V), or columns [first, last): in the buffer, whose next content replaces it."""
         weight = self.head.weight[first:last]
-        stride = -(-len(weight) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        stride = row_stride(len(weight))
         if self.buffer is None or self.buffer.numel() < len(inputs) * stride:
             self.buffer = None  # or both would be held
             self.buffer = inputs.new_empty(len(inputs) * stride, dtype=torch.float32)
         logits = self.buffer[: len(inputs) * stride].view(len(inputs), stride)[:, : len(weight)]
-        matmul_fp32(inputs, weight.t(), logits)
+        matmul(inputs, weight.t(), logits, self.kernels.product)
         return logits
 
     def gradient_of(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,14 +154,14 @@ class _Batch:
         Statistics are written unless `known_lse`; `unscaled` as in `chunked.gradient_dtype`.
         """
         fault = self.rows.fault
-        sums = GradientSums(self.hidden, self.head, self.rows.index, needs, unscaled, fault)
+        sums = GradientSums(self.hidden, self.head, self.rows, needs, unscaled, self.kernels.product)
         upstream = sums.scaled(upstream if fault is None else upstream + fault)
         if self.head.low_memory and any(needs) and len(upstream):
             if not known_lse:
                 self.forward(0, len(upstream))
             self._by_vocabulary(sums, upstream)
             return sums.finish()
-        for chunk in self.chunks(0, len(upstream)):
+        for chunk in self.chunks(0, len(upstream), sums):
             inputs = self.inputs(chunk)
             logits = self.logits(inputs)
             if known_lse:
@@ -173,7 +169,8 @@ class _Batch:
             else:
                 self.fused(logits, chunk, upstream[chunk])
             gradient = self.gradient_of(logits, self.hidden.dtype)
-            sums.add_rows(chunk, self._without_idle(inputs, upstream[chunk]), gradient)
+            only = chunk == slice(0, len(upstream))
+            sums.add_rows(chunk, self._without_idle(inputs, upstream[chunk]), gradient, only)
         return sums.finish()
 
     def _by_vocabulary(self, sums: GradientSums, upstream: Tensor) -> None:

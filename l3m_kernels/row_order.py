@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     compact: bool  # unscored rows are not among them
     idle: bool = False  # rows whose gradient is 0 may be among those with one
     fault: Tensor | None = None  # () fp32, where the count was given: 0, or NaN where it is wrong
+    all_with_gradient: bool = False  # surely every row of the batch, in its order; False: perhaps
 
 
 def ordered(scored: Tensor, gradient: Tensor | None, count: int | None = None) -> Rows:
@@ -35,14 +36,15 @@ def ordered(scored: Tensor, gradient: Tensor | None, count: int | None = None) -
     """
     if count is None and scored.is_cuda and torch.cuda.is_current_stream_capturing():
         rows = len(scored)
-        return Rows(torch.arange(rows, device=scored.device), 0 if gradient is None else rows, rows, False, idle=True)
+        index, with_gradient = torch.arange(rows, device=scored.device), 0 if gradient is None else rows
+        return Rows(index, with_gradient, rows, False, idle=True, all_with_gradient=gradient is not None)
     key = torch.where(scored, 1, 2)
     if gradient is not None:
         key -= (scored & gradient).long()
     index = key.byte().sort(stable=True).indices
     if count is None:
         with_gradient, kept = torch.stack([(key == 0).sum(), (key < 2).sum()]).tolist()  # here the host waits
-        return Rows(index[:kept], with_gradient, kept, True)
+        return Rows(index[:kept], with_gradient, kept, True, all_with_gradient=with_gradient == len(scored))
     wrong = scored.sum() != count
     device_flags.flag(scored.device, "scored").masked_fill_(wrong, 1)
     fault = torch.where(wrong, torch.nan, 0.0).float()

@@ -15,7 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from l3m_kernels.triton_ops.barrier import barrier_weights_kernel
-from l3m_kernels.triton_ops.configs import FILTERED, RESPONSES, ROWS, SEQUENCES
+from l3m_kernels.triton_ops.configs import ELEMENTS, FILTERED, PRODUCT, RESPONSES, ROWS, SEQUENCES
+from l3m_kernels.triton_ops.product import product_kernel
+from l3m_kernels.triton_ops.scale import scale_kernel
 from l3m_kernels.triton_ops.sequence_sums import sequence_sums_kernel
 from l3m_kernels.triton_ops.softmax_gradient import softmax_gradient_kernel
 
@@ -25,6 +27,8 @@ KERNELS: dict[str, Any] = {
     "softmax_gradient": softmax_gradient_kernel,
     "sequence_sums": sequence_sums_kernel,
     "barrier_weights": barrier_weights_kernel,
+    "product": product_kernel,
+    "scale": scale_kernel,
 }
 
 
@@ -76,6 +80,16 @@ def variants() -> Iterator[Variant]:
         constants = {"BLOCK": SEQUENCES.block}
         yield Variant("sequence_sums", index, types, constants, SEQUENCES.warps, True, main=index == "i64")
     yield from _barrier_variants()
+    for accumulate in (False, True):
+        types = {"a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*fp32"}
+        types |= dict.fromkeys(("rows", "columns", "depth"), "i32")
+        types |= {f"{name}_{axis}": "i32" for name in ("a", "b", "out") for axis in ("row", "column")}
+        constants = {"ACCUMULATE": accumulate, "BLOCK": PRODUCT.block, "DEPTH": PRODUCT.depth}
+        name = "added to" if accumulate else "written"
+        yield Variant("product", name, types, constants, PRODUCT.warps, True, main=accumulate)
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = {"values_ptr": f"*{dtype}", "factor_ptr": "*fp32", "count": "i64"}
+        yield Variant("scale", dtype, types, {"BLOCK": ELEMENTS.block}, ELEMENTS.warps, True, main=dtype == "bf16")
 
 
 def _softmax_variants() -> Iterator[Variant]:

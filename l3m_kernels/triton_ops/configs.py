@@ -15,6 +15,12 @@ class Config(NamedTuple):
     registers: int | None = None  # a thread's, at most; None: the assembler's choice
 
 
+class Tiles(NamedTuple):
+    block: int  # rows and columns of a tile of a product
+    depth: int  # of both operands, at a time
+    warps: int
+
+
 # Largest V it is for, and the configuration; the last one is for everything larger.
 ROWS: tuple[tuple[int | None, Config], ...] = (
     (256, Config(256, 1)),
@@ -22,11 +28,14 @@ ROWS: tuple[tuple[int | None, Config], ...] = (
     (None, Config(4096, 16)),
 )
 SEQUENCES = Config(1024, 4)  # tokens of a sequence at a time
+ELEMENTS = Config(4096, 8)  # of a gradient that is scaled: two 16-byte loads a thread where it has 16 bits
 # Responses at a time, in `barrier_weights`. It is one block, and registers are there for it: left to choose, the assembler takes 48 to 64
 # and spills up to 32 bytes of some variants, so that a second block would fit beside it.
 RESPONSES = Config(128, 4, registers=128)
 # With the filter of level and trend, which keeps three models of 6 doubles in registers: at 128 it spills 100 to 190 bytes.
 FILTERED = Config(128, 4, registers=255)
+
+PRODUCT = Tiles(64, 32, 4)  # 32 sums a thread
 
 
 def for_rows(vocabulary: int) -> Config:

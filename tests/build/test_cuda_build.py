@@ -74,7 +74,7 @@ def compile_cuda(source: Path, folder: Path) -> list[Kernel]:
 def test_kernels_compile_and_spill_nothing(source, tmp_path):
     found = compile_cuda(source, tmp_path)
     assert {kernel.architecture for kernel in found} == set(ARCHITECTURES)
-    assert len(found) == len(ARCHITECTURES) * {"barrier_weights": 1, "softmax_gradient": 8}[source.stem]
+    assert len(found) == len(ARCHITECTURES) * {"barrier_weights": 1, "scale": 3, "softmax_gradient": 8}[source.stem]
     assert [kernel for kernel in found if kernel.spilled or kernel.stack or kernel.shared > SHARED_MEMORY] == []
 
 

@@ -217,6 +217,21 @@ def test_what_cannot_be_launched_is_refused(kernels):
     assert kernels.softmax_gradient(null, zero, one, large, *options) != 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("factor", [1.0, 0.0, -3.7, 65536.0, float("nan")])
+def test_scale_has_the_bits_of_torch(kernels, factor, shift, dtype):
+    """Where the number is 1 nothing is written; memory that is not aligned, and what is left of it by 16 bytes at a time."""
+    for count in (0, 1, 7, 1000, 8197):
+        buffer = torch.randn(count + GUARD + shift, generator=torch.Generator().manual_seed(count)).to(dtype)
+        before, number = buffer.clone(), torch.tensor(factor)
+        inside = slice(shift, shift + count)
+        kernels.set_order(count)
+        assert kernels.scale(pointer(buffer[inside]), DTYPES[dtype], ctypes.c_int64(count), pointer(number), 3) == 0
+        before[inside] *= number
+        torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
+
+
 def row_kernels(kernels) -> row_chunks.RowKernels:
     """The kernel as `csrc/cuda_ops.cpp` launches it."""
 

@@ -11,6 +11,7 @@ import torch
 import l3m_kernels
 from l3m_kernels import (
     Bounds,
+    _native,
     barrier_weights,
     chunked,
     initial_state,
@@ -23,6 +24,7 @@ from l3m_kernels import backends as backends_function
 from l3m_kernels.backends import DEFAULT_WORKSPACE, TABLE, Backend, select, workspace
 
 OPS = ("log_likelihood", "log_likelihood_backward", "weighted_log_likelihood", "barrier_weights")
+backends_module = sys.modules["l3m_kernels.backends"]
 UNAVAILABLE = [row.name for row in TABLE if row.missing]
 
 
@@ -121,7 +123,7 @@ def test_report_from_the_command_line():
 def test_workspace_must_be_positive(size):
     with pytest.raises(ValueError, match=f"set_workspace: bytes must be positive or None, got {size}"):
         set_workspace(size)
-    assert workspace("cpu") == DEFAULT_WORKSPACE["cpu"]
+    assert workspace("cpu") == DEFAULT_WORKSPACE
 
 
 def test_workspace_is_set_and_restored():
@@ -131,6 +133,7 @@ def test_workspace_is_set_and_restored():
     assert (workspace("cpu"), workspace("cuda"), workspace("xpu")) == (64 << 20, 512 << 20, 512 << 20)
     assert (workspace("cpu", 32000), workspace("cpu", 128256)) == (64 << 20, 384 * 4 * 128256)
     assert (workspace("cuda", 32000), workspace("cuda", 151936)) == (512 << 20, 1024 * 4 * 151936)
+    assert workspace("cuda", 151936, 1024, 2) == 1024 * (4 * 151936 + 1024 * (2 + 4))  # rows with what they hold
 
 
 @pytest.mark.parametrize("size", [1, 5000, 40_000])
@@ -157,3 +160,79 @@ def test_workspace_bounds_the_chunks(size, monkeypatch):
 def test_every_public_name_is_exported_once():
     assert len(set(l3m_kernels.__all__)) == len(l3m_kernels.__all__)
     assert all(hasattr(l3m_kernels, name) for name in l3m_kernels.__all__)
+
+
+# ---- GPUs that a backend does not run on
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Plays GPUs of some compute capabilities, and backends that are there."""
+
+    def play(*capabilities: tuple[int, int], architectures=("80-real", "90-real", "120-virtual")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capabilities[index or 0])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: f"GPU {index or 0}")
+        native = _native.NativeStatus(None, "", None, architectures)
+        monkeypatch.setattr(backends_module, "NATIVE", native)
+        table = (
+            Backend("cuda", ("cuda",), {"op": lambda: "cuda"}, cannot_run_on=backends_module._not_compiled),
+            Backend("triton", ("cuda",), {"op": lambda: "triton"}, cannot_run_on=backends_module._too_old),
+            Backend("reference", ("*",), {"op": lambda: "reference"}),
+        )
+        monkeypatch.setattr(backends_module, "TABLE", table)
+
+    return play
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_that_is_too_old_is_refused_by_name_and_auto_does_without(gpu, backend):
+    gpu((7, 5))
+    with pytest.raises(
+        RuntimeError, match=r"op: backend .* needs a GPU of compute capability 8.0 or newer; GPU 0 has 7.5"
+    ):
+        select("op", backend, "cuda")
+    assert select("op", "auto", "cuda")() == "reference"
+
+
+def test_it_is_the_tensors_gpu_that_counts(gpu):
+    gpu((7, 5), (9, 0))
+    assert select("op", "auto", "cuda", index=1)() == "cuda"
+    assert select("op", "auto", "cuda", index=0)() == "reference"
+
+
+def test_a_gpu_that_the_build_has_no_code_for(gpu):
+    gpu((8, 6), architectures=("90-real",))
+    wanted = r"compiled for compute capabilities 90-real \(TORCH_CUDA_ARCH_LIST at build time says for which\); GPU 0 has 8.6"
+    with pytest.raises(RuntimeError, match=wanted):
+        select("op", "cuda", "cuda")
+    assert select("op", "auto", "cuda")() == "triton"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (("80-real",), (8, 0), True),
+        (("80-real",), (8, 9), True),
+        (("86-real",), (8, 0), False),
+        (("80-real",), (9, 0), False),
+        (("80-virtual",), (9, 0), True),
+        (("120-virtual",), (10, 0), False),
+        (("90a-real",), (9, 0), True),
+        (("90a-virtual",), (10, 0), False),
+        (("100f-real",), (10, 3), True),
+        (("100a-real",), (10, 3), False),
+        ((), (9, 0), False),
+    ],
+)
+def test_which_machine_code_a_gpu_has(architectures, capability, runs):
+    assert _native.runs_on(architectures, capability) == runs
+
+
+def test_a_kernel_that_scales_is_asked_for_and_not_demanded(monkeypatch):
+    assert backends_module.scale_in_place("auto", torch.device("meta")) is None
+    assert backends_module.scale_in_place("reference", torch.device("cuda", 0)) is None
+    kernel = Backend("cuda", ("cuda",), {"scale": max})
+    monkeypatch.setattr(backends_module, "TABLE", (Backend("none", ("cuda",), missing="not built"), kernel, *TABLE))
+    for backend in ("auto", "cuda"):
+        assert backends_module.scale_in_place(backend, torch.device("cuda", 0)) is max

@@ -24,10 +24,14 @@ class Event:
 @pytest.fixture
 def device(monkeypatch):
     """-> the flags of a device whose copies are pending, and whether a graph is being captured"""
+
+    def down() -> torch.Tensor:
+        return torch.zeros(len(device_flags.FAULTS), dtype=torch.int32)
+
     state = {"capturing": False}
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    flag = device_flags._Flags(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    flag = device_flags._Flags(down(), down())
     monkeypatch.setattr(device_flags, "_flags", {DEVICE: flag})
     return flag, state
 
@@ -102,8 +106,26 @@ def test_nothing_is_looked_at_or_sent_while_a_graph_is_captured(device):
         call(flag)
 
 
+def test_the_first_call_cannot_be_captured(monkeypatch):
+    """It makes the flags, by a copy that a capture would break on: a named error, with the way out."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(device_flags, "_flags", {})
+    with pytest.raises(
+        RuntimeError, match=r"first call on cuda:0 cannot be captured .* call the op once before the capture"
+    ):
+        device_flags.flag(DEVICE, "targets")
+    assert device_flags._flags == {}
+
+
+def test_after_a_first_call_a_capture_finds_the_flags(device):
+    flag, state = device
+    state["capturing"] = True
+    device_flags.flag(DEVICE, "cu_seqlens").fill_(1)
+    assert flag.device.tolist() == [0, 0, 1]
+
+
 def test_nothing_to_check_where_there_is_no_gpu():
     check_targets()
     check_targets("cpu")
-    assert [device_flags.flag(torch.device("cpu"), name).tolist() for name in ("targets", "scored")] == [[0], [0]]
+    assert [device_flags.flag(torch.device("cpu"), name).tolist() for name in device_flags.FAULTS] == [[0]] * 3
     assert not device_flags._flags

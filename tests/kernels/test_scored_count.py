@@ -89,10 +89,10 @@ def test_a_wrong_count_makes_all_results_nan_and_sets_its_flag(
     assert 0 < right < len(inputs.targets)
     found = run(case, inputs, weighted, 5000, low_memory, right)
     assert all(bool(value.isfinite().all()) for value in found.values())
-    assert [int(flag) for flag in flags.values()] == [0, 0]
+    assert [int(flag) for flag in flags.values()] == [0, 0, 0]
     found = run(case, inputs, weighted, 5000, low_memory, min(max(right + wrong, 0), len(inputs.targets)))
     assert [name for name, value in found.items() if not value.isnan().all()] == []
-    assert {name: int(flag) for name, flag in flags.items()} == {"targets": 0, "scored": 1}
+    assert {name: int(flag) for name, flag in flags.items()} == {"targets": 0, "scored": 1, "cu_seqlens": 0}
 
 
 def test_rows_are_ordered_by_what_they_need():

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "fuzz": ("test_triton_fuzz.py", ""),
     "kernels": ("test_triton_kernels.py", ""),
+    "small": ("test_triton_small.py", ""),
+    "offsets": ("test_offsets.py", "triton"),
     "hazards": ("test_ops_hazards.py", "triton"),
     "shapes": (
         "test_ops_shapes.py",
@@ -69,7 +71,7 @@ def test_compiles_ahead_of_time_for_every_architecture():
     done = ahead("--main")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     for architecture in (80, 90, 100, 120):
-        for kernel in ("softmax_gradient", "sequence_sums", "barrier_weights"):
+        for kernel in ("softmax_gradient", "sequence_sums", "barrier_weights", "product", "scale"):
             assert re.search(rf"│ {kernel} .*│ +{architecture} │", done.stdout), (kernel, architecture)
     assert re.search(r"(\d+) compiled, 0 with a problem", done.stdout)
 

@@ -1,5 +1,6 @@
 // What the tests call: the launchers of csrc/cuda on memory of the host.
 #include "cuda/barrier_weights.h"
+#include "cuda/scale.h"
 #include "cuda/softmax_gradient.h"
 
 using namespace l3m;
@@ -18,6 +19,10 @@ int softmax_gradient(float* logits, int64_t stride, int64_t rows, int64_t vocabu
   return cuda::softmax_gradient({logits, stride, rows, vocabulary, target, upstream, bias, cuda::Dtype(bias_dtype),
                                  cuda::Dtype(gradient), softcap, inverse_temperature, known_lse != 0, token, lse, flag},
                                 nullptr);
+}
+
+int scale(void* values, int dtype, int64_t count, const float* factor, int blocks) {
+  return cuda::scale(values, cuda::Dtype(dtype), count, factor, blocks, nullptr);
 }
 
 int barrier_weights(int64_t sequences, int64_t reward_count, int64_t constraints, const double* rewards,
