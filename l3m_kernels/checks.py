@@ -166,7 +166,8 @@ def within(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """
     given = cu_seqlens.long()
     offsets = given.clamp(0, tokens).cummax(0).values
-    offsets[:1], offsets[-1:] = 0, tokens
+    offsets[:1].fill_(0)
+    offsets[-1:].fill_(tokens)
     wrong = (offsets != given).any()
     device_flags.flag(given.device, "cu_seqlens").masked_fill_(wrong, 1)
     device_flags.copy_later(given.device)  # also where the backend sends none

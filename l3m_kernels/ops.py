@@ -6,6 +6,7 @@ Each op is defined once with torch.library: what runs is chosen by `backends.sel
 and autograd see one opaque op whatever the backend. The public functions check arguments and bring batches into the packed layout.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -308,7 +309,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
     """gradient * upstream in `dtype`, rounded once: without a pass over it (V x D for a weight) where the loss itself is differentiated.
 
     On a CPU that can be seen; on a GPU a kernel sees it. A graph that is kept needs a copy: who holds the first gradient may change it in
-    place.
+    place. So does a CUDA graph, whose replays may find a gradient that an earlier one has scaled.
     """
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
     if not real or torch.is_grad_enabled():
@@ -316,11 +317,16 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
     if gradient.dtype == dtype and not _get_current_graph_task_keep_graph():
         if upstream.device.type == "cpu" and upstream.item() == 1:
             return gradient
-        scale = scale_in_place(backend, upstream.device) if gradient.is_contiguous() else None
-        if upstream.is_cuda and scale is not None and upstream.dtype == torch.float32:
+        if (scale := _kernel_for(gradient, upstream, backend)) is not None:
             scale(gradient, upstream)
             return gradient
     return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _kernel_for(gradient: Tensor, upstream: Tensor, backend: str) -> Callable[[Tensor, Tensor], None] | None:
+    if not upstream.is_cuda or upstream.dtype != torch.float32 or not gradient.is_contiguous():
+        return None
+    return None if torch.cuda.is_current_stream_capturing() else scale_in_place(backend, upstream.device)
 
 
 _weighted_log_likelihood.register_autograd(_weighted_backward, setup_context=_weighted_setup)

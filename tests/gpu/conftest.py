@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from l3m_kernels import set_workspace
+from l3m_kernels import check_targets, set_workspace
+from l3m_kernels.device_flags import FAULTS
 
 for folder in ("kernels", "gpu"):  # the oracle and the random problems are those of the CPU's tests
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
@@ -21,7 +22,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+def settings() -> dict[str, object]:
+    """Of the process, which a test may change and is to put back."""
+    return {
+        "precision of products": (torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "device": torch.cuda.current_device(),
+        "stream": torch.cuda.current_stream(),
+        "debugging of waits": torch.cuda.get_sync_debug_mode(),
+        "autocast": torch.is_autocast_enabled("cuda"),
+        "default dtype": torch.get_default_dtype(),
+    }
+
+
 @pytest.fixture(autouse=True)
-def _default_workspace():
+def _alone():
+    """A test finds what it would find alone: seeds, no flag, the settings and the workspace as they come. One that leaves any fails."""
+    torch.manual_seed(0)  # the GPU's too
+    before = settings()
     yield
     set_workspace(None)
+    left = {name: value for name, value in settings().items() if value != before[name]}
+    torch.cuda.set_sync_debug_mode("default")
+    torch.set_float32_matmul_precision("highest")
+    raised = []
+    for _ in FAULTS:
+        try:
+            check_targets()
+        except (IndexError, ValueError) as error:
+            raised.append(str(error))
+    assert (left, raised) == ({}, [])

@@ -91,6 +91,18 @@ def test_spills_and_too_much_shared_memory_are_problems():
     assert "shared memory" in str(Compiled(variant, 120, 64, 0, ARCHITECTURES[120] + 1).problem)
 
 
+@pytest.mark.parametrize("kernel", ["sequence_sums", "product", "scale"])
+def test_offsets_into_what_may_be_large_have_64_bits(kernel):
+    """In what the compiler makes: tokens, matrices and gradients may have 2^31 elements. Those in 32 bits are none of these."""
+    from l3m_kernels.triton_ops.ahead import assembled, variants
+
+    variant = next(variant for variant in variants() if variant.kernel == kernel)
+    text = assembled(variant, 90).asm["ttir"]
+    of_blocks = re.findall(r"tt\.addptr .* : tensor<[\dx]*!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", text)
+    assert of_blocks
+    assert set(of_blocks) == {"i64"}
+
+
 def report(environment: dict[str, str]) -> str:
     command = [sys.executable, "-m", "l3m_kernels"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT).stdout
