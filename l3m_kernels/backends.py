@@ -25,9 +25,10 @@ class Backend:
     missing: str | None = None  # why it cannot be used here
     float64: bool = True  # has the head's ops for float64 inputs
     automatic: bool = True  # `auto` may take it
-    cannot_run_on: Callable[[tuple[int, int]], str | None] | None = (
-        None  # why not on a GPU of that compute capability, or None
-    )
+    # Of a GPU's compute capability: why not on it, or None.
+    cannot_run_on: Callable[[tuple[int, int]], str | None] | None = None
+    # values *= factor () fp32 on the device, at no cost where that is 1.
+    scale: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
     def problem(self, op: str, device: str, dtype: torch.dtype | None = None, index: int | None = None) -> str | None:
         """Why this backend cannot run `op` on `device`, for hidden states of `dtype` where the op has any; or None. `index`: of a GPU, None
@@ -86,8 +87,9 @@ def _triton() -> Backend:
     kernels = row_chunks.RowKernels(triton_ops.softmax_gradient, triton_ops.sequence_sums, product)
     ops = row_chunks.head_ops(kernels) | {"barrier_weights": triton_ops.barrier_weights}
     devices = ("cuda", "cpu") if interpreted else ("cuda",)
-    ops["scale"] = triton_ops.scale
-    return Backend("triton", devices, ops, float64=False, automatic=not interpreted, cannot_run_on=_too_old)
+    return Backend(
+        "triton", devices, ops, float64=False, automatic=not interpreted, cannot_run_on=_too_old, scale=triton_ops.scale
+    )
 
 
 def _cuda_ops() -> dict[str, Callable]:
@@ -95,12 +97,18 @@ def _cuda_ops() -> dict[str, Callable]:
         return {}
     kernels = torch.ops.l3m_kernels
     rows = row_chunks.RowKernels(kernels.cuda_softmax_gradient, product=products.guarded(kernels.cuda_product))
-    return row_chunks.head_ops(rows) | {"barrier_weights": kernels.cuda_barrier_weights, "scale": kernels.cuda_scale}
+    return row_chunks.head_ops(rows) | {"barrier_weights": kernels.cuda_barrier_weights}
+
+
+def _cuda_scale() -> Callable | None:
+    return None if NATIVE.no_cuda else torch.ops.l3m_kernels.cuda_scale
 
 
 # Fastest first: `auto` goes down this list.
 TABLE: tuple[Backend, ...] = (
-    Backend("cuda", ("cuda",), _cuda_ops(), NATIVE.no_cuda, float64=False, cannot_run_on=_not_compiled),
+    Backend(
+        "cuda", ("cuda",), _cuda_ops(), NATIVE.no_cuda, float64=False, cannot_run_on=_not_compiled, scale=_cuda_scale()
+    ),
     _triton(),
     Backend("cpp", ("cpu",), _native_ops(), None if NATIVE.module else NATIVE.reason),
     Backend(
@@ -142,13 +150,10 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None,
     )
 
 
-def scale_in_place(backend: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
-    """values *= factor () fp32, at no cost where the factor on the device is 1; None where the backend has no such kernel."""
-    rows = (
-        (row for row in TABLE if row.automatic) if backend == "auto" else (row for row in TABLE if row.name == backend)
-    )
-    usable = (row.ops["scale"] for row in rows if row.problem("scale", device.type, index=device.index) is None)
-    return next(usable, None)
+def scale_in_place(op: str, backend: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """The `scale` of the backend that runs `op`, or None."""
+    rows = TABLE if backend != "auto" else _automatic(op, device.type, index=device.index)
+    return next((row.scale for row in rows if backend in ("auto", row.name)), None)
 
 
 # Bytes held beyond inputs, outputs and gradient accumulators, and the rows of fp32 logits that they hold at least: each chunk of

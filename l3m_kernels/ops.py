@@ -326,7 +326,11 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
 def _kernel_for(gradient: Tensor, upstream: Tensor, backend: str) -> Callable[[Tensor, Tensor], None] | None:
     if not upstream.is_cuda or upstream.dtype != torch.float32 or not gradient.is_contiguous():
         return None
-    return None if torch.cuda.is_current_stream_capturing() else scale_in_place(backend, upstream.device)
+    return (
+        None
+        if torch.cuda.is_current_stream_capturing()
+        else scale_in_place("weighted_log_likelihood", backend, upstream.device)
+    )
 
 
 _weighted_log_likelihood.register_autograd(_weighted_backward, setup_context=_weighted_setup)

@@ -24,6 +24,7 @@ from l3m_kernels import backends as backends_function
 from l3m_kernels.backends import DEFAULT_WORKSPACE, TABLE, Backend, select, workspace
 
 OPS = ("log_likelihood", "log_likelihood_backward", "weighted_log_likelihood", "barrier_weights")
+DEVICE = torch.device("cuda", 0)
 backends_module = sys.modules["l3m_kernels.backends"]
 UNAVAILABLE = [row.name for row in TABLE if row.missing]
 
@@ -229,10 +230,14 @@ def test_which_machine_code_a_gpu_has(architectures, capability, runs):
     assert _native.runs_on(architectures, capability) == runs
 
 
-def test_a_kernel_that_scales_is_asked_for_and_not_demanded(monkeypatch):
-    assert backends_module.scale_in_place("auto", torch.device("meta")) is None
-    assert backends_module.scale_in_place("reference", torch.device("cuda", 0)) is None
-    kernel = Backend("cuda", ("cuda",), {"scale": max})
-    monkeypatch.setattr(backends_module, "TABLE", (Backend("none", ("cuda",), missing="not built"), kernel, *TABLE))
-    for backend in ("auto", "cuda"):
-        assert backends_module.scale_in_place(backend, torch.device("cuda", 0)) is max
+def test_the_kernel_that_scales_is_that_of_the_backend_that_runs(monkeypatch):
+    for backend in ("auto", "reference"):
+        assert backends_module.scale_in_place("op", backend, torch.device("meta")) is None
+    table = [Backend("cuda", ("cuda",), {"op": min}, scale=max), Backend("reference", ("*",), {"op": min})]
+    monkeypatch.setattr(backends_module, "TABLE", table)
+    found = {
+        backend: backends_module.scale_in_place("op", backend, DEVICE) for backend in ("auto", "cuda", "reference")
+    }
+    assert found == {"auto": max, "cuda": max, "reference": None}
+    table[0] = replace(table[0], missing="not built")
+    assert backends_module.scale_in_place("op", "auto", DEVICE) is None

@@ -65,7 +65,7 @@ def test_a_capture_has_a_copy(monkeypatch):
     class Cuda:
         is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)
 
-    monkeypatch.setattr(ops, "scale_in_place", lambda backend, device: max)
+    monkeypatch.setattr(ops, "scale_in_place", lambda op, backend, device: max)
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         found = ops._kernel_for(torch.ones(3), Cuda(), "auto")  # type: ignore[arg-type]
