@@ -231,13 +231,15 @@ def test_which_machine_code_a_gpu_has(architectures, capability, runs):
 
 
 def test_the_kernel_that_scales_is_that_of_the_backend_that_runs(monkeypatch):
+    def scale(values: torch.Tensor, factor: torch.Tensor) -> None: ...
+
     for backend in ("auto", "reference"):
         assert backends_module.scale_in_place("op", backend, torch.device("meta")) is None
-    table = [Backend("cuda", ("cuda",), {"op": min}, scale=max), Backend("reference", ("*",), {"op": min})]
+    table = [Backend("cuda", ("cuda",), {"op": min}, scale=scale), Backend("reference", ("*",), {"op": min})]
     monkeypatch.setattr(backends_module, "TABLE", table)
     found = {
         backend: backends_module.scale_in_place("op", backend, DEVICE) for backend in ("auto", "cuda", "reference")
     }
-    assert found == {"auto": max, "cuda": max, "reference": None}
+    assert found == {"auto": scale, "cuda": scale, "reference": None}
     table[0] = replace(table[0], missing="not built")
     assert backends_module.scale_in_place("op", "auto", DEVICE) is None
