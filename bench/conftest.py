@@ -1,6 +1,7 @@
 """What the suites of the head share: a race per case, of which pytest-benchmark times ours, and a table of all at the end."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 
@@ -63,7 +64,7 @@ def play(benchmark, request: pytest.FixtureRequest) -> Callable[[Case], None]:
         entry.seconds = list(benchmark.stats.stats.data)
         result = gather(race, ours)
         enter_memory(result, peaks)
-        benchmark.extra_info["result"] = result.model_dump(mode="json")
+        benchmark.extra_info["result"] = asdict(result)
         request.config.stash[FOUND].append(result)
 
     return run

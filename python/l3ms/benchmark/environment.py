@@ -7,10 +7,10 @@ import os
 import platform
 import re
 import subprocess
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 
 import l3m_kernels
 from l3ms.benchmark import device
@@ -23,7 +23,8 @@ ISA = (
 )  # fmt: skip
 
 
-class Environment(BaseModel, frozen=True):
+@dataclass(frozen=True, kw_only=True)
+class Environment:
     date: str  # ISO, UTC, when the run began
     cpu: str
     gpu: str | None = None  # that was measured, where one was
@@ -49,7 +50,7 @@ class Environment(BaseModel, frozen=True):
 
     def same_software(self, other: Environment) -> bool:
         """Whether results may stand in one table."""
-        return self.model_dump(exclude={"date", "memory_gib"}) == other.model_dump(exclude={"date", "memory_gib"})
+        return self == replace(other, date=self.date, memory_gib=self.memory_gib)
 
 
 def describe(on: str = "cpu") -> Environment:

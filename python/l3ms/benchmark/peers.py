@@ -16,7 +16,7 @@ from l3ms.benchmark.contestant import Contestant, Functions, Unavailable
 from l3ms.benchmark.inputs import IGNORED, Batch
 from l3ms.benchmark.shapes import Case
 
-PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
 
 
 def installed() -> dict[str, str]:
@@ -48,6 +48,37 @@ def _liger_cross_entropy(case: Case) -> Functions:
         return function(batch.weight, batch.hidden, batch.targets) / case.scored
 
     return Functions(loss=loss)
+
+
+def _on_hopper(case: Case) -> None:
+    if case.device != "cuda" or torch.cuda.get_device_capability()[0] != 9:
+        raise Unavailable("needs an NVIDIA GPU of compute capability 9")
+    if case.dtype != "bf16":
+        raise Unavailable("takes bf16 alone")
+
+
+def _liger_cross_entropy_sm90(case: Case) -> Functions:
+    """Needs nvidia-cutlass-dsl, as the next one does."""
+    module = import_module("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90")
+    _on_hopper(case)
+    function = module.LigerFusedLinearCrossEntropySM90Function
+
+    def loss(batch: Batch) -> Tensor:
+        return function.apply(batch.hidden, batch.weight, batch.targets, IGNORED, "sum") / case.scored
+
+    return Functions(loss=loss)
+
+
+def _liger_scaled_sm90(case: Case) -> Functions:
+    """The log-likelihood of each token at a temperature: the upstream gradient is not known in advance."""
+    module = import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
+    _on_hopper(case)
+    function = module.LigerFusedScaledCrossEntropySM90Function
+
+    def token(batch: Batch) -> Tensor:
+        return -function.apply(batch.hidden, batch.weight, batch.targets, 1.0, IGNORED)
+
+    return Functions(token)
 
 
 def _liger_grpo(case: Case, whole: bool) -> Functions:
@@ -127,5 +158,9 @@ PEERS = (
     Contestant("liger-grpo-whole", "Liger GRPO, one chunk", partial(_liger_grpo, whole=True)),
     Contestant("liger-log-probs", "Liger selective log-probabilities", _liger_log_probabilities),
     Contestant("liger-cross-entropy", "Liger fused cross-entropy, Triton", _liger_cross_entropy, uniform=True),
+    Contestant(
+        "liger-cross-entropy-sm90", "Liger fused cross-entropy, SM90", _liger_cross_entropy_sm90, uniform=True, compiled=True
+    ),
+    Contestant("liger-scaled-sm90", "Liger fused scaled cross-entropy, SM90", _liger_scaled_sm90, compiled=True),
     Contestant("quack", "QuACK linear cross-entropy", _quack, uniform=True, compiled=True),
 )  # fmt: skip

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
-
 from l3ms.benchmark.environment import Environment
 from l3ms.benchmark.race import Race
+from l3ms.benchmark.records import of_json
 from l3ms.benchmark.shapes import Case, Shape
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs.whole_files import write_json
 
 
-class Measurement(BaseModel):
+@dataclass(kw_only=True)
+class Measurement:
     """A contestant in a case."""
 
     contestant: str
@@ -23,7 +25,7 @@ class Measurement(BaseModel):
     kind: Literal["ours", "peer", "limit"]
     uniform: bool = False  # one weight for all sequences
     reason: str | None = None  # why it did not run
-    seconds: list[float] = []  # of each round
+    seconds: list[float] = field(default_factory=list)  # of each round
     error: float | None = None  # |gradient - exact| / |exact|, the larger of hidden's and weight's
     memory: int | None = None  # bytes at the peak beyond inputs and what is returned
     memory_reason: str | None = None  # why it was not measured
@@ -33,7 +35,8 @@ class Measurement(BaseModel):
         return statistics.median(self.seconds) if self.seconds else None
 
 
-class CaseResult(BaseModel):
+@dataclass(kw_only=True)
+class CaseResult:
     op: str
     rows: int
     hidden: int
@@ -46,7 +49,7 @@ class CaseResult(BaseModel):
     nll: float | None  # mean of the targets, nats
     flops: float  # that the op needs, on the scored rows
     ours: str | None  # the contestant that ratios refer to
-    forms: dict[str, float] = {}  # seconds of the bare products, each alone: NT, NN, TN
+    forms: dict[str, float] = field(default_factory=dict)  # seconds of the bare products, each alone: NT, NN, TN
     measurements: list[Measurement]
 
     @property
@@ -71,7 +74,8 @@ class CaseResult(BaseModel):
         return sum(self.forms.values()) / item.median if self.forms and item.median else None
 
 
-class ScalingPoint(BaseModel):
+@dataclass(kw_only=True)
+class ScalingPoint:
     size: int  # rows, or constraints
     contestant: str
     title: str
@@ -83,7 +87,8 @@ class ScalingPoint(BaseModel):
         return statistics.median(self.seconds) if self.seconds else None
 
 
-class Scaling(BaseModel):
+@dataclass(kw_only=True)
+class Scaling:
     """Time over the number of rows, or over the number of constraints of a constraint step."""
 
     over: Literal["rows", "constraints"]
@@ -94,15 +99,34 @@ class Scaling(BaseModel):
     points: list[ScalingPoint]
 
 
-class Results(BaseModel):
+@dataclass(kw_only=True)
+class Part:
+    """A part of the work, timed by itself: one product, the row kernel, the head within one workspace."""
+
+    group: str  # what it is a part of, a table each
+    title: str
+    seconds: list[float] = field(default_factory=list)
+    flops: float | None = None
+    bytes: float | None = None  # that it moves
+    memory: int | None = None  # at its peak, as of a measurement
+    reason: str | None = None  # why it did not run
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+@dataclass(kw_only=True)
+class Results:
     version: Literal[1] = 1
     environment: Environment
     threads: int
     rounds: int
     seed: int
     budget: float | None = None  # seconds that the run was to take at most
-    cases: list[CaseResult] = []
-    scaling: list[Scaling] = []
+    cases: list[CaseResult] = field(default_factory=list)
+    scaling: list[Scaling] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
     def add(self, case: CaseResult) -> None:
         """Enter a case, in place of an earlier measurement of the same one."""
@@ -144,7 +168,7 @@ def gather(race: Race, ours: str | None) -> CaseResult:
 
 def write(results: Results, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, results.model_dump(mode="json"))
+    write_json(path, asdict(results))
     return path
 
 
@@ -155,10 +179,8 @@ def read(path: Path) -> Results:
         ConfigError: it is missing, or not one.
     """
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+        return of_json(Results, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(str(path), "no such file") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise ConfigError(str(path), f"is not a results file: {where}: {first['msg']}") from None
+    except ValueError as error:  # `NotARecord`, or of JSON itself
+        raise ConfigError(str(path), f"is not a results file: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from l3ms.benchmark.results import CaseResult, Measurement, Results, Scaling
+from l3ms.benchmark.results import CaseResult, Measurement, Part, Results, Scaling
 from l3ms.benchmark.shapes import OP_TITLES
 
 
@@ -133,8 +133,29 @@ def scaling_grid(scaling: Scaling) -> Grid:
     return Grid(title, header, rows, [f"not run: {title}: {why}" for title, why in absent.items()])
 
 
+def part_grid(group: str, parts: Sequence[Part]) -> Grid:
+    """Parts of the work that were timed by themselves: a line each, in the order measured."""
+    ran = [part for part in parts if part.seconds]
+    rates = [
+        ("TFLOP/s", lambda part: part.flops and part.flops / part.median / 1e12),
+        ("GB/s", lambda part: part.bytes and part.bytes / part.median / 1e9),
+        ("memory", lambda part: part.memory),
+    ]
+    shown = [(title, value) for title, value in rates if any(value(part) for part in ran)]
+    rows = []
+    for part in ran:
+        values = [
+            bytes_text(value(part)) if title == "memory" else _number(value(part), ".0f") for title, value in shown
+        ]
+        rows.append([part.title, seconds_text(part.median), *values])
+    notes = [f"not run: {part.title}: {part.reason}" for part in parts if part.reason]
+    return Grid(group, ["", "time", *(title for title, _ in shown)], rows, notes)
+
+
 def grids(results: Results) -> list[Grid]:
-    return [case_grid(case) for case in results.cases] + [scaling_grid(scaling) for scaling in results.scaling]
+    groups = dict.fromkeys(part.group for part in results.parts)
+    found = [case_grid(case) for case in results.cases] + [scaling_grid(scaling) for scaling in results.scaling]
+    return found + [part_grid(name, [part for part in results.parts if part.group == name]) for name in groups]
 
 
 def terminal(grid: Grid) -> Group:

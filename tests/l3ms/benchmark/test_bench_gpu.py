@@ -2,18 +2,22 @@
 
 import json
 import math
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from l3ms.benchmark import device, race, run
+from l3ms.benchmark import device, peers, race, run
 from l3ms.benchmark.contestant import Contestant, Functions
 from l3ms.benchmark.contestants import contestants, our_backends
 from l3ms.benchmark.environment import describe
 from l3ms.benchmark.inputs import exact_dtype
-from l3ms.benchmark.race import Race
+from l3ms.benchmark.race import TOLERANCE, Race
 from l3ms.benchmark.results import CaseResult, Measurement, Results, read, write
 from l3ms.benchmark.shapes import GPU_FULL, GPU_SHAPES, Case, Shape, select_cases
 from l3ms.benchmark.tables import case_grid, machine, markdown, report
@@ -64,6 +68,8 @@ def test_contestants_of_a_gpu():
         "cce",
         "cce-exact",
         "liger-cross-entropy",
+        "liger-cross-entropy-sm90",
+        "liger-scaled-sm90",
         "quack",
     ):
         assert name in names
@@ -73,8 +79,39 @@ def test_contestants_of_a_gpu():
 def test_a_peer_that_needs_a_gpu_says_so():
     """And backends of ours that are not there."""
     entries = Race(Case("weighted", SHAPE, "fp32", 0.0), contestants("cuda").values()).entries
-    for name in ("cuda", "triton", "quack"):
+    for name in ("cuda", "triton", "quack", "liger-cross-entropy-sm90", "liger-scaled-sm90"):
         assert entries[name].reason, name
+
+
+def test_peers_for_hopper_are_called_as_they_are_written(monkeypatch):
+    """Functions of the same arguments in their place: sums, signs and the ignored rows are those of the others."""
+
+    class Whole:
+        @staticmethod
+        def apply(hidden, weight, targets, ignore_index, reduction):
+            return F.cross_entropy(hidden @ weight.t(), targets, ignore_index=ignore_index, reduction=reduction)
+
+    class Tokens:
+        @staticmethod
+        def apply(hidden, weight, targets, temperature, ignore_index):
+            logits = hidden @ weight.t() / temperature
+            return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+
+    made: dict[str, tuple[str, type]] = {
+        "fused_linear_cross_entropy_sm90": ("LigerFusedLinearCrossEntropySM90Function", Whole)
+    }
+    made["fused_scaled_cross_entropy_sm90"] = ("LigerFusedScaledCrossEntropySM90Function", Tokens)
+    for module, (function, stand_in) in made.items():
+        name = f"liger_kernel.ops.cutedsl.ops.{module}"
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{function: stand_in}))
+    names = ("liger-cross-entropy-sm90", "liger-scaled-sm90")
+    without = Race(Case("weighted", SHAPE, "bf16", 0.4), [contestants()[name] for name in names])
+    assert all("compute capability 9" in str(entry.reason) for entry in without.entries.values())
+    monkeypatch.setattr(peers, "_on_hopper", lambda case: None)
+    race = Race(Case("weighted", SHAPE, "bf16", 0.4), [contestants()[name] for name in names])
+    race.check()
+    assert [entry.reason for entry in race.entries.values()] == [None, None]
+    assert all(0 < (entry.error or 0) <= TOLERANCE["bf16"] for entry in race.entries.values())
 
 
 @pytest.mark.parametrize("op", ["weighted", "log-likelihood", "frozen", "no-grad"])
@@ -139,7 +176,7 @@ def gpu_results() -> Results:
         op="weighted", rows=10, hidden=20, vocabulary=30, sequences=2, dtype="bf16", masked=0.0, device="cuda", scored=10,
         nll=2.0, flops=2.4e13, ours="cuda", forms={"NT": 0.008, "NN": 0.008, "TN": 0.011}, measurements=items,
     )  # fmt: skip
-    environment = describe().model_copy(update={"gpu": "NVIDIA H200", "cuda": "13.0"})
+    environment = replace(describe(), gpu="NVIDIA H200", cuda="13.0")
     return Results(environment=environment, threads=1, rounds=5, seed=0, budget=450, cases=[case])
 
 

@@ -1,6 +1,7 @@
 """What a benchmark writes and shows, from results that are made up here; the README's table is the one that the committed JSON gives."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from l3ms.benchmark.environment import Environment, cpu_name, describe
 from l3ms.benchmark.figure import groups, save
 from l3ms.benchmark.readme import BEGIN, END, NOT_MEASURED, rewrite, section
-from l3ms.benchmark.results import CaseResult, Measurement, Results, Scaling, ScalingPoint, read, write
-from l3ms.benchmark.tables import bytes_text, case_grid, markdown, report, scaling_grid, seconds_text
+from l3ms.benchmark.results import CaseResult, Measurement, Part, Results, Scaling, ScalingPoint, read, write
+from l3ms.benchmark.tables import bytes_text, case_grid, grids, markdown, report, scaling_grid, seconds_text
 from l3ms.config.yaml_reader import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,6 +44,12 @@ def results(*cases: CaseResult) -> Results:
     return Results(
         environment=ENVIRONMENT, threads=2, rounds=3, seed=0, cases=list(cases),
         scaling=[Scaling(over="rows", points=points, **common), Scaling(over="constraints", rows=9, points=steps, **common)],
+        parts=[
+            Part(group="products", title="NT", seconds=[0.002, 0.001, 0.009], flops=1e12, bytes=4e9),
+            Part(group="products", title="NN", seconds=[0.004], flops=1e12),
+            Part(group="products", title="TN", reason="out of memory"),
+            Part(group="workspaces", title="1 GiB", seconds=[0.5], memory=1 << 30),
+        ],
     )  # fmt: skip
 
 
@@ -74,7 +81,7 @@ def test_files_that_are_no_results(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ConfigError, match="is not a results file"):
         read(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text(json.dumps({**results().model_dump(), "version": 2}))
+    (tmp_path / "a.json").write_text(json.dumps({**asdict(results()), "version": 2}))
     with pytest.raises(ConfigError, match=r"is not a results file: version"):
         read(tmp_path / "a.json")
 
@@ -92,8 +99,8 @@ def test_environment_describes_this_machine():
     assert found.cpu == cpu_name()
     assert found.cores >= 1
     assert found.backends["reference"] == "available"
-    assert found.same_software(found.model_copy(update={"date": "another"}))
-    assert not found.same_software(found.model_copy(update={"torch": "another"}))
+    assert found.same_software(replace(found, date="another"))
+    assert not found.same_software(replace(found, torch="another"))
     assert ENVIRONMENT.device == "fast-cpu-2ghz-2-cores"
 
 
@@ -130,11 +137,20 @@ def test_tables_of_scaling():
     assert [row[2] for row in constraints.rows] == ["1.000", "1.069"]
 
 
+def test_tables_of_parts():
+    products, workspaces = grids(results())[-2:]
+    assert products.header == ["", "time", "TFLOP/s", "GB/s"]
+    assert products.rows == [["NT", "2.00 ms", "500", "2000"], ["NN", "4.00 ms", "250", "-"]]
+    assert products.notes == ["not run: TN: out of memory"]
+    assert workspaces.header == ["", "time", "memory"]
+    assert workspaces.rows == [["1 GiB", "500 ms", "1.00 GiB"]]
+
+
 def test_report_and_picture(tmp_path):
     found = results(case(), case(masked=0.4), case("fp32"), case(op="frozen"))
     text = report(found)
     assert text.startswith("# Benchmark: Fast(R) CPU")
-    assert text.count("\n## ") == 6
+    assert text.count("\n## ") == 8
     assert "not run: gone: needs a GPU \\| or two" in text
     assert [len(cases) for cases in groups(found).values()] == [2, 1, 1]
     picture = save(found, tmp_path / "a.png")
