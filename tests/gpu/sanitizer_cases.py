@@ -1,4 +1,4 @@
-"""Small calls of every GPU backend, for compute-sanitizer to watch: python tests/gpu/sanitizer_cases.py"""
+"""Small calls of every GPU backend, for compute-sanitizer to watch: python tests/gpu/sanitizer_cases.py [how many of each]"""
 
 import sys
 from pathlib import Path
@@ -15,11 +15,11 @@ from l3m_kernels import set_workspace
 from l3m_kernels.backends import TABLE
 
 
-def main() -> None:
+def main(most: int = 12) -> None:
     for backend in HEAD_BACKENDS:
         if backend == "reference":
             continue
-        for seed in range(12):
+        for seed in range(most):
             case = random_case(seed, backend, workspace=1 << 20)
             inputs = on_device(case, case.build())
             set_workspace(1 << 20, low_memory=seed % 3 == 0)
@@ -27,7 +27,7 @@ def main() -> None:
                 inputs.targets[(0,) * inputs.targets.ndim] = 1 << 30  # outside: a row of NaN, no access
             run(case, inputs, seed % 2 == 0, backend)
         barrier = next(row.ops["barrier_weights"] for row in TABLE if row.name == backend)
-        for seed in range(8):
+        for seed in range(min(most, 8)):
             rewards, norm, sums, *rest = random_problem(seed)
             state = fresh_state(rewards, rest[-2])
             arguments = (rewards, norm, sums, state, *rest)
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -41,8 +41,8 @@ class Contestant:
     low_memory: bool = False  # of `l3m_kernels.set_workspace`
 
 
-def prepare(contestant: Contestant, case: Case) -> Run:
-    """What is timed.
+def prepare(contestant: Contestant, case: Case, keep_workspace: bool = False) -> Run:
+    """What is timed, within the default workspace or (`keep_workspace`) the one that is set.
 
     Raises:
         Unavailable: why the contestant cannot take part.
@@ -60,6 +60,8 @@ def prepare(contestant: Contestant, case: Case) -> Run:
 
     def run(batch: Batch) -> tuple[Tensor, ...]:
         batch = batch.uniform() if contestant.uniform else batch
+        if keep_workspace:
+            return _outputs(case.op, functions, batch)
         set_workspace(None, low_memory=contestant.low_memory)
         try:
             return _outputs(case.op, functions, batch)
