@@ -54,19 +54,19 @@ class Step:
 
 
 STEPS = (
-    Step("wheels", 8, 10, "those that are named are installed"),
+    Step("wheels", 8, 5, "those that are named are installed"),
     Step("versions", 12, 15, "of a CPU"),
-    Step("build", 60, 15, "the native CPU library that is here, or one built now"),
-    Step("products", 60, 15, "tiny, by the CPU", beside=True),
-    Step("smoke", 25, 20, "backend cpp, and Triton's kernels in its interpreter"),
+    Step("build", 60, 20, "the native CPU library that is here, or one built now"),
+    Step("products", 60, 20, "tiny, by the CPU", beside=True),
+    Step("smoke", 25, 25, "backend cpp, and Triton's kernels in its interpreter"),
     Step("tests", 100, 25, "collected and skipped"),
     Step("row kernel", 15, 15, "in Triton's interpreter"),
-    Step("row kernel, cluster", 15, 5, "nothing"),
-    Step("workspaces", 40, 15, "tiny, by the CPU"),
-    Step("race", 220, 40, "tiny, by the CPU, without who compiles itself", stretches=True),
-    Step("memcheck", 20, 5, "nothing"),
-    Step("ncu", 15, 5, "nothing"),
-    Step("results", 10, 10, "of a CPU"),
+    Step("row kernel, cluster", 15, 2, "nothing"),
+    Step("workspaces", 40, 25, "tiny, by the CPU"),
+    Step("race", 220, 35, "tiny, by the CPU, without who compiles itself", stretches=True),
+    Step("memcheck", 20, 1, "nothing"),
+    Step("ncu", 15, 1, "nothing"),
+    Step("results", 10, 11, "of a CPU"),
 )
 
 
@@ -183,7 +183,7 @@ class Run:
 
     def own(self, name: str, seconds: float, *options: str, stall: float = math.inf, **variables: str) -> Outcome:
         """A step of `gpu_steps.py`."""
-        command = [*_STEPS, name, "--output", str(self.output), "--seconds", f"{seconds:.0f}", *options]
+        command = [*_STEPS, name, "--output", str(self.output), "--until", f"{time.time() + seconds:.1f}", *options]
         rehearse = ["--rehearse"] if self.given.rehearse else []
         return self.process(name, [*command, *rehearse], seconds, stall, **variables)
 

@@ -251,8 +251,8 @@ def workspaces(given: argparse.Namespace) -> int:
     from l3ms.benchmark.parts import over_workspaces
 
     sizes = (1 << 16, 1 << 20) if given.rehearse else WORKSPACES
-    for name in _backends(given)[:1]:
-        over_workspaces(sizes, _cases(given)[0], name, ROUNDS, 0, lambda part: record(**asdict(part)))
+    case, name, rounds = _cases(given)[0], _backends(given)[0], 2 if given.rehearse else ROUNDS
+    over_workspaces(sizes, case, name, rounds, 0, lambda part: record(**asdict(part)))
     return 0
 
 
@@ -266,10 +266,11 @@ def race(given: argparse.Namespace) -> int:
     device, out, cases = ("cpu" if given.rehearse else "cuda"), json.loads(given.without), _cases(given)
     entrants = contestants(device)
     names = tuple(name for name in entrants if name not in out and not (given.rehearse and entrants[name].compiled))
-    plan = Plan(cases=cases, contestants=names, memory=False, device=device)
-    end = time.monotonic() + 0.95 * given.seconds - 5
+    plan = Plan(cases=cases, contestants=names, memory=False, device=device, rounds=2 if given.rehearse else 5)
+    seconds = 0.95 * (given.until - time.time()) - 5  # from now: importing all this took some
+    end = time.monotonic() + seconds
     target = _target(given, device)
-    results = parts.begun(target, device, plan.rounds, plan.seed, given.seconds)
+    results = parts.begun(target, device, plan.rounds, plan.seed, round(seconds))
 
     for index in range(given.first, len(cases)):
         case, now = cases[index], time.monotonic()
@@ -334,7 +335,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--output", type=Path, default=Path())
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--until", type=float, default=time.time() + 60, help="seconds since 1970")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--first", type=int, default=0, help="case of the race to begin with")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
@@ -17,7 +18,7 @@ from l3ms.benchmark.shapes import GPU_FULL
 
 
 def given(folder: Path, **changed) -> argparse.Namespace:
-    usual = {"rehearse": True, "output": folder, "seconds": 60.0, "rounds": 2, "first": 0, "without": "{}"}
+    usual = {"rehearse": True, "output": folder, "until": time.time() + 60, "rounds": 2, "first": 0, "without": "{}"}
     return argparse.Namespace(**usual | changed)
 
 
