@@ -17,8 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l3m_kernels.chunk_sizes import TILE_COLUMNS, TILE_ROWS, chunk_rows, row_bytes
+from l3m_kernels.chunk_sizes import TILE_COLUMNS, TILE_ROWS, chunk_rows, row_bytes, waves
 from l3m_kernels.gpu_rates import Gpu
+from l3m_kernels.gradient_sums import WHOLE_WAVES
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 SLOW_KERNEL = 0.8  # of a copy's bandwidth, which the row kernel reaches at the least: not measured
@@ -131,7 +132,7 @@ def chunks_of(problem: Problem, gpu: Gpu, design: Design) -> tuple[int, ...]:
             itemsize=size,
             d_hidden="NN" in problem.products,
             d_weight="TN" in problem.products,
-            accumulator_bytes=_sum_bytes(problem),
+            accumulator_bytes=4 * D * V if _rounded_by_product(problem, gpu) else 0,
         )  # fmt: skip
     else:
         held = (problem.workspace or max(512 << 20, 1024 * 4 * V)) // row_bytes(V, D, size)
@@ -141,10 +142,10 @@ def chunks_of(problem: Problem, gpu: Gpu, design: Design) -> tuple[int, ...]:
     return tuple(min(rows, n - first) for first in range(0, n, rows))
 
 
-def _sum_bytes(problem: Problem) -> int:
-    """Of the fp32 sum of the weight's gradient, where that is not what is returned."""
-    wanted = "TN" in problem.products and problem.itemsize < 4
-    return 4 * problem.hidden * problem.vocabulary if wanted else 0
+def _rounded_by_product(problem: Problem, gpu: Gpu) -> bool:
+    """Whether a single chunk's product writes the weight's gradient in 16 bits, as `gradient_sums` has it."""
+    tiles = waves(problem.vocabulary, problem.hidden, int(gpu.multiprocessors.value))
+    return "TN" in problem.products and problem.dtype == "bf16" and tiles >= WHOLE_WAVES
 
 
 def tiles_of(height: int, width: int) -> int:
@@ -166,14 +167,15 @@ def estimate(problem: Problem, gpu: Gpu, design: Design = AFTER) -> Estimate:
     return Estimate(problem, design, gpu, chunks, limit(problem, gpu), tuple(step for step in steps if step.most))
 
 
-def _sums_are_returned(problem: Problem, chunks: tuple[int, ...], design: Design) -> bool:
-    return problem.itemsize == 4 or (len(chunks) == 1 and design.sums_in_16_bits)
+def _sums_are_returned(problem: Problem, gpu: Gpu, chunks: tuple[int, ...], design: Design) -> bool:
+    """Whether what the product writes is the gradient, in its dtype."""
+    return problem.itemsize == 4 or (len(chunks) == 1 and design.sums_in_16_bits and _rounded_by_product(problem, gpu))
 
 
 def _product(name: str, problem: Problem, gpu: Gpu, chunks: tuple[int, ...], design: Design) -> Step:
     D, V, size = problem.hidden, problem.vocabulary, problem.itemsize
     rate, bandwidth, processors = gpu.rates[problem.dtype].value, gpu.bandwidth.value, int(gpu.multiprocessors.value)
-    alone = len(chunks) == 1 and _sums_are_returned(problem, chunks, design)
+    alone = len(chunks) == 1 and _sums_are_returned(problem, gpu, chunks, design)
     least = most = moved = waiting = filled = 0.0
     tiles = 0
     for m in chunks:
@@ -208,7 +210,7 @@ def _row_kernel(problem: Problem, gpu: Gpu, design: Design) -> Step:
 def _sums(problem: Problem, gpu: Gpu, chunks: tuple[int, ...], design: Design, product: Step) -> Step:
     """Reading and writing the sum, once a chunk; what of it TN does not hide in any case is the least."""
     matrix = 4 * problem.hidden * problem.vocabulary
-    alone = len(chunks) == 1 and _sums_are_returned(problem, chunks, design)
+    alone = len(chunks) == 1 and _sums_are_returned(problem, gpu, chunks, design)
     data = 0 if alone else matrix * (2 * len(chunks) - 1)
     seconds = data / gpu.bandwidth.value
     why = f"the fp32 sum of the weight's gradient is read and written in {_chunks(chunks)}, {_gigabytes(data)}"
@@ -218,15 +220,16 @@ def _sums(problem: Problem, gpu: Gpu, chunks: tuple[int, ...], design: Design, p
 def _closing(problem: Problem, gpu: Gpu, chunks: tuple[int, ...], design: Design) -> Step:
     weights, size = problem.hidden * problem.vocabulary, problem.itemsize
     passes = []
-    if not _sums_are_returned(problem, chunks, design):
-        if problem.dtype == "fp16":
-            passes.append(("taking the power of two out of the sum", 8 * weights))
-        passes.append((f"rounding the sum to {problem.dtype}", (4 + size) * weights))
-    if not design.free_scaling:
-        passes.append(("multiplying by the loss's gradient", 2 * size * weights))
-    data = sum(bytes for _, bytes in passes)
+    if problem.dtype == "fp16":  # the loss's gradient is no fp16 number: what it multiplies is fp32
+        passes = [("the power of two", 8), ("the loss's gradient and rounding", 6 if design.free_scaling else 14)]
+    else:
+        if not _sums_are_returned(problem, gpu, chunks, design):
+            passes.append((f"rounding to {problem.dtype}", 4 + size))
+        if not design.free_scaling:
+            passes.append(("the loss's gradient", 2 * size))
+    data = weights * sum(each for _, each in passes)
     seconds = data / gpu.bandwidth.value
-    why = f"passes over the weight's gradient: {', '.join(name for name, _ in passes)}, {_gigabytes(data)}"
+    why = f"passes over the weight's gradient for {', '.join(name for name, _ in passes)}, {_gigabytes(data)}"
     return Step("closing passes", seconds, seconds, 0.0, 0.0, data, None, why)
 
 

@@ -66,6 +66,26 @@ def test_one_chunk_has_no_sum_and_no_rounding():
     assert {step.name for step in estimate(R._replace(rows=768), H200, BEFORE).steps} > {"sum of TN", "closing passes"}
 
 
+def test_fp16_has_no_sum_in_16_bits():
+    """By hand: its power of two taken out of the fp32 sum (8 D V bytes), then scaled (8) and rounded (6), or both in one pass (6)."""
+    problem, matrix = R._replace(rows=2048, dtype="fp16", workspace=4 << 30), 4096 * 128256
+    for design, passes in ((BEFORE, 22), (AFTER, 14)):
+        found = estimate(problem, H200, design)
+        assert found.chunks == (2048,)
+        assert step(found, "closing passes").bytes == passes * matrix
+        assert step(found, "sum of TN").bytes == 4 * matrix
+
+
+def test_a_product_of_few_tiles_writes_no_16_bit_sums():
+    """128 tiles of V x D on 132 multiprocessors: cuBLAS may share a sum then, and round its parts."""
+    found = estimate(Problem(512, 1024, 4096), H200)
+    assert found.chunks == (512,)
+    assert {"sum of TN", "closing passes"} <= {step.name for step in found.steps}
+    assert {"sum of TN", "closing passes"}.isdisjoint(
+        each.name for each in estimate(Problem(512, 4096, 32000), H200).steps
+    )
+
+
 def test_the_rule_of_chunks_is_the_backends_own(monkeypatch):
     asked = []
 
