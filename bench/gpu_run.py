@@ -54,8 +54,8 @@ class Step:
 
 
 STEPS = (
-    Step("wheels", 8, 5, "those that are named are installed"),
-    Step("versions", 12, 15, "of a CPU"),
+    Step("wheels", 10, 5, "those that are named are installed"),
+    Step("versions", 25, 15, "of a CPU"),
     Step("build", 60, 20, "the native CPU library that is here, or one built now"),
     Step("products", 60, 20, "tiny, by the CPU", beside=True),
     Step("smoke", 25, 25, "backend cpp, and Triton's kernels in its interpreter"),
@@ -63,7 +63,7 @@ STEPS = (
     Step("row kernel", 15, 15, "in Triton's interpreter"),
     Step("row kernel, cluster", 15, 2, "nothing"),
     Step("workspaces", 40, 25, "tiny, by the CPU"),
-    Step("race", 220, 35, "tiny, by the CPU, without who compiles itself", stretches=True),
+    Step("race", 205, 35, "tiny, by the CPU, without who compiles itself", stretches=True),
     Step("memcheck", 20, 1, "nothing"),
     Step("ncu", 15, 1, "nothing"),
     Step("results", 10, 11, "of a CPU"),
@@ -252,6 +252,9 @@ class Run:
                 for thread in threads:
                     thread.join()
                 index += len(together)
+                if stop := next((record["stop"] for record in self.records if "stop" in record), None):
+                    self.outcomes.append(Outcome("the rest", f"not begun: {stop}", good=False))
+                    break
         finally:
             for child in list(self.children):  # of a run that is ended from outside
                 _end(child)
@@ -273,8 +276,8 @@ class Run:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """With all that it began: first asked, then not."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
+    """With all that it began: first asked, so that pytest tells what failed so far, and in the end not asked."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signum)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -100,14 +100,14 @@ def versions(given: argparse.Namespace) -> int:
         query = "driver_version,clocks.sm,clocks.mem,memory.total"
         found["driver and clocks"] = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     elif not given.rehearse:
-        found["gpu"] = "torch finds no CUDA device"
+        found["stop"] = "torch finds no CUDA device here; --rehearse does without"
     record(**found)
     for name, value in found.items():
         print(f"{name:18} {value}")
     major = packages["setuptools"].partition(".")[0]
     if major.isdigit() and not 77 <= int(major) < 82:
         print(f"setuptools {major} is outside 77 to 81: where the build fails, carry a wheel of one that is not")
-    return 0 if given.rehearse or "capability" in found else 1
+    return int("stop" in found)
 
 
 def products(given: argparse.Namespace) -> int:
@@ -252,8 +252,11 @@ def workspaces(given: argparse.Namespace) -> int:
 
     sizes = (1 << 16, 1 << 20) if given.rehearse else WORKSPACES
     case, name, rounds = _cases(given)[0], _backends(given)[0], 2 if given.rehearse else ROUNDS
-    over_workspaces(sizes, case, name, rounds, 0, lambda part: record(**asdict(part)))
-    return 0
+    failed = False
+    for part in over_workspaces(sizes, case, name, rounds, 0):
+        failed |= part.reason is not None
+        record(**asdict(part))
+    return int(failed)
 
 
 def race(given: argparse.Namespace) -> int:
@@ -267,9 +270,8 @@ def race(given: argparse.Namespace) -> int:
     entrants = contestants(device)
     names = tuple(name for name in entrants if name not in out and not (given.rehearse and entrants[name].compiled))
     plan = Plan(cases=cases, contestants=names, memory=False, device=device, rounds=2 if given.rehearse else 5)
-    seconds = 0.95 * (given.until - time.time()) - 5  # from now: importing all this took some
+    seconds, target = 0.95 * (given.until - time.time()) - 5, _target(given, device)
     end = time.monotonic() + seconds
-    target = _target(given, device)
     results = parts.begun(target, device, plan.rounds, plan.seed, round(seconds))
 
     for index in range(given.first, len(cases)):

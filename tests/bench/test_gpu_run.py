@@ -78,7 +78,7 @@ def test_what_a_step_began_ends_with_it(tmp_path):
     """The process of a process too, and one that does not listen."""
     code = (
         "import signal, subprocess\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print('@record ' + json.dumps({'child': child.pid}), flush=True); time.sleep(60)"
     )
@@ -142,6 +142,25 @@ def test_a_rehearsal_says_what_was_not_the_real_thing(tmp_path, capsys):
     assert run.all([Step("a", 5, 5, "tiny, by the CPU")])
     assert "done  (not the real thing: tiny, by the CPU)" in capsys.readouterr().out
     assert kept(run)["rehearsal"] is True
+
+
+def test_nothing_more_is_begun_where_there_is_no_device(tmp_path, capsys):
+    class Without(Run):
+        def step(self, step: Step, seconds: float) -> Outcome:
+            self.keep(stop="torch finds no CUDA device here")
+            return Outcome(step.name, "failed: exit code 1", good=False)
+
+    run = run_in(tmp_path, kind=Without)
+    assert not run.all([Step("versions", 5, 5, ""), Step("race", 5, 5, "")])
+    assert [outcome.name for outcome in run.outcomes] == ["versions", "the rest"]
+    assert "not begun: torch finds no CUDA device here" in capsys.readouterr().out
+
+
+def test_a_step_that_is_ended_may_say_what_it_has(tmp_path):
+    """pytest tells what failed so far when it is interrupted."""
+    code = "try: time.sleep(60)\nexcept KeyboardInterrupt: print('so far: 3 failed', flush=True)"
+    run_in(tmp_path).process("tests", python(code), 1)
+    assert "so far: 3 failed" in (tmp_path / "log").read_text()
 
 
 def test_steps_beside_each_other_run_at_the_same_time(tmp_path):

@@ -41,6 +41,23 @@ def test_versions(tmp_path, capsys):
     assert "capability" not in found or found["capability"][0].isdigit()
 
 
+def test_without_a_device_a_run_stops(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_steps.torch.cuda, "is_available", lambda: False)
+    assert gpu_steps.versions(given(tmp_path, rehearse=False)) == 1
+    (found,) = records(capsys)
+    assert "no CUDA device" in found["stop"]
+
+
+def test_workspaces(tmp_path, capsys, monkeypatch):
+    assert gpu_steps.workspaces(given(tmp_path)) == 0
+    assert len(parts_of(records(capsys))) == 2
+    monkeypatch.setattr(gpu_steps, "_backends", lambda given: ("reference", "eager"))
+    monkeypatch.setattr("l3ms.benchmark.contestants.NEEDED", {"weighted": ("no such op",)})
+    assert gpu_steps.workspaces(given(tmp_path)) == 1
+    (part,) = parts_of(records(capsys))
+    assert "does not implement no such op" in str(part.reason)
+
+
 def test_products(tmp_path, capsys):
     assert gpu_steps.products(given(tmp_path)) == 0
     found = parts_of(records(capsys))

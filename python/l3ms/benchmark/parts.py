@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ from l3ms.benchmark.shapes import Case
 from l3ms.runs.whole_files import write_whole
 
 
-def over_workspaces(
-    sizes: Sequence[int], case: Case, name: str, rounds: int, seed: int, found: Callable[[Part], None]
-) -> None:
-    """Time, and on a CUDA device the peak, of a contestant of ours for each size in bytes; `found` has each as it comes."""
+def over_workspaces(sizes: Sequence[int], case: Case, name: str, rounds: int, seed: int) -> Iterator[Part]:
+    """Time, and on a CUDA device the peak, of a contestant of ours for each size in bytes."""
     on_gpu = case.device == "cuda"
     group = f"{case}, within a workspace"
     try:
         run = prepare(contestants(case.device)[name], case, keep_workspace=True)
     except Unavailable as why:
-        found(Part(group=group, title=name, reason=str(why)))
+        yield Part(group=group, title=name, reason=str(why))
         return
     source = Source(case, seed)
     for size in sizes:
@@ -43,7 +41,7 @@ def over_workspaces(
         finally:
             set_workspace(None)
         title = f"{name}, {tables.bytes_text(size)}"
-        found(Part(group=group, title=title, seconds=seconds, flops=case.flops, memory=peak))
+        yield Part(group=group, title=title, seconds=seconds, flops=case.flops, memory=peak)
 
 
 def begun(target: Path, on: str, rounds: int, seed: int, budget: float | None) -> Results:

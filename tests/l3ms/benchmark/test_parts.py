@@ -26,8 +26,7 @@ def test_over_workspaces(monkeypatch):
         return Functions(loss=loss)
 
     monkeypatch.setattr(parts, "contestants", lambda device: {"ours": type(real)("ours", "ours", witness, "ours")})
-    found = []
-    parts.over_workspaces((1 << 20, 3 << 20), CASE, "ours", 2, 0, found.append)
+    found = list(parts.over_workspaces((1 << 20, 3 << 20), CASE, "ours", 2, 0))
     assert [(part.title, len(part.seconds), part.flops) for part in found] == [
         ("ours, 1 MiB", 2, CASE.flops),
         ("ours, 3 MiB", 2, CASE.flops),
@@ -46,7 +45,7 @@ def test_the_workspace_is_the_one_that_is_set(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr("l3m_kernels.ops.workspace", told)
-    parts.over_workspaces((1 << 20,), CASE, "reference", 1, 0, lambda part: None)
+    assert len(list(parts.over_workspaces((1 << 20,), CASE, "reference", 1, 0))) == 1
     assert set(seen) == {1 << 20}
 
 
@@ -56,6 +55,5 @@ def test_who_is_not_there_says_so(monkeypatch):
 
     known = contestants()["reference"]
     monkeypatch.setattr(parts, "contestants", lambda device: {"cuda": type(known)("cuda", "ours", gone, "ours")})
-    found = []
-    parts.over_workspaces((1 << 20,), CASE, "cuda", 2, 0, found.append)
-    assert [part.reason for part in found] == ["no such device"]
+    (found,) = parts.over_workspaces((1 << 20,), CASE, "cuda", 2, 0)
+    assert found.reason == "no such device"
