@@ -63,10 +63,10 @@ STEPS = (
     Step("row kernel", 15, 15, "in Triton's interpreter"),
     Step("row kernel, cluster", 15, 2, "nothing"),
     Step("workspaces", 40, 25, "tiny, by the CPU"),
-    Step("race", 205, 35, "tiny, by the CPU, without who compiles itself", stretches=True),
+    Step("race", 205, 31, "tiny, by the CPU, without who compiles itself", stretches=True),
     Step("memcheck", 20, 1, "nothing"),
     Step("ncu", 15, 1, "nothing"),
-    Step("results", 10, 11, "of a CPU"),
+    Step("results", 10, 15, "of a CPU"),
 )
 
 
@@ -224,9 +224,12 @@ class Run:
         if name == "race":
             return self.race(seconds)
         if name == "row kernel, cluster":
-            if not any("L3M_ROW_KERNEL" in path.read_text() for path in _sources()):
-                return Outcome(name, "skipped: this tree has no such kernel")
+            if rehearse or not _has_cluster():
+                return Outcome(name, "skipped: needs a GPU" if rehearse else "skipped: this tree has no such kernel")
             return self.own("row kernel", seconds, L3M_ROW_KERNEL="cluster")
+        if name == "workspaces":
+            kernels = "two_pass,cluster" if _has_cluster() and not rehearse else "auto"
+            return self.own(name, seconds, "--row-kernels", kernels)
         if name in TOOLS:
             tool, *options = TOOLS[name].split()
             found = shutil.which(tool)
@@ -289,9 +292,8 @@ def _built() -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _sources() -> list[Path]:
-    folders = (ROOT / "l3m_kernels", ROOT / "csrc")
-    return [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")]
+def _has_cluster() -> bool:
+    return any("L3M_ROW_KERNEL" in path.read_text() for path in (ROOT / "csrc").glob("*.cpp"))
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:

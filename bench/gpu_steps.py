@@ -24,15 +24,8 @@ import torch
 from torch import Tensor
 
 MARK = "@record "
-PEERS = (
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "nvidia-cutlass-dsl",
-    "pydantic",
-    "transformers",
-    "setuptools",
-)
+PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
+WANTED = ("torch", "triton", *PEERS, "pydantic", "transformers", "setuptools")
 ROWS, WIDTH, VOCABULARY = (
     (512, 768, 1024, 1536, 2048, 4096, 8192),
     4096,
@@ -86,7 +79,7 @@ def _said(program: str, *options: str) -> str:
 
 def versions(given: argparse.Namespace) -> int:
     packages = {}
-    for name in ("torch", "triton", *PEERS):
+    for name in WANTED:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -253,9 +246,12 @@ def workspaces(given: argparse.Namespace) -> int:
     sizes = (1 << 16, 1 << 20) if given.rehearse else WORKSPACES
     case, name, rounds = _cases(given)[0], _backends(given)[0], 2 if given.rehearse else ROUNDS
     failed = False
-    for part in over_workspaces(sizes, case, name, rounds, 0):
-        failed |= part.reason is not None
-        record(**asdict(part))
+    for kernel in given.row_kernels.split(","):
+        os.environ["L3M_ROW_KERNEL"] = kernel  # which the native part asks for at each call
+        for part in over_workspaces(sizes, case, name, rounds, 0):
+            failed |= part.reason is not None
+            part.title += f", {kernel}"
+            record(**asdict(part))
     return int(failed)
 
 
@@ -320,10 +316,10 @@ def results(given: argparse.Namespace) -> int:
     found = parts.begun(target, device, 0, 0, None)
     found.parts = parts.parts_of(json.loads((given.output / "run.json").read_text())["records"])
     parts.save(found, target)
-    if found.cases:
-        save(found, target.with_suffix(".png"))
     print(section([found]))
     print(f"to keep it: cp {target.with_suffix('')}.* bench/results/ && python bench/update_readme.py")
+    if found.cases:
+        save(found, target.with_suffix(".png"))
     return 0
 
 
@@ -339,6 +335,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path())
     parser.add_argument("--until", type=float, default=time.time() + 60, help="seconds since 1970")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--row-kernels", default="auto", help="values of L3M_ROW_KERNEL")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--first", type=int, default=0, help="case of the race to begin with")
     parser.add_argument("--without", default="{}", help="contestants that the race leaves out, and why, as JSON")

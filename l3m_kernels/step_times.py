@@ -22,6 +22,7 @@ from l3m_kernels.gpu_rates import Gpu
 from l3m_kernels.gradient_sums import WHOLE_WAVES
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+MOST_COLUMNS = 262144  # of a row that is read once, into a cluster's registers
 SLOW_KERNEL = 0.8  # of a copy's bandwidth, which the row kernel reaches at the least: not measured
 
 
@@ -59,7 +60,7 @@ class Design:
 
     name: str
     tiled_chunks: bool  # rows of a chunk by waves of tiles, else by whole multiples of 256
-    one_read: bool  # the row kernel reads a row once, where blocks can form clusters
+    one_read: bool  # the row kernel reads a row once, where blocks form clusters and V fits: L3M_ROW_KERNEL=cluster
     sums_in_16_bits: bool  # with a single chunk the product writes the weight's gradient as it is returned
     free_scaling: bool  # nothing is multiplied where the loss's gradient is 1
 
@@ -199,7 +200,8 @@ def _product(name: str, problem: Problem, gpu: Gpu, chunks: tuple[int, ...], des
 
 
 def _row_kernel(problem: Problem, gpu: Gpu, design: Design) -> Step:
-    readings = 1 if not problem.gradients or (design.one_read and gpu.clusters) else 2
+    once = design.one_read and gpu.clusters and problem.vocabulary <= MOST_COLUMNS
+    readings = 1 if once or not problem.gradients else 2
     element = 4 * readings + problem.itemsize * problem.gradients
     data = element * problem.scored * problem.vocabulary
     seconds = data / gpu.bandwidth.value

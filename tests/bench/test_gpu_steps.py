@@ -18,7 +18,15 @@ from l3ms.benchmark.shapes import GPU_FULL
 
 
 def given(folder: Path, **changed) -> argparse.Namespace:
-    usual = {"rehearse": True, "output": folder, "until": time.time() + 60, "rounds": 2, "first": 0, "without": "{}"}
+    usual = {
+        "rehearse": True,
+        "output": folder,
+        "until": time.time() + 60,
+        "rounds": 2,
+        "first": 0,
+        "without": "{}",
+        "row_kernels": "auto",
+    }
     return argparse.Namespace(**usual | changed)
 
 

@@ -139,6 +139,8 @@ def test_the_mends_and_faster_devices_never_cost():
 
 def test_clusters_decide_how_often_a_row_is_read():
     assert step(estimate(R, GPUS["a100"]), "row kernel").bytes == 10 * 8192 * 128256
+    for vocabulary, element in ((262144, 6), (262145, 10)):
+        assert step(estimate(Problem(64, 16, vocabulary), H200), "row kernel").bytes == element * 64 * vocabulary
     assert step(estimate(R._replace(gradients=False), GPUS["a100"]), "row kernel").bytes == 4 * 8192 * 128256
 
 

@@ -31,13 +31,13 @@ def over_workspaces(sizes: Sequence[int], case: Case, name: str, rounds: int, se
         yield Part(group=group, title=name, reason=str(why))
         return
     source = Source(case, seed)
+    first, *batches = (source.draw(index) for index in range(rounds + 1))
     for size in sizes:
         set_workspace(size)
         try:
-            batch = source.draw(0)
-            run(batch)
-            peak = device.peak(run, batch) if on_gpu else None
-            seconds = [(device.clock if on_gpu else clock)(run, source.draw(index + 1)) for index in range(rounds)]
+            run(first)
+            peak = device.peak(run, first) if on_gpu else None
+            seconds = [(device.clock if on_gpu else clock)(run, batch) for batch in batches]
         finally:
             set_workspace(None)
         title = f"{name}, {tables.bytes_text(size)}"
