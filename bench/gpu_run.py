@@ -3,8 +3,7 @@
 Each step has seconds of its own and is a process of its own, so that one which hangs, is killed or leaves the device unusable costs itself
 alone; what it found before that is in FOLDER/run.json at once, all output in FOLDER/log. The results are FOLDER/<device>.json
 and .md, as bench/results has them. Wanted are Python and torch; `--wheels` brings what else there is, such as peers, without a network.
-`--rehearse` does all of it on a CPU with tiny shapes, in three minutes, and says what was not the real thing. What the steps measure is in
-`gpu_steps.py`; this file runs them, and imports neither torch nor the package.
+`--rehearse` does all of it on a CPU, tiny, in three minutes, and says what was not the real thing. `gpu_steps.py` has what is measured.
 """
 
 from __future__ import annotations
@@ -61,13 +60,14 @@ STEPS = (
     Step("smoke", 25, 25, "backend cpp, and Triton's kernels in its interpreter"),
     Step("tests", 100, 25, "collected and skipped"),
     Step("row kernel", 15, 15, "in Triton's interpreter"),
-    Step("row kernel, cluster", 15, 2, "nothing"),
+    Step("cluster", 15, 2, "nothing"),
     Step("workspaces", 40, 25, "tiny, by the CPU"),
-    Step("race", 205, 31, "tiny, by the CPU, without who compiles itself", stretches=True),
-    Step("memcheck", 20, 1, "nothing"),
-    Step("ncu", 15, 1, "nothing"),
+    Step("race", 185, 31, "tiny, by the CPU, without who compiles itself", stretches=True),
+    Step("memcheck", 35, 1, "nothing"),
+    Step("ncu", 20, 1, "nothing"),
     Step("results", 10, 15, "of a CPU"),
 )
+NAMES = [step.name for step in STEPS]
 
 
 class Clock:
@@ -124,8 +124,7 @@ class Run:
             self._save()
 
     def _save(self) -> None:
-        partial = self.output / ".run.json"
-        steps = [vars(outcome) for outcome in self.outcomes]
+        steps, partial = [vars(outcome) for outcome in self.outcomes], self.output / ".run.json"
         kept = {"rehearsal": self.given.rehearse, "steps": steps, "records": self.records}
         partial.write_text(json.dumps(kept, indent=1))
         partial.replace(self.output / "run.json")
@@ -192,7 +191,8 @@ class Run:
         end, out, first, total = self.clock.now() + seconds, {}, 0, 0.0
         while True:
             left = end - self.clock.now()
-            found = self.own("race", left, "--first", str(first), "--without", json.dumps(out), stall=STALL)
+            options = ["--first", str(first), "--without", json.dumps(out), "--contestants", self.given.contestants]
+            found = self.own("race", left, *options, stall=STALL)
             total += found.seconds
             at = found.at or {}
             if found.good or not at or end - self.clock.now() < LEAST:
@@ -223,7 +223,7 @@ class Run:
             return self.process(name, [python, *PYTEST, *workers.split(), *chosen], seconds, OMP_NUM_THREADS="1")
         if name == "race":
             return self.race(seconds)
-        if name == "row kernel, cluster":
+        if name == "cluster":
             if rehearse or not _has_cluster():
                 return Outcome(name, "skipped: needs a GPU" if rehearse else "skipped: this tree has no such kernel")
             return self.own("row kernel", seconds, L3M_ROW_KERNEL="cluster")
@@ -300,14 +300,14 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     """A line for each part that was timed."""
     lines = []
     for record in (record for record in records if "group" in record):
-        seconds = statistics.median(record["seconds"]) if record.get("seconds") else None
-        values = [f"{record['group']}: {record['title']}"]
-        values += [f"{seconds * 1e3:.3f} ms"] if seconds else []
-        values += [f"{record['flops'] / seconds / 1e12:.3g} TFLOP/s"] if seconds and record.get("flops") else []
-        values += [f"{record['bytes'] / seconds / 1e9:.4g} GB/s"] if seconds and record.get("bytes") else []
-        values += [f"{record['memory'] / 2**20:.0f} MiB"] if record.get("memory") else []
-        values += [record["reason"]] if record.get("reason") else []
-        lines.append("  ".join(values))
+        line = f"{record['group']}: {record['title']}  {record.get('reason') or ''}"
+        if record.get("seconds"):
+            seconds = statistics.median(record["seconds"])
+            line += f"{seconds * 1e3:.3f} ms"
+            line += f"  {record['flops'] / seconds / 1e12:.3g} TFLOP/s" if record.get("flops") else ""
+            line += f"  {record['bytes'] / seconds / 1e9:.4g} GB/s" if record.get("bytes") else ""
+            line += f"  {record['memory'] / 2**20:.0f} MiB" if record.get("memory") else ""
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -324,14 +324,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=os.environ.get("OUT"), help="folder for what is found; default: $OUT"
-    )
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder; default: $OUT")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install, for this run alone")
-    parser.add_argument(
-        "--seconds", type=float, help=f"for all of it; default {SECONDS:g}, of a rehearsal {REHEARSAL:g}"
-    )
+    parser.add_argument("--seconds", type=float, help=f"for all: {SECONDS:g}, of a rehearsal {REHEARSAL:g}")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny")
+    parser.add_argument("--steps", default="", metavar="NAME,...", help=f"only these of {', '.join(NAMES)}")
+    parser.add_argument("--contestants", default="", metavar="NAME,...", help="of the race, only these")
     given = parser.parse_args(arguments)
     if given.output is None:
         parser.error("--output: names the folder for what is found (or $OUT does)")
@@ -339,9 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--wheels: no such folder: {given.wheels}")
     if given.seconds is not None and not 0 < given.seconds < math.inf:
         parser.error(f"--seconds: must be a positive number, got {given.seconds:g}")
+    chosen = given.steps.split(",") if given.steps else NAMES
+    if unknown := set(chosen) - set(NAMES):
+        parser.error(f"--steps: must be of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is ended, and the table printed
     clock = Clock(given.seconds or (REHEARSAL if given.rehearse else SECONDS), given.rehearse)
-    return 0 if Run(Path(given.output).resolve(), clock, given).all(STEPS) else 1
+    run = Run(Path(given.output).resolve(), clock, given)
+    return 0 if run.all([step for step in STEPS if step.name in chosen]) else 1
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ ROWS, WIDTH, VOCABULARY = (
 WORKSPACES = (512 << 20, 600_000_000, 1_050_000_000, 2_100_000_000)
 ROUNDS = 7
 ALLOWED = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative errors of gradients, as tests/gpu has them
+HALF = 0.5  # of the time that is left, that a case of the race may take: who compiles itself has it in the first ones
 UNUSABLE = 70  # exit code: the device answers with errors
 
 
@@ -97,8 +98,7 @@ def versions(given: argparse.Namespace) -> int:
     record(**found)
     for name, value in found.items():
         print(f"{name:18} {value}")
-    major = packages["setuptools"].partition(".")[0]
-    if major.isdigit() and not 77 <= int(major) < 82:
+    if (major := packages["setuptools"].partition(".")[0]).isdigit() and not 77 <= int(major) < 82:
         print(f"setuptools {major} is outside 77 to 81: where the build fails, carry a wheel of one that is not")
     return int("stop" in found)
 
@@ -200,7 +200,7 @@ def smoke(given: argparse.Namespace) -> int:
 
 def row_kernel(given: argparse.Namespace) -> int:
     """The pass between the products, alone: GB/s of what it moves. The kernel is the one that L3M_ROW_KERNEL asks for."""
-    import l3m_kernels  # registers its ops
+    import l3m_kernels  # noqa: F401: registers its ops
 
     device, m, V = ("cpu", 2, 300) if given.rehearse else ("cuda", 1024, VOCABULARY)
     once = os.environ.get("L3M_ROW_KERNEL") == "cluster"
@@ -228,7 +228,6 @@ def row_kernel(given: argparse.Namespace) -> int:
                 record(group="row kernel", title=title, reason=f"{type(error).__name__}: {error}"[:200])
             else:
                 record(group="row kernel", title=title, seconds=seconds, bytes=float(moved))
-    print(f"l3m_kernels {l3m_kernels.__version__}, {m} rows of {V}")
     return int(failed)
 
 
@@ -264,14 +263,17 @@ def race(given: argparse.Namespace) -> int:
 
     device, out, cases = ("cpu" if given.rehearse else "cuda"), json.loads(given.without), _cases(given)
     entrants = contestants(device)
-    names = tuple(name for name in entrants if name not in out and not (given.rehearse and entrants[name].compiled))
+    given.contestants = given.contestants or ",".join(entrants)
+    slow = {name for name in entrants if given.rehearse and entrants[name].compiled}
+    names = tuple(name for name in given.contestants.split(",") if name not in slow and name not in out)
+    if not names:  # to a Plan, all
+        return 0
     plan = Plan(cases=cases, contestants=names, memory=False, device=device, rounds=2 if given.rehearse else 5)
-    seconds, target = 0.95 * (given.until - time.time()) - 5, _target(given, device)
-    end = time.monotonic() + seconds
-    results = parts.begun(target, device, plan.rounds, plan.seed, round(seconds))
+    target, end = _target(given, device), given.until - 0.05 * (given.until - time.time()) - 5
+    results = parts.begun(target, device, plan.rounds, plan.seed, round(end - time.time()))
 
     for index in range(given.first, len(cases)):
-        case, now = cases[index], time.monotonic()
+        case, left = cases[index], end - time.time()
 
         def said(text: str) -> None:
             if device == "cuda":
@@ -283,11 +285,12 @@ def race(given: argparse.Namespace) -> int:
             name = text.removeprefix(f"{case}: ").removesuffix(", first call")  # noqa: B023
             record(at=index, case=str(case), contestant=name if name in entrants else None)  # noqa: B023
 
-        if now > end:
+        if left < 0:
             print(f"not measured, the time is over: {', '.join(map(str, cases[index:]))}")
             break
         said("begins")
-        result = measure(case, plan, said, now + min(1, GENEROUS / (len(cases) - index)) * (end - now))
+        share = min(1, max(HALF, GENEROUS / (len(cases) - index)))
+        result = measure(case, plan, said, time.monotonic() + share * left)
         result.measurements += [
             Measurement(contestant=name, title=entrants[name].title, kind="peer", reason=why)
             for name, why in out.items()
@@ -338,6 +341,7 @@ def main() -> int:
     parser.add_argument("--row-kernels", default="auto", help="values of L3M_ROW_KERNEL")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--first", type=int, default=0, help="case of the race to begin with")
+    parser.add_argument("--contestants", default="", help="only these; none: all")
     parser.add_argument("--without", default="{}", help="contestants that the race leaves out, and why, as JSON")
     given = parser.parse_args()
     return STEPS[given.step](given)

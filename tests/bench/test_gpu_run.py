@@ -228,7 +228,7 @@ def raced(tmp_path, *outcomes: Outcome, seconds: float = 200.0) -> tuple[Outcome
             now.value += left[0].seconds
             return left.pop(0)
 
-    run = Rehearsed(tmp_path, Clock(500, now=now), argparse.Namespace(rehearse=False))
+    run = Rehearsed(tmp_path, Clock(500, now=now), argparse.Namespace(rehearse=False, contestants=""))
     return run.race(seconds), asked
 
 
@@ -263,6 +263,7 @@ def test_a_race_that_cannot_begin_or_has_no_time_ends(tmp_path):
     [
         ([], "--output: names the folder"),
         (["--output", "o", "--wheels", "no-such-folder"], "--wheels: no such folder: no-such-folder"),
+        (["--output", "o", "--steps", "race,smoek"], "got smoek"),
         (["--output", "o", "--seconds", "-3"], "--seconds: must be a positive number, got -3"),
         (["--output", "o", "--seconds", "nan"], "--seconds: must be a positive number, got nan"),
     ],
@@ -273,6 +274,14 @@ def test_arguments_that_are_none(arguments, message, monkeypatch, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_some_of_the_steps(tmp_path, capsys):
+    assert main(["--output", str(tmp_path), "--rehearse", "--steps", "wheels,memcheck"]) == 0
+    steps = json.loads((tmp_path / "run.json").read_text())["steps"]
+    assert [(step["name"], step["status"]) for step in steps] == [
+        ("wheels", "skipped: none are carried"), ("memcheck", "skipped: needs a GPU"),
+    ]  # fmt: skip
 
 
 def test_a_run_that_is_ended_from_outside_ends_its_steps_and_prints_what_it_has(tmp_path):
