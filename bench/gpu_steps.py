@@ -200,8 +200,7 @@ def smoke(given: argparse.Namespace) -> int:
 
 def row_kernel(given: argparse.Namespace) -> int:
     """The pass between the products, alone: GB/s of what it moves. The kernel is the one that L3M_ROW_KERNEL asks for."""
-    import l3m_kernels  # noqa: F401: registers its ops
-
+    importlib.import_module("l3m_kernels")  # registers its ops
     device, m, V = ("cpu", 2, 300) if given.rehearse else ("cuda", 1024, VOCABULARY)
     once = os.environ.get("L3M_ROW_KERNEL") == "cluster"
     normal = torch.randn(m, -(-V // 32) * 32, device=device)
