@@ -3,7 +3,7 @@
 Each step has seconds of its own and is a process of its own, so that one which hangs, is killed or leaves the device unusable costs itself
 alone; what it found before that is in FOLDER/run.json at once, all output in FOLDER/log. The results are FOLDER/<device>.json
 and .md, as bench/results has them. Wanted are Python and torch; `--wheels` brings what else there is, such as peers, without a network.
-`--rehearse` does all of it on a CPU, tiny, in three minutes, and says what was not the real thing. `gpu_steps.py` has what is measured.
+`--rehearse` does all of it on a CPU, tiny, in a minute or two, and says what was not the real thing. `gpu_steps.py` has what is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "@record "  # begins a line of a step's output that is a measurement, as JSON
-SECONDS, REHEARSAL = 540.0, 180.0
+SECONDS = 540.0  # a rehearsal keeps the same clock, and takes a minute of an idle core
 STALL = 75.0  # seconds without a line, after which a contestant of the race is hung: the slowest compile for a minute
 LEAST = 15.0  # seconds that a race needs to begin again
 EXTRA = 0.5  # of its seconds that a step may have more, where others left some
@@ -46,26 +46,25 @@ _STEPS = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "gpu_steps.py")]
 class Step:
     name: str
     seconds: float
-    rehearsed: float  # seconds, of a rehearsal
     instead: str  # what a rehearsal does in its place
     beside: bool = False  # begins together with the step before it
     stretches: bool = False  # has all the time that others left
 
 
 STEPS = (
-    Step("wheels", 10, 5, "those that are named are installed"),
-    Step("versions", 25, 15, "of a CPU"),
-    Step("build", 60, 20, "the native CPU library that is here, or one built now"),
-    Step("products", 60, 20, "tiny, by the CPU", beside=True),
-    Step("smoke", 25, 25, "backend cpp, and Triton's kernels in its interpreter"),
-    Step("tests", 100, 25, "collected and skipped"),
-    Step("row kernel", 15, 15, "in Triton's interpreter"),
-    Step("cluster", 15, 2, "nothing"),
-    Step("workspaces", 40, 25, "tiny, by the CPU"),
-    Step("race", 185, 31, "tiny, by the CPU, without who compiles itself", stretches=True),
-    Step("memcheck", 35, 1, "nothing"),
-    Step("ncu", 20, 1, "nothing"),
-    Step("results", 10, 15, "of a CPU"),
+    Step("wheels", 10, "those that are named are installed"),
+    Step("versions", 25, "of a CPU"),
+    Step("build", 60, "the native CPU library that is here, or one built now"),
+    Step("products", 60, "tiny, by the CPU", beside=True),
+    Step("smoke", 30, "backend cpp, and Triton's kernels in its interpreter"),
+    Step("tests", 100, "collected and skipped"),
+    Step("row kernel", 15, "in Triton's interpreter"),
+    Step("cluster", 15, "nothing"),
+    Step("workspaces", 40, "tiny, by the CPU"),
+    Step("race", 175, "tiny, by the CPU, without who compiles itself", stretches=True),
+    Step("memcheck", 35, "nothing"),
+    Step("ncu", 20, "nothing"),
+    Step("results", 15, "of a CPU"),
 )
 NAMES = [step.name for step in STEPS]
 
@@ -73,16 +72,15 @@ NAMES = [step.name for step in STEPS]
 class Clock:
     """Shares what is left among the steps that are left: less for each where time is short, more where others left some."""
 
-    def __init__(self, total: float, rehearse: bool = False, now: Callable[[], float] = time.monotonic):
-        self.now, self.end, self.rehearse = now, now() + total, rehearse
+    def __init__(self, total: float, now: Callable[[], float] = time.monotonic):
+        self.now, self.end = now, now() + total
 
     @property
     def left(self) -> float:
         return max(self.end - self.now(), 0.0)
 
     def allowed(self, step: Step, later: Sequence[Step] = ()) -> float:
-        counted = [each for each in (step, *later) if each is step or not each.beside]
-        own, *others = (each.rehearsed if self.rehearse else each.seconds for each in counted)
+        own, *others = (each.seconds for each in (step, *later) if each is step or not each.beside)
         spare = self.left - own - sum(others)
         if spare < 0:
             return own * self.left / (own + sum(others))
@@ -326,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder; default: $OUT")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install, for this run alone")
-    parser.add_argument("--seconds", type=float, help=f"for all: {SECONDS:g}, of a rehearsal {REHEARSAL:g}")
+    parser.add_argument("--seconds", type=float, help=f"for all, default {SECONDS:g}")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny")
     parser.add_argument("--steps", default="", metavar="NAME,...", help=f"only these of {', '.join(NAMES)}")
     parser.add_argument("--contestants", default="", metavar="NAME,...", help="of the race, only these")
@@ -341,8 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(chosen) - set(NAMES):
         parser.error(f"--steps: must be of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is ended, and the table printed
-    clock = Clock(given.seconds or (REHEARSAL if given.rehearse else SECONDS), given.rehearse)
-    run = Run(Path(given.output).resolve(), clock, given)
+    run = Run(Path(given.output).resolve(), Clock(given.seconds or SECONDS), given)
     return 0 if run.all([step for step in STEPS if step.name in chosen]) else 1
 
 

@@ -124,7 +124,7 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, capsys):
     }
     run.keep(group="products", title="NT", seconds=[0.004, 0.002, 0.003], flops=3e12, bytes=6e9, memory=1 << 20)
     run.keep(group="products", title="NN", reason="out of memory")
-    steps = [Step(name, 5, 5, "tiny", beside=name == "c") for name in "abcd"]
+    steps = [Step(name, 5, "tiny", beside=name == "c") for name in "abcd"]
     assert not run.all(steps)
     assert [step["status"] for step in kept(run)["steps"]] == [
         "failed: ValueError: a slip of this file", "failed: exit code 1", "skipped: for a reason", "done",
@@ -139,7 +139,7 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, capsys):
 def test_a_rehearsal_says_what_was_not_the_real_thing(tmp_path, capsys):
     run = run_in(tmp_path, kind=Planted, rehearse=True)
     run.found = {"a": Outcome("a", "done", 1.0)}  # pyright: ignore[reportAttributeAccessIssue]
-    assert run.all([Step("a", 5, 5, "tiny, by the CPU")])
+    assert run.all([Step("a", 5, "tiny, by the CPU")])
     assert "done  (not the real thing: tiny, by the CPU)" in capsys.readouterr().out
     assert kept(run)["rehearsal"] is True
 
@@ -151,7 +151,7 @@ def test_nothing_more_is_begun_where_there_is_no_device(tmp_path, capsys):
             return Outcome(step.name, "failed: exit code 1", good=False)
 
     run = run_in(tmp_path, kind=Without)
-    assert not run.all([Step("versions", 5, 5, ""), Step("race", 5, 5, "")])
+    assert not run.all([Step("versions", 5, ""), Step("race", 5, "")])
     assert [outcome.name for outcome in run.outcomes] == ["versions", "the rest"]
     assert "not begun: torch finds no CUDA device here" in capsys.readouterr().out
 
@@ -171,25 +171,20 @@ def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
             barrier.wait()
             return Outcome(step.name, "done")
 
-    assert run_in(tmp_path, kind=Meeting).all([Step("a", 5, 5, ""), Step("b", 5, 5, "", beside=True)])
+    assert run_in(tmp_path, kind=Meeting).all([Step("a", 5, ""), Step("b", 5, "", beside=True)])
 
 
 # ---- time --------------------------------------------------------------------------------------------------------
 
 
 def test_the_steps_fit_the_time():
-    for clock, rehearse in (
-        (Clock(gpu_run.SECONDS, now=lambda: 0), False),
-        (Clock(gpu_run.REHEARSAL, True, lambda: 0), True),
-    ):
-        sizes = [step.rehearsed if rehearse else step.seconds for step in STEPS if not step.beside]
-        assert sum(sizes) <= clock.left
+    assert sum(step.seconds for step in STEPS if not step.beside) <= gpu_run.SECONDS
 
 
 def test_time_that_is_short_is_shared_and_time_that_is_left_goes_to_the_race():
     now = Seconds()
-    first, second = Step("a", 10, 0, ""), Step("b", 30, 0, "", beside=True)
-    race, last = Step("race", 40, 0, "", stretches=True), Step("c", 20, 0, "")
+    first, second = Step("a", 10, ""), Step("b", 30, "", beside=True)
+    race, last = Step("race", 40, "", stretches=True), Step("c", 20, "")
     clock = Clock(100, now=now)
     assert clock.allowed(first, [second, race, last]) == 15  # 30 are left over; the one beside it is not counted
     assert clock.allowed(race, [last]) == 80  # all but the last one's
