@@ -48,7 +48,7 @@ class Step:
     seconds: float
     instead: str  # what a rehearsal does in its place
     beside: bool = False  # begins together with the step before it
-    stretches: bool = False  # has all the time that others left
+    stretches: bool = False  # has all the time that others left, and that those after it do not need
 
 
 STEPS = (
@@ -64,7 +64,7 @@ STEPS = (
     Step("race", 175, "tiny, by the CPU, without who compiles itself", stretches=True),
     Step("memcheck", 35, "nothing"),
     Step("ncu", 20, "nothing"),
-    Step("results", 15, "of a CPU"),
+    Step("results", 15, "of a CPU", stretches=True),
 )
 NAMES = [step.name for step in STEPS]
 
