@@ -128,11 +128,18 @@ def _barrier_variants() -> Iterator[Variant]:
 
 
 def compile_one(variant: Variant, architecture: int) -> Compiled:
-    """Compile for sm_<architecture>; Triton keeps what it compiled in its cache.
+    """What a variant needs on sm_<architecture>.
 
     Raises:
         whatever Triton raises where a kernel does not compile.
     """
+    compiled = compile_kernel(variant, architecture)
+    registers, spilled = _resources(compiled.asm["ptx"], architecture, variant.fp_fusion)
+    return Compiled(variant, architecture, registers, spilled, compiled.metadata.shared)
+
+
+def compile_kernel(variant: Variant, architecture: int) -> Any:
+    """Triton's `CompiledKernel` for sm_<architecture>, `asm["ptx"]` among it; Triton keeps what it compiled in its cache."""
     kernel = KERNELS[variant.kernel]
     names = kernel.arg_names
     constants = variant.constants | {
@@ -144,9 +151,7 @@ def compile_one(variant: Variant, architecture: int) -> Compiled:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": variant.warps, "enable_fp_fusion": variant.fp_fusion, "maxnreg": variant.registers}
-    compiled = triton.compile(source, target=target, options=options)
-    registers, spilled = _resources(compiled.asm["ptx"], architecture, variant.fp_fusion)
-    return Compiled(variant, architecture, registers, spilled, compiled.metadata.shared)
+    return triton.compile(source, target=target, options=options)
 
 
 def _resources(ptx: str, architecture: int, fp_fusion: bool) -> tuple[int, int]:

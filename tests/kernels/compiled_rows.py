@@ -1,0 +1,226 @@
+"""The row kernels as their compilers made them, in PTX, and calls of them on a CPU: Triton's for sm_90 and, where nvcc is, CUDA C++'s."""
+
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ptx.memory import Memory
+from ptx.running import GLOBAL, Program
+from ptx.text import entries
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CUDA_NAMES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
+CUDA_DTYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+REST = 77.0  # in a row of logits, behind its V columns
+
+
+@dataclass
+class Rows:
+    """A call of the row kernel. Letters: n rows, V vocabulary."""
+
+    logits: Tensor  # (n, V) fp32
+    targets: Tensor  # (n,) int64
+    upstream: Tensor  # (n,) fp32
+    bias: Tensor | None  # (V,)
+    softcap: float  # 0: none
+    temperature: float
+    gradient: torch.dtype | None  # None: log-likelihoods alone
+    lse: Tensor | None = None  # (n,) fp32, where it is known
+
+
+@dataclass
+class Found:
+    token: Tensor  # (n,) fp32
+    lse: Tensor
+    flag: int
+    gradient: Tensor | None  # (n, V)
+
+
+def problem(seed: int, vocabulary: int, extras: bool, gradient: torch.dtype | None, known: bool = False) -> Rows:
+    """Rows: plain, of upstream 0, of a target that does not exist, of a likelihood near 1 (lse is known: of the last columns)."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    logits = draw.choice((0.5, 3.0)) * torch.randn(4, vocabulary, generator=generator)
+    targets = torch.randint(vocabulary, (4,), generator=generator)
+    targets[2] = draw.choice((-1, vocabulary, 2**40, -(2**62)))
+    logits[3, targets[3]] = logits[3].max() + 12
+    upstream = torch.randn(4, generator=generator)
+    upstream[1] = 0.0
+    bias = torch.randn(vocabulary, generator=generator).to(gradient or torch.float32) if extras else None
+    softcap, temperature = draw.choice((2.0, 30.0)) if extras else 0.0, draw.choice((1.0, 0.7, 2.5))
+    lse = None
+    if known:
+        z = logits if bias is None else logits + bias.float()
+        lse = ((softcap * torch.tanh(z / softcap) if softcap else z) / temperature).double().logsumexp(1).float()
+    return Rows(logits, targets, upstream, bias, softcap, temperature, gradient, lse)
+
+
+class Buffers:
+    """The arguments of a call in guarded memory: what is only read cannot be written, rows are `stride` apart."""
+
+    def __init__(self, rows: Rows, stride: int, shift: int = 0):
+        """shift: bytes by which the logits lie off 256"""
+        count, self.vocabulary = rows.logits.shape
+        self.rows, self.stride, self.shift = rows, stride, shift
+        body = np.full((count, stride), REST, np.float32)
+        body[:, : self.vocabulary] = rows.logits.numpy()
+        self.before = np.concatenate([np.full(shift, 0xEE, np.uint8), body.reshape(-1).view(np.uint8)])
+        self.memory = Memory(GLOBAL, 2 * self.before.nbytes + (1 << 15))
+        place = self.memory.place
+        self.logits = place("logits", self.before, writable=rows.gradient is not None) + shift
+        self.targets = place("targets", rows.targets.numpy(), writable=False)
+        self.upstream = place("upstream", rows.upstream.numpy(), writable=False)
+        self.bias = 0 if rows.bias is None else place("bias", bytes_of(rows.bias), writable=False)
+        self.token = place("token", 4 * count)
+        self.lse = place("lse", 4 * count if rows.lse is None else rows.lse.numpy(), writable=rows.lse is None)
+        self.flag = place("flag", np.zeros(1, np.int32))
+
+    def found(self, written: int) -> Found:
+        """written: columns of a row that the kernel may write"""
+        after, rows = self.memory.content("logits"), len(self.rows.logits)
+        assert (after[: self.shift] == self.before[: self.shift]).all()
+        body, before = (bits[self.shift :].reshape(rows, -1) for bits in (after, self.before))
+        width = 0 if self.rows.gradient is None else self.rows.gradient.itemsize
+        assert (body[:, written * width :] == before[:, written * width :]).all(), "beyond the gradient of a row"
+        gradient = None
+        if self.rows.gradient is not None:
+            bits = np.ascontiguousarray(body[:, : self.vocabulary * width])
+            gradient = torch.from_numpy(bits).view(self.rows.gradient).view(rows, self.vocabulary)
+        token, lse = (torch.from_numpy(self.memory.content(name).view(np.float32)) for name in ("token", "lse"))
+        return Found(token, lse, int(self.memory.content("flag").view(np.int32)[0]), gradient)
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's PTX; `run` calls it."""
+
+    compiler: str
+    source: str
+    entry: str
+    threads: int
+    shared: int  # bytes that the launch gives
+    aligned: bool = True
+
+    def program(self) -> Program:
+        return _program(self.source, self.entry, self.shared)
+
+    def run(self, rows: Rows, seed: int, stride: int | None = None, shift: int = 0, **options: Any) -> Found:
+        vocabulary = rows.logits.shape[1]
+        stride = stride or -(-vocabulary // 32) * 32
+        buffers = Buffers(rows, stride, shift)
+        pack = _triton_arguments if self.compiler == "triton" else _cuda_arguments
+        arguments = pack(rows, buffers, self.program())
+        self.program().run(buffers.memory, arguments, len(rows.logits), self.threads, seed, **options)
+        return buffers.found(stride if self.compiler == "triton" else vocabulary)
+
+
+@cache
+def _program(source: str, entry: str, shared: int) -> Program:
+    return Program(source, entry, shared)
+
+
+def triton_kernel(gradient: torch.dtype | None, extras: bool, known: bool, block: int, warps: int) -> Compiled:
+    from l3m_kernels.triton_ops import ahead
+
+    mode = "log-likelihood" if gradient is None else "gradient" + (", known lse" if known else "")
+    name = f"{NAMES[gradient or torch.float32]}, {mode}" + (", bias, softcap" if extras else "")
+    variant = next(v for v in ahead.variants() if v.kernel == "softmax_gradient" and v.name == name)
+    constants = variant.constants | {"BLOCK": block}
+    fields = {**vars(variant), "constants": constants, "warps": warps}
+    compiled = ahead.compile_kernel(ahead.Variant(**fields), 90)
+    (entry,) = entries(compiled.asm["ptx"])
+    return Compiled("triton", compiled.asm["ptx"], entry, 32 * warps, compiled.metadata.shared)
+
+
+def _triton_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[bytes]:
+    """Those that are no constants, in the order of the kernel's; two addresses of scratch memory at the end."""
+    gradient_stride = 0 if rows.gradient is None else buffers.stride * 4 // rows.gradient.itemsize
+    given: list[int | float | None] = [buffers.logits, buffers.stride]
+    given += [buffers.logits if rows.gradient else None, gradient_stride, buffers.targets]
+    given += [buffers.upstream if rows.gradient else None, buffers.bias or None]
+    given += [buffers.token if rows.lse is None else None, buffers.lse, buffers.flag]
+    given += [buffers.vocabulary, rows.softcap, 1 / rows.temperature]
+    values = [value for value in given if value is not None]
+    sizes = list(program.entry.parameters.values())
+    values += [0] * (len(sizes) - len(values))
+    forms = [
+        "<f" if isinstance(value, float) else {4: "<i", 8: "<Q"}[size]
+        for value, size in zip(values, sizes, strict=True)
+    ]
+    return [struct.pack(form, value) for form, value in zip(forms, values, strict=True)]
+
+
+def cuda_ptx(folder: Path) -> str:
+    """Of all its kernels, for sm_90; nvcc must be here."""
+    out = folder / "softmax_gradient.ptx"
+    command = [str(NVCC), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-ptx", "-arch=sm_90", "-o", str(out)]
+    subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "softmax_gradient.cu")], check=True, capture_output=True)
+    return out.read_text()
+
+
+def cuda_kernel(source: str, gradient: torch.dtype | None, aligned: bool, threads: int) -> Compiled:
+    wanted = f"kernelILb{int(aligned)}ELb{int(gradient is not None)}E{CUDA_NAMES[gradient or torch.float32]}E"
+    (entry,) = (name for name in entries(source) if wanted in name)
+    return Compiled("nvcc", source, entry, threads, 0, aligned)
+
+
+def _cuda_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[bytes]:
+    """The struct `SoftmaxGradient` of csrc/cuda/softmax_gradient.h"""
+    layout = struct.Struct("<QqqqQQQiiff?7xQQQ")
+    bias = CUDA_DTYPES[None if rows.bias is None else rows.bias.dtype]
+    count, vocabulary = rows.logits.shape
+    return [
+        layout.pack(
+            buffers.logits, buffers.stride, count, vocabulary, buffers.targets, buffers.upstream, buffers.bias,
+            bias, CUDA_DTYPES[rows.gradient], rows.softcap, 1 / rows.temperature, rows.lse is not None,
+            buffers.token, buffers.lse, buffers.flag,
+        )
+    ]  # fmt: skip
+
+
+def second_pass_barriers(compiled: Compiled) -> list[int]:
+    """Lines, from 1, of the barriers of the pass that overwrites: in a loop that loads and stores rows and no shared memory."""
+    entry, found = compiled.program().entry, set()
+    for index, instruction in enumerate(entry.instructions):
+        if not instruction.name.startswith("bra"):
+            continue
+        start = compiled.program().steps[index].target
+        body = entry.instructions[start : index + 1] if start is not None and start <= index else []
+        names = [each.name for each in body]
+        spaces = {".".join(name.split(".")[:2]) for name in names}
+        if {"ld.global", "st.global"} <= spaces and not spaces & {"ld.shared", "st.shared"}:
+            found |= {each.line for each in body if each.name.startswith("bar")}
+    return sorted(found)
+
+
+def barriers(compiled: Compiled) -> list[int]:
+    return [each.line for each in compiled.program().entry.instructions if each.name.startswith("bar")]
+
+
+def without(compiled: Compiled, lines: list[int]) -> Compiled:
+    """The kernel with these lines left out."""
+    text = compiled.source.splitlines()
+    for line in lines:
+        assert re.match(r"\s*bar(rier)?\.", text[line - 1]), text[line - 1]
+        text[line - 1] = ""
+    return Compiled(compiled.compiler, "\n".join(text), compiled.entry, compiled.threads, compiled.shared)
+
+
+def interpreted() -> bool:
+    """Whether Triton's functions are for its interpreter in this process, and compile to nothing."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
