@@ -2,11 +2,10 @@
 
 import os
 import random
-import re
 import shutil
 import struct
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,14 @@ class Rows:
     temperature: float
     gradient: torch.dtype | None  # None: log-likelihoods alone
     lse: Tensor | None = None  # (n,) fp32, where it is known
+
+    def only(self, *which: int) -> "Rows":
+        """Some of the rows."""
+        index = torch.tensor(which)
+        lse = None if self.lse is None else self.lse[index]
+        return replace(
+            self, logits=self.logits[index], targets=self.targets[index], upstream=self.upstream[index], lse=lse
+        )
 
 
 @dataclass
@@ -114,10 +121,11 @@ class Compiled:
     entry: str
     threads: int
     shared: int  # bytes that the launch gives
-    aligned: bool = True
+    left_out: tuple[int, ...] = ()  # lines of the PTX
 
     def program(self) -> Program:
-        return _program(self.source, self.entry, self.shared)
+        program = _program(self.source, self.entry, self.shared)
+        return program.without(self.left_out) if self.left_out else program
 
     def run(self, rows: Rows, seed: int, stride: int | None = None, shift: int = 0, **options: Any) -> Found:
         vocabulary = rows.logits.shape[1]
@@ -176,7 +184,7 @@ def cuda_ptx(folder: Path) -> str:
 def cuda_kernel(source: str, gradient: torch.dtype | None, aligned: bool, threads: int) -> Compiled:
     wanted = f"kernelILb{int(aligned)}ELb{int(gradient is not None)}E{CUDA_NAMES[gradient or torch.float32]}E"
     (entry,) = (name for name in entries(source) if wanted in name)
-    return Compiled("nvcc", source, entry, threads, 0, aligned)
+    return Compiled("nvcc", source, entry, threads, 0)
 
 
 def _cuda_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[bytes]:
@@ -213,12 +221,8 @@ def barriers(compiled: Compiled) -> list[int]:
 
 
 def without(compiled: Compiled, lines: list[int]) -> Compiled:
-    """The kernel with these lines left out."""
-    text = compiled.source.splitlines()
-    for line in lines:
-        assert re.match(r"\s*bar(rier)?\.", text[line - 1]), text[line - 1]
-        text[line - 1] = ""
-    return Compiled(compiled.compiler, "\n".join(text), compiled.entry, compiled.threads, compiled.shared)
+    """The kernel with these lines of its PTX left out."""
+    return replace(compiled, left_out=(*compiled.left_out, *lines))
 
 
 def interpreted() -> bool:

@@ -6,8 +6,9 @@ warp that have not ended, since it is `aligned`); lanes that wait at different o
 instructions, 1 to 1024, is drawn as well, so that a warp is now and then a loop ahead of another, and now and then a single load.
 """
 
+import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,17 @@ class Program:
         if not (last.ends or last.target is not None) or last.guard is not None:
             raise last.instruction.fault("the code goes on behind its end")
         self.counts = {width: self.entry.count(width) for width in (1, 16, 32, 64)}
+
+    def without(self, lines: Collection[int]) -> "Program":
+        """The same, but for the instructions of these lines, which are left out."""
+        other = copy.copy(self)
+        other.steps = [copy.copy(step) for step in self.steps]
+        left_out = [step for step in other.steps if step.instruction.line in lines]
+        assert len(left_out) == len(set(lines)), "each line has one instruction"
+        for step in left_out:
+            step.guard = step.target = step.barrier = step.members = None
+            step.ends, step.execute = False, lambda warp, mask: None
+        return other
 
     def shared_memory(self) -> tuple[Memory, dict[str, int]]:
         sizes = {name: size or self.dynamic for name, (size, _) in self.entry.shared.items()}
