@@ -121,6 +121,8 @@ class Operation:
     def put(self, operand: Operand, kind: str) -> Put:
         """Writes a register; one that is wider gets the sign, or zeros, in its high bits (PTX ISA, 9.4.1)."""
         kind = OPAQUE.get(kind, kind)
+        if operand == Symbol("_"):  # nowhere
+            return lambda warp, value, mask: None
         if not isinstance(operand, Register):
             raise self.fault("the result is no register")
         index, dtype = operand.index, TYPES[kind]
