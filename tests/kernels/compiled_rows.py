@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from ptx.memory import Memory
-from ptx.running import GLOBAL, Program
+from ptx.program import Program
+from ptx.running import GLOBAL, run
 from ptx.text import entries
 from torch import Tensor
 
@@ -133,7 +134,7 @@ class Compiled:
         buffers = Buffers(rows, stride, shift)
         pack = _triton_arguments if self.compiler == "triton" else _cuda_arguments
         arguments = pack(rows, buffers, self.program())
-        self.program().run(buffers.memory, arguments, len(rows.logits), self.threads, seed, **options)
+        run(self.program(), buffers.memory, arguments, len(rows.logits), self.threads, seed, **options)
         return buffers.found(stride if self.compiler == "triton" else vocabulary)
 
 

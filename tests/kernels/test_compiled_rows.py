@@ -152,11 +152,11 @@ def test_without_the_barrier_of_the_second_pass_rows_are_wrong(kernel, compiler,
     assert len(removed) == (1 if compiler == "triton" else 2)  # nvcc: of whole tiles, and of the last one
     mutant = without(compiled, removed)
     rows = problem(3, 301 if compiler == "triton" else 1301, False, gradient, known).only(0)
+    with pytest.raises(Fault, match=r"(ld|st)\.global.*: race: thread \d+ \w+ byte \d+ of logits"):
+        mutant.run(rows, seed=0)
     wrong = 0
-    for seed in range(6):
+    for seed in range(4):
         assert excess(compiled.run(rows, seed), rows) <= 0
-        with pytest.raises(Fault, match=r"(ld|st)\.global.*: race: thread \d+ \w+ byte \d+ of logits"):
-            mutant.run(rows, seed)
         try:
             wrong += excess(mutant.run(rows, seed, watch=False), rows) > 0
         except AssertionError:  # a NaN where there is none

@@ -1,4 +1,4 @@
-"""Instructions of the PTX interpreter, each by itself against values that the PTX ISA gives; warps that part, meet, wait and race."""
+"""Instructions of the PTX interpreter, each by itself against values that the PTX ISA gives."""
 
 import struct
 
@@ -6,32 +6,13 @@ import numpy as np
 import pytest
 from ptx.memory import Memory
 from ptx.opcodes import TYPES
-from ptx.running import GLOBAL, Program
-from ptx.text import Fault, entries
+from ptx.running import GLOBAL
+from ptx.running import run as run_program
+from ptx.text import entries
+from ptx_programs import HEADER, program
 
 NAN, INF = float("nan"), float("inf")
 TINY = 2.0**-149  # float32's smallest number above 0
-HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n"
-
-
-def program(body: str, parameters: int = 2, before: str = "", dynamic: int = 0) -> Program:
-    """A kernel whose parameters p0, p1, ... are in %rd0, %rd1, ..., the thread in %r0, four and eight times it in %rd8 and %rd9."""
-    declared = ", ".join(f".param .u64 p{i}" for i in range(parameters))
-    loads = "".join(f"ld.param.u64 %rd{i}, [p{i}];\n" for i in range(parameters))
-    source = f"""{HEADER}{before}
-.visible .entry one(
-{declared.replace(", ", ",{0}").format(chr(10))}
-)
-{{
-.reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<16>; .reg .b64 %rd<16>; .reg .f32 %f<8>; .reg .f64 %d<8>;
-{loads}mov.u32 %r0, %tid.x;
-mul.wide.u32 %rd8, %r0, 4;
-mul.wide.u32 %rd9, %r0, 8;
-{body}
-ret;
-}}
-"""
-    return Program(source, "one", dynamic)
 
 
 def one(name: str, result: str, *sources: tuple[str, list], immediate: str = "") -> np.ndarray:
@@ -53,7 +34,7 @@ def one(name: str, result: str, *sources: tuple[str, list], immediate: str = "")
     memory.place("result", 256)
     addresses = [memory.spans[f"operand {index}"][0] + GLOBAL for index in range(len(sources))]
     addresses += [GLOBAL + memory.spans["result"][0]] * (7 - len(addresses))
-    program(body, 7).run(memory, [struct.pack("<Q", address) for address in addresses], 1, 32, seed=0)
+    run_program(program(body, 7), memory, [struct.pack("<Q", address) for address in addresses], 1, 32, seed=0)
     return memory.content("result").view("u8").astype(f"u{width}").view(TYPES[result])[:count]
 
 
@@ -139,7 +120,7 @@ def comparison(name: str, kind: str, a: list, b: list, more: str = "") -> list[i
         f"setp.eq.u32 %p3, %r0, 0;\n{name}.{kind} %p1|%p2, %r1, %r2{more};\nselp.b32 %r3, 1, 0, %p1;\n"
         "@%p2 or.b32 %r3, %r3, 2;\nadd.s64 %rd15, %rd2, %rd8;\nst.global.b32 [%rd15], %r3;"
     )
-    program(body, 3).run(memory, [struct.pack("<Q", address) for address in addresses], 1, 32, seed=0)
+    run_program(program(body, 3), memory, [struct.pack("<Q", address) for address in addresses], 1, 32, seed=0)
     return memory.content("out").view("i4")[: len(a)].tolist()
 
 
@@ -182,7 +163,7 @@ def test_shuffles(mode, by, limit):
 selp.b32 %r2, 1, 0, %p1;
 add.s64 %rd15, %rd0, %rd9;
 st.global.v2.b32 [%rd15], {{%r1, %r2}};"""
-    program(body, 1).run(memory, [struct.pack("<Q", out)], 1, 32, seed=0)
+    run_program(program(body, 1), memory, [struct.pack("<Q", out)], 1, 32, seed=0)
     lanes, inside = SHUFFLES[mode, by, limit]
     found = memory.content("out").view("i4").reshape(32, 2)[: len(lanes)]
     assert found[:, 0].tolist() == lanes
@@ -199,7 +180,7 @@ def test_what_is_approximate_may_be_off_within_its_bound():
     found = []
     for salt in (None, 1, 2):
         arguments = [struct.pack("<Q", address) for address in addresses]
-        program(body).run(memory, arguments, 1, 32, seed=0, inexact=salt)
+        run_program(program(body), memory, arguments, 1, 32, seed=0, inexact=salt)
         found.append(memory.content("out").view("f4"))
         exact = np.exp2(x.astype("f8"))
         assert (np.abs(found[-1] / exact - 1) <= 2.0**-22 + 2.0**-24).all()
@@ -215,89 +196,8 @@ def test_packs_and_unpacks():
 mov.b32 %r1, {%h1, %h2}; mov.b64 %rd14, {%r1, %r1}; mov.b64 {%r2, %r3}, %rd14; mov.b32 {%h3, %h4}, %r3;
 setp.eq.s32 %p1, %r0, 0; mov.b32 %r4, {%h4, %h3};
 @%p1 st.global.b32 [%rd0], %r2; @%p1 st.global.b32 [%rd0+4], %r4;"""
-    program(body, 1).run(memory, [struct.pack("<Q", out)], 1, 32, seed=0)
+    run_program(program(body, 1), memory, [struct.pack("<Q", out)], 1, 32, seed=0)
     assert memory.content("out").view("u4").tolist() == [0x22221111, 0x11112222]
-
-
-def run(
-    body: str, threads: int = 64, size: int = 256, seed: int = 0, watch: bool = True, before: str = ""
-) -> np.ndarray:
-    memory = Memory(GLOBAL, 1 << 14)
-    out = memory.place("out", np.zeros(size, "u1"))
-    program(body, 1, before, dynamic=1024).run(memory, [struct.pack("<Q", out)], 1, threads, seed, watch=watch)
-    return memory.content("out").view("i4")
-
-
-DIVERGED = """setp.lt.u32 %p1, %r0, 7; setp.eq.u32 %p2, %r0, 9; mov.b32 %r1, 5; add.s64 %rd15, %rd0, %rd8; mov.b32 %r3, 0;
-@%p1 bra $L_few;
-$L_more: add.s32 %r3, %r3, 1; setp.lt.u32 %p3, %r3, %r0; @%p3 bra $L_more;
-add.s32 %r1, %r3, 100;
-@%p2 ret;
-bra.uni $L_together;
-$L_few: mov.b32 %r1, %r0;
-$L_together: shfl.sync.idx.b32 %r2, %r1, 0, 31, 0xFFFFFDFF;
-add.s32 %r1, %r1, %r2;
-st.global.b32 [%rd15], %r1;"""
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_lanes_part_and_meet(seed):
-    """A loop of as many rounds as the lane's number, a lane that ends, and a shuffle of all the others."""
-    found = run(DIVERGED, threads=32, size=128, seed=seed)
-    assert found.tolist() == [*range(7), *(0 if lane == 9 else lane + 100 for lane in range(7, 32))]
-
-
-SHARED = ".extern .shared .align 16 .b8 s[];"
-HANDED = """mov.b32 %r1, s; shl.b32 %r2, %r0, 2; add.s32 %r3, %r1, %r2; st.shared.b32 [%r3], %r0;
-BARRIER
-xor.b32 %r4, %r2, 252; add.s32 %r4, %r1, %r4; ld.shared.b32 %r5, [%r4];
-add.s64 %rd15, %rd0, %rd8; st.global.b32 [%rd15], %r5;"""
-
-
-def test_a_barrier_orders_two_warps_and_without_it_they_race():
-    for seed in range(8):
-        found = run(HANDED.replace("BARRIER", "bar.sync 0;"), seed=seed, before=SHARED)
-        assert found.tolist() == list(range(63, -1, -1))
-        with pytest.raises(Fault, match=r"`ld\.shared\.b32 .*race: thread|`st\.shared\.b32 .*race: thread"):
-            run(HANDED.replace("BARRIER", ""), seed=seed, before=SHARED)
-    wrong = [run(HANDED.replace("BARRIER", ""), seed=seed, before=SHARED, watch=False).tolist() for seed in range(8)]
-    assert any(values != list(range(63, -1, -1)) for values in wrong)
-
-
-WRONG = {
-    "frob.b32 %r1, %r2;": "`frob.b32 %r1, %r2`: the instruction is not known",
-    "add.frob.f32 %f1, %f2, %f2;": r"of its name \.frob is not known",
-    "mul.s32 %r1, %r2, %r2;": "lo, hi or wide",
-    "add.f32 %rd1, %f1, %f1;": "%rd1 has 64 bits",
-    "add.f32 %f1, %f9, %f1;": "not declared|not understood|not known",
-    "add.f32 %f1, %f2, 1;": "1 is not written as bits of a float",
-    "bra $L_nowhere;": "the label is not known",
-    "mov.u32 %r1, %pm0;": "not understood|not known",
-    "st.global.b32 [%rd0+256], %r1;": "4 bytes at byte 256 of out, which has 256",
-    "st.global.b64 [%rd0+252], %rd1;": "8 bytes at byte 252 of out|8 bytes at an address that is no multiple",
-    "ld.global.b32 %r1, [%rd0+2];": "no multiple: byte 2 of out",
-    "mov.b64 %rd1, 0; ld.global.b32 %r1, [%rd1];": "byte .* of out",
-    "setp.lt.u32 %p1, %r0, 9;\n@%p1 bra $L_a; bar.sync 0; $L_a: bar.sync 0;": "wait for each other at different instructions, PTX lines",
-    "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra $L_a; bar.sync 0; $L_a: ret;": "waits for ever: 32 of 64 threads came",
-    "setp.lt.u32 %p1, %r0, 9;\n@%p1 ret; shfl.sync.idx.b32 %r1, %r0, 0, 31, 15;": "lanes come here that do not take part",
-    "st.global.b32 [%rd0], %r0;": "two lanes write at once byte 0 of out",
-}
-
-
-@pytest.mark.parametrize("body", WRONG)
-def test_what_is_not_known_or_not_allowed_is_an_error_that_names_its_line(body):
-    with pytest.raises(Fault, match=WRONG[body]) as caught:
-        run(body)
-    assert "PTX line" in str(caught.value)
-
-
-def test_what_is_only_read():
-    memory = Memory(GLOBAL, 1 << 12)
-    out = memory.place("targets", np.zeros(1, "i4"), writable=False)
-    with pytest.raises(Fault, match="into what is only read: byte 0 of targets"):
-        program("setp.eq.u32 %p1, %r0, 0; @%p1 st.global.b32 [%rd0], %r0;", 1).run(
-            memory, [struct.pack("<Q", out)], 1, 32, 0
-        )
 
 
 def test_entries_of_a_file():

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from ptx.memory import Memory
-from ptx.running import GLOBAL, Program
+from ptx.program import Program
+from ptx.running import GLOBAL, run
 from ptx.text import entries
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class OnPtx:
             struct.pack("<f" if isinstance(value, float) else {4: "<i", 8: "<q"}[size], value)
             for value, size in zip(values, sizes_of, strict=True)
         ]
-        program.run(memory, packed, blocks, 32 * warps, self.seed, inexact=self.inexact)
+        run(program, memory, packed, blocks, 32 * warps, self.seed, inexact=self.inexact)
         for at, tensor in storages.items():
             if sizes[at]:
                 _bytes(tensor)[:] = memory.content(str(at))

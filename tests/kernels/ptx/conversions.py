@@ -1,4 +1,4 @@
-"""cvt and cvta (PTX ISA, 9.7.9.21 "cvt", 9.7.9.20 "cvta", 6.5 "Type Conversion")."""
+"""cvt (PTX ISA, 9.7.9.21 "cvt", 6.5 "Type Conversion")."""
 
 from collections.abc import Callable
 
@@ -94,12 +94,3 @@ def _packed(operation: Operation, target: str, source: str) -> Execute:
         return narrow(x).astype(np.uint32)
 
     return operation.compute(lambda a, b: half(a) << np.uint32(16) | half(b), "b32", "f32", "f32")
-
-
-@decoder("cvta")
-def _address(operation: Operation) -> Execute:
-    """Generic addresses are those of the global space here, which alone may be asked for."""
-    operation.take("to")
-    if not operation.take("global"):
-        raise operation.fault("only addresses of .global are known")
-    return operation.compute(lambda a: a, operation.type("u64"))

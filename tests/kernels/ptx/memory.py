@@ -1,9 +1,7 @@
-"""Buffers with guarded ends in one address space, and who touched a byte since the last barrier.
+"""Buffers with guarded ends in one address space.
 
 An access outside all buffers, across an end, into a read-only buffer or not aligned to its width is a Fault (PTX ISA, 6.4.1: addresses
-are naturally aligned; 5.1 for the spaces). Two accesses of one byte race where at least one writes, two different threads make them, and no
-barrier of the block is between (PTX ISA, 8 "Memory Consistency Model": no order, so either value may be read). Two threads that write
-the same value race too. Blocks, which nothing orders, are not compared: the row kernels' flag is written by many.
+are naturally aligned; 5.1 for the spaces).
 """
 
 import numpy as np
@@ -11,7 +9,6 @@ import numpy as np
 from ptx.text import Fault
 
 GUARD = 256  # bytes between buffers; what begins a buffer is aligned to it
-MANY = -2  # threads
 
 
 class Memory:
@@ -53,11 +50,11 @@ class Memory:
         owner = self.owner[clipped]
         inside &= (owner > 0) & (owner == self.owner[clipped + (size - 1)])
         if not inside.all():
-            raise Fault(f"{size} bytes at {self._describe(int(at[~inside][0]))}")
+            raise Fault(f"{size} bytes at {self.describe(int(at[~inside][0]))}")
         if (at % size).any():
-            raise Fault(f"{size} bytes at an address that is no multiple: {self._describe(int(at[at % size != 0][0]))}")
+            raise Fault(f"{size} bytes at an address that is no multiple: {self.describe(int(at[at % size != 0][0]))}")
         if writing and not self.writable[at].all():
-            raise Fault(f"a store into what is only read: {self._describe(int(at[~self.writable[at]][0]))}")
+            raise Fault(f"a store into what is only read: {self.describe(int(at[~self.writable[at]][0]))}")
         return at
 
     def load(self, at: np.ndarray, width: int) -> np.ndarray:
@@ -66,52 +63,10 @@ class Memory:
     def store(self, at: np.ndarray, width: int, bits: np.ndarray) -> None:
         self._typed[width][at // width] = bits
 
-    def _describe(self, at: int) -> str:
+    def describe(self, at: int) -> str:
         if not self.spans:
             return f"address {at + self.base:#x}, where there is no memory"
         name, (start, size) = min(
             self.spans.items(), key=lambda item: max(item[1][0] - at, at - sum(item[1]), 0)
         )  # the nearest
         return f"byte {at - start} of {name}, which has {size}"
-
-
-class Races:
-    """Who read and wrote each byte of a memory since the last barrier of a block."""
-
-    def __init__(self, memory: Memory):
-        self.memory = memory
-        self.phase = 0
-        shape = len(memory.bytes)
-        self.reader, self.writer = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        self.read_in, self.written_in = np.full(shape, -1), np.full(shape, -1)
-
-    def saw(self, at: np.ndarray, size: int, threads: np.ndarray, writing: bool) -> None:
-        """Raises: Fault, of two threads that race."""
-        at = (at[:, None] + np.arange(size)).reshape(-1)
-        threads = np.repeat(threads, size)
-        self._meets(at, threads, self.written_in, self.writer, writing, "wrote")
-        if writing:
-            self._meets(at, threads, self.read_in, self.reader, writing, "read")
-            self.written_in[at], self.writer[at] = self.phase, threads
-            clash = self.writer[at] != threads
-            if clash.any():
-                raise Fault(f"two lanes write at once {self._name(at, clash)}")
-            return
-        again = (self.read_in[at] == self.phase) & (self.reader[at] != threads)
-        self.reader[at[~again]], self.reader[at[again]] = threads[~again], MANY
-        self.reader[at[self.reader[at] != threads]] = MANY
-        self.read_in[at] = self.phase
-
-    def _meets(self, at, threads, phase, thread, writing, did) -> None:
-        bad = (phase[at] == self.phase) & (thread[at] != threads)
-        if bad.any():
-            first = int(np.flatnonzero(bad)[0])
-            other = int(thread[at[first]])
-            whom = "several threads" if other == MANY else f"thread {other}"
-            raise Fault(
-                f"race: thread {int(threads[first])} {'writes' if writing else 'reads'} {self._name(at, bad)}, "
-                f"which {whom} {did}, and no barrier is between"
-            )
-
-    def _name(self, at: np.ndarray, where: np.ndarray) -> str:
-        return self.memory._describe(int(at[where][0]))

@@ -1,4 +1,4 @@
-"""Data between registers, memory and lanes (PTX ISA, 9.7.9 "Data Movement": mov, ld, st, shfl.sync; 9.7.13.5 vote, 9.7.13.4 fences)."""
+"""Data between registers, memory and lanes (PTX ISA, 9.7.9 "Data Movement": mov, ld, st, shfl.sync, cvta, mapa; 9.7.13 vote)."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import numpy as np
 from ptx.opcodes import LANES, TYPES, Execute, Operation, decoder
 from ptx.text import SIZES, Address, Operand, Pair, Register, Symbol, Vector
 
+GENERIC_SHARED = 0x6E00_0000_0000  # what a generic address of shared memory is above the other
 # What a load or store says of caches and order, and which this memory, where each access is seen at once, always honours.
 HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "relaxed", "volatile", "cta", "gpu", "sys")
 HINTS += tuple(f"L1::{hint}" for hint in ("evict_first", "evict_last", "evict_normal", "no_allocate"))
@@ -60,8 +61,8 @@ def _access(operation: Operation) -> tuple[str, str, int]:
         pass
     kind = operation.type(*SIZES)
     count = int((operation.take("v2", "v4", "v8") or "v1")[1:])
-    space = operation.take("global", "shared", "shared::cta", "param")
-    if space is None:
+    space = operation.take("global", "shared", "shared::cta", "shared::cluster", "param") or "generic"
+    if space == "generic" and operation.take("local", "const", "param::entry", "param::func"):
         raise operation.fault("only the spaces .global, .shared and .param are known")
     return space.partition("::")[0], kind, count
 
@@ -95,9 +96,9 @@ def _load(operation: Operation) -> Execute:
     at = _address(operation, address)
 
     def execute(warp: Any, mask: Any) -> None:
-        memory, races = warp.space(space)
         lanes = warp.all_lanes if mask is None else np.flatnonzero(mask)
-        places = memory.places(at(warp)[lanes], size * count, writing=False)
+        memory, races, addresses = warp.locate(space, at(warp)[lanes])
+        places = memory.places(addresses, size * count, writing=False)
         if races is not None:
             races.saw(places, size * count, warp.threads[lanes], writing=False)
         for position, put in enumerate(puts):
@@ -135,13 +136,49 @@ def _store(operation: Operation) -> Execute:
     at, gets, size = _address(operation, address), [operation.get(part, kind) for part in parts], SIZES[kind]
 
     def execute(warp: Any, mask: Any) -> None:
-        memory, races = warp.space(space)
         lanes = warp.all_lanes if mask is None else np.flatnonzero(mask)
-        places = memory.places(at(warp)[lanes], size * count, writing=True)
+        memory, races, addresses = warp.locate(space, at(warp)[lanes])
+        places = memory.places(addresses, size * count, writing=True)
         if races is not None:
             races.saw(places, size * count, warp.threads[lanes], writing=True)
         for position, get in enumerate(gets):
             memory.store(places + position * size, size, get(warp).view(f"u{size}")[lanes])
+
+    return execute
+
+
+@decoder("cvta")
+def _to_generic(operation: Operation) -> Execute:
+    """Generic addresses are those of the global space, and those of shared memory with `GENERIC_SHARED` added."""
+    back = operation.take("to")
+    space, kind = operation.take("global", "shared", "shared::cta"), operation.type("u64")
+    if space is None:
+        raise operation.fault("only the spaces .global and .shared are known")
+    if space == "global":
+        return operation.compute(lambda a: a, kind)
+    put, get = operation.put(operation.operands[0], kind), operation.get(operation.operands[1], kind)
+
+    def execute(warp: Any, mask: Any) -> None:
+        address = get(warp).astype(np.int64)
+        found = address - GENERIC_SHARED if back else warp.locate("shared", address)[2] + GENERIC_SHARED
+        put(warp, found.astype(np.uint64), mask)
+
+    return execute
+
+
+@decoder("mapa")
+def _in_another_block(operation: Operation) -> Execute:
+    """mapa d, a, b: the address of a's variable in block b of the cluster; generic, or of .shared::cluster"""
+    generic = operation.take("shared::cluster") is None
+    kind = operation.type("u64") if generic else operation.type("u32", "u64")
+    operation.wants(3)
+    put, get = operation.put(operation.operands[0], kind), operation.get(operation.operands[1], kind)
+    rank = operation.get(operation.operands[2], "u32")
+    above, dtype = GENERIC_SHARED if generic else 0, TYPES[kind]
+
+    def execute(warp: Any, mask: Any) -> None:
+        blocks = rank(warp).astype(np.int64) if mask is None else np.where(mask, rank(warp), 0).astype(np.int64)
+        put(warp, (warp.of_block(get(warp).astype(np.int64) - above, blocks) + above).astype(dtype), mask)
 
     return execute
 

@@ -39,14 +39,19 @@ class Registers:
 
     def __init__(self, counts: dict[int, int]):
         self.rows: dict[str, list[np.ndarray]] = {}
-        for width, count in counts.items():
-            kind = "bool" if width == 1 else f"u{width // 8}"
-            bits = np.full(
-                (count, LANES), 1 if width == 1 else (1 << width) - 0x4111, kind
-            )  # a NaN, of no small integer
-            for name, dtype in TYPES.items():
-                if dtype.itemsize * 8 == width or (width == 1 and name == "pred"):
-                    self.rows[name] = list(bits.view(dtype))
+        self._bits = {
+            width: np.empty((count, LANES), "bool" if width == 1 else f"u{width // 8}")
+            for width, count in counts.items()
+        }
+        for width, bits in self._bits.items():
+            kinds = [name for name, dtype in TYPES.items() if (1 if name == "pred" else dtype.itemsize * 8) == width]
+            views = {str(TYPES[name]): list(bits.view(TYPES[name])) for name in kinds}
+            self.rows |= {name: views[str(TYPES[name])] for name in kinds}
+
+    def forget(self) -> None:
+        """What nothing wrote is a NaN, and no small integer."""
+        for width, bits in self._bits.items():
+            bits[:] = 1 if width == 1 else (1 << width) - 0x4111
 
 
 class Operation:

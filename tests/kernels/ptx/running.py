@@ -1,4 +1,4 @@
-"""A grid of blocks, the warps of a block in a random order (PTX ISA, 3 "PTX Machine Model", 9.7.12 "Control Flow", 9.7.13.1 bar).
+"""A grid of blocks, in clusters; the warps of a cluster in a random order (PTX ISA, 3 "PTX Machine Model", 9.7.13 barriers).
 
 A warp is groups of lanes, each at one instruction. Groups that come to the same instruction are one from there; which group goes on is
 drawn, the one that is furthest behind more often than not. A barrier or shuffle waits for all lanes that it names (bar.sync: all of the
@@ -6,186 +6,173 @@ warp that have not ended, since it is `aligned`); lanes that wait at different o
 instructions, 1 to 1024, is drawn as well, so that a warp is now and then a loop ahead of another, and now and then a single load.
 """
 
-import copy
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# They enter their decoders.
-from ptx import arithmetic, conversions, movement  # noqa: F401
-from ptx.memory import Memory, Races
-from ptx.opcodes import LANES, Execute, Operation, Registers, decode
-from ptx.text import Fault, Instruction, Literal, Negated, Symbol, parse
+from ptx.memory import Memory
+from ptx.movement import GENERIC_SHARED
+from ptx.opcodes import LANES
+from ptx.program import SHARED, Program, Step
+from ptx.races import Clocks, Races
+from ptx.text import Fault
 
-GLOBAL, SHARED = 0x7F00_0000_0000, 0x100  # where the address spaces begin
-ALL = np.ones(LANES, bool)
-ALL_BYTES = ALL.tobytes()
-
-
-class Step:
-    """An instruction, decoded: it computes, or it says what becomes of the lanes."""
-
-    def __init__(self, instruction: Instruction, program: "Program"):
-        operation = Operation(instruction, program.symbols, program.entry.parameters)
-        self.instruction = instruction
-        self.execute: Execute | None = None
-        self.target: int | None = None  # of a branch
-        self.barrier: tuple[int, int | None] | None = None  # number, threads that it waits for
-        self.members: Any = None  # (warp, mask) -> lanes that must be here together
-        self.ends = False
-        self.guard, self.negated = None, isinstance(instruction.guard, Negated)
-        if instruction.guard is not None:
-            self.guard = (
-                instruction.guard.predicate if isinstance(instruction.guard, Negated) else instruction.guard
-            ).index
-        base = operation.base
-        if base == "bra":
-            self.target = self._branch(operation, program)
-        elif base in ("ret", "exit"):
-            self.ends = True
-        elif base in ("bar", "barrier"):
-            self._barrier(operation)
-        else:
-            self.execute = decode(operation)
-            if base in ("shfl", "vote"):
-                self.members = movement.member_lanes(operation, instruction.operands[-1])
-        if operation.left:
-            raise operation.fault(f"of its name .{' .'.join(operation.left)} is not known")
-
-    def _branch(self, operation: Operation, program: "Program") -> int:
-        operation.take("uni")
-        operation.wants(1)
-        label = operation.operands[0]
-        if not isinstance(label, Symbol) or label.name not in program.entry.labels:
-            raise operation.fault("the label is not known")
-        return program.entry.labels[label.name]
-
-    def _barrier(self, operation: Operation) -> None:
-        """bar{.cta}.sync a{, b} and its long name barrier{.cta}.sync.aligned; bar.warp.sync"""
-        warp = operation.take("warp")
-        if not operation.take("sync") or (operation.base == "barrier" and not (operation.take("aligned") or warp)):
-            raise operation.fault("only bar.sync, barrier.sync.aligned and bar.warp.sync are known")
-        operation.take("cta")
-        if self.guard is not None:
-            raise operation.fault("a barrier under a predicate is not known")
-        if warp:
-            self.members = movement.member_lanes(operation, operation.operands[0])
-            return
-        numbers = [int(o.text, 0) for o in operation.operands if isinstance(o, Literal)]
-        if len(numbers) != len(operation.operands) or not 1 <= len(numbers) <= 2:
-            raise operation.fault("a barrier's number, and of threads, must be written as numbers")
-        self.barrier = (numbers[0], numbers[1] if len(numbers) == 2 else None)
+GLOBAL = 0x7F00_0000_0000  # where global memory begins
+ALL_BYTES = np.ones(LANES, bool).tobytes()
 
 
-class Program:
-    """One entry of a PTX file, decoded; `dynamic`: bytes of the shared memory that a launch gives."""
+def run(
+    program: Program,
+    memory: Memory,
+    arguments: Sequence[bytes],
+    blocks: int,
+    threads: int,
+    seed: int,
+    cluster: int = 1,
+    inexact: int | None = None,
+    watch: bool = True,
+) -> None:
+    """One cluster of this many blocks after the other, in a drawn order.
 
-    def __init__(self, source: str, name: str, dynamic: int = 0):
-        self.entry = parse(source, name)
-        self.dynamic = dynamic
-        self.symbols: dict[str, int] = {}
-        self.symbols = self.shared_memory()[1]
-        self.steps = [Step(instruction, self) for instruction in self.entry.instructions]
-        last = self.steps[-1]
-        if not (last.ends or last.target is not None) or last.guard is not None:
-            raise last.instruction.fault("the code goes on behind its end")
-        self.counts = {width: self.entry.count(width) for width in (1, 16, 32, 64)}
+    `inexact`: what is approximate is off, differently for each number. `watch`: two threads that race are a Fault. Raises: Fault.
+    """
+    sizes = list(program.entry.parameters.values())
+    if [len(argument) for argument in arguments] != sizes:
+        raise Fault(f"parameters of {sizes} bytes wanted, {[len(argument) for argument in arguments]} given")
+    assert blocks % cluster == 0, "whole clusters"
+    parameters = dict(zip(program.entry.parameters, arguments, strict=True))
+    draw, clusters = random.Random(seed), blocks // cluster
+    with np.errstate(all="ignore"):
+        for number in draw.sample(range(clusters), clusters):
+            Cluster(program, memory, parameters, number * cluster, cluster, blocks, threads, inexact, watch).run(draw)
 
-    def without(self, lines: Collection[int]) -> "Program":
-        """The same, but for the instructions of these lines, which are left out."""
-        other = copy.copy(self)
-        other.steps = [copy.copy(step) for step in self.steps]
-        left_out = [step for step in other.steps if step.instruction.line in lines]
-        assert len(left_out) == len(set(lines)), "each line has one instruction"
-        for step in left_out:
-            step.guard = step.target = step.barrier = step.members = None
-            step.ends, step.execute = False, lambda warp, mask: None
-        return other
 
-    def shared_memory(self) -> tuple[Memory, dict[str, int]]:
-        sizes = {name: size or self.dynamic for name, (size, _) in self.entry.shared.items()}
-        memory = Memory(SHARED, sum(-(-size // 256) * 256 + 256 for size in sizes.values()))
-        return memory, {name: memory.place(name, size) for name, size in sizes.items() if size}
+class Cluster:
+    def __init__(self, program, memory, parameters, first, size, blocks, threads, inexact, watch):
+        self.program, self.parameters, self.inexact = program, parameters, inexact
+        self.clocks = Clocks(size * threads) if watch else None
+        shared = Memory(SHARED, (size + 1) * program.span)
+        for rank in range(size):
+            program.place_shared(shared, rank)
+        self.memories = {
+            name: (each, None if self.clocks is None else Races(each, self.clocks))
+            for name, each in (("global", memory), ("shared", shared))
+        }
+        self.special = {
+            "%nctaid.x": blocks,
+            "%ntid.x": threads,
+            "%cluster_nctarank": size,
+            "%clusterid.x": first // size,
+        }
+        self.special |= {f"%{name}.{axis}": 0 for name in ("tid", "ctaid") for axis in "yz"}
+        self.special |= {f"%{name}.{axis}": 1 for name in ("ntid", "nctaid") for axis in "yz"}
+        self.blocks = [Block(self, rank, first + rank, threads) for rank in range(size)]
+        self.warps = [warp for block in self.blocks for warp in block.warps]
+        self.generation = self.arrived = 0  # of the cluster's barrier: how often it opened, threads that came since
+        self.together: Any = 0  # what these knew
+        self.opened_with: Any = 0
 
-    def run(
-        self,
-        memory: Memory,
-        arguments: Sequence[bytes],
-        blocks: int,
-        threads: int,
-        seed: int,
-        inexact: int | None = None,
-        watch: bool = True,
-    ) -> None:
-        """One block after the other, in a drawn order. `watch`: two threads that race are a Fault. Raises: Fault."""
-        sizes = list(self.entry.parameters.values())
-        if [len(argument) for argument in arguments] != sizes:
-            raise Fault(f"parameters of {sizes} bytes wanted, {[len(argument) for argument in arguments]} given")
-        parameters = dict(zip(self.entry.parameters, arguments, strict=True))
-        draw = random.Random(seed)
-        races = Races(memory) if watch else None
-        with np.errstate(all="ignore"):
-            for number in draw.sample(range(blocks), blocks):
-                Block(self, memory, races, parameters, number, blocks, threads, inexact).run(draw)
+    def run(self, draw: random.Random) -> None:
+        while ready := [warp for warp in self.warps if warp.ready()]:
+            warp = draw.choice(ready)
+            warp.advance(1 << draw.randrange(11), draw)
+            self._open()
+            warp.block.open_barrier()
+            if not any(each.groups for each in warp.block.warps):
+                warp.block.end()
+        for warp in self.warps:
+            if warp.groups:
+                at = next(at for at in warp.groups if self.program.steps[at].cluster) if warp.waits is None else warp.at
+                came = "not all of the cluster's" if warp.waits is None else warp.block.who_came()
+                raise self.program.steps[at].instruction.fault(f"waits for ever: {came} threads came")
+
+    def arrive(self, warp: "Warp", lanes: np.ndarray, ordered: bool) -> None:
+        if (warp.arrived_in[lanes] >= 0).any():
+            raise Fault("arrives twice at the barrier of the cluster, and does not wait")
+        warp.arrived_in[lanes] = self.generation
+        self.arrived += int(lanes.sum())
+        if self.clocks is not None and ordered:
+            self.together = np.maximum(self.together, self.clocks.release(warp.threads[lanes]))
+
+    def passed(self, warp: "Warp", lanes: np.ndarray, ordered: bool) -> bool:
+        """Whether what these wait for has happened; then they know of it."""
+        if (warp.arrived_in[lanes] < 0).any():
+            raise Fault("waits at the barrier of the cluster, and has not arrived")
+        if (warp.arrived_in[lanes] >= self.generation).any():
+            return False
+        warp.arrived_in[lanes] = -1
+        if self.clocks is not None and ordered:
+            self.clocks.acquire(warp.threads[lanes], self.opened_with)
+        return True
+
+    def _open(self) -> None:
+        """Where all threads that have not ended have arrived."""
+        if self.arrived and all((warp.arrived_in[warp.alive] == self.generation).all() for warp in self.warps):
+            self.generation, self.arrived = self.generation + 1, 0
+            self.opened_with, self.together = self.together, 0
+            for warp in self.warps:
+                warp.parked.clear()
 
 
 class Block:
-    def __init__(
-        self, program: Program, memory: Memory, races: Races | None, parameters, number, blocks, threads, inexact
-    ):
-        shared, _ = program.shared_memory()
-        self.program, self.parameters, self.inexact, self.threads = program, parameters, inexact, threads
-        self.spaces = {"global": (memory, races), "shared": (shared, Races(shared) if races else None)}
-        self.special = {"%ctaid.x": number, "%nctaid.x": blocks, "%ntid.x": threads, "%tid.y": 0, "%tid.z": 0}
-        self.special |= {"%ctaid.y": 0, "%ctaid.z": 0, "%ntid.y": 1, "%ntid.z": 1, "%nctaid.y": 1, "%nctaid.z": 1}
+    def __init__(self, cluster: Cluster, rank: int, number: int, threads: int):
+        self.cluster, self.rank, self.threads = cluster, rank, threads
+        self.special = cluster.special | {"%ctaid.x": number, "%cluster_ctarank": rank, "%cluster_ctaid.x": rank}
         self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
-        self._next_phase()
 
-    def _next_phase(self) -> None:
-        for _, races in self.spaces.values():
-            if races is not None:
-                races.phase += 1
-
-    def run(self, draw: random.Random) -> None:
-        while True:
-            ready = [warp for warp in self.warps if warp.groups and warp.waits is None]
-            if ready:
-                draw.choice(ready).advance(1 << draw.randrange(11), draw)
-            elif not self._open_barrier():
-                return
-
-    def _open_barrier(self) -> bool:
-        """False where all have ended."""
+    def _here(self) -> tuple[list["Warp"], int, int]:
+        """-> warps at a barrier, threads of theirs, threads that it waits for"""
         waiting = [warp for warp in self.warps if warp.waits is not None]
         if not waiting:
-            return False
-        step = self.program.steps[waiting[0].at]
-        assert step.barrier is not None
-        number, threads = step.barrier
+            return [], 0, 0
+        number, threads = self.cluster.program.steps[waiting[-1].at].barrier or (0, None)
         here = [warp for warp in waiting if warp.waits == number]
-        arrived = sum(int(warp.alive.sum()) for warp in here)
-        if arrived != (threads or self.threads):
-            raise step.instruction.fault(f"waits for ever: {arrived} of {threads or self.threads} threads came")
+        return here, sum(int(warp.alive.sum()) for warp in here), threads or self.threads
+
+    def who_came(self) -> str:
+        _, came, wanted = self._here()
+        return f"{came} of {wanted}"
+
+    def open_barrier(self) -> None:
+        here, came, wanted = self._here()
+        if not here or came != wanted:
+            return
         for warp in here:
             warp.waits = None
-        self._next_phase()
-        return True
+        if self.cluster.clocks is not None:
+            self.cluster.clocks.meet(np.concatenate([warp.threads[warp.alive] for warp in here]))
+
+    def end(self) -> None:
+        """Its shared memory ends with it: nobody may have been able to come later, and nobody can from here on."""
+        memory, races = self.cluster.memories["shared"]
+        start, size = (self.rank + 1) * self.cluster.program.span, self.cluster.program.span
+        if races is not None and self.cluster.clocks is not None:
+            threads = np.concatenate([warp.threads for warp in self.warps])
+            races.ends(start, size, self.cluster.clocks.known[threads].max(0))
+        memory.owner[start : start + size] = 0
+        for warp in self.warps:
+            self.cluster.program.give_back(warp.registers)
 
 
 class Warp:
     def __init__(self, block: Block, first: int):
-        self.block, self.parameters, self.inexact = block, block.parameters, block.inexact
-        self.rows = Registers(block.program.counts).rows
+        self.block, self.cluster, self.program = block, block.cluster, block.cluster.program
+        self.parameters, self.inexact = self.cluster.parameters, self.cluster.inexact
+        self.registers = self.program.registers()
+        self.rows = self.registers.rows
         self.all_lanes = np.arange(LANES)
-        self.threads = first + self.all_lanes
-        self.alive = self.threads < block.threads
+        self.alive = first + self.all_lanes < block.threads
+        self.threads = block.rank * block.threads + first + self.all_lanes  # of the cluster
         self.groups: dict[int, np.ndarray] = {0: self.alive.copy()}  # instruction -> lanes that come to it next
         self.parked: set[int] = set()  # of `groups`, those that wait for other lanes
         self.waits: int | None = None  # the number of a barrier
         self.at = 0  # where it waits
-        self._special = {"%tid.x": self.threads.astype("u4"), "%laneid": self.all_lanes.astype("u4")}
+        self.arrived_in = np.full(
+            LANES, -1
+        )  # generation of the cluster's barrier at which a lane came and has yet to wait
+        self._special = {"%tid.x": (first + self.all_lanes).astype("u4"), "%laneid": self.all_lanes.astype("u4")}
         self._special["%warpid"] = np.full(LANES, first // LANES, "u4")
 
     def special(self, name: str) -> np.ndarray:
@@ -195,15 +182,34 @@ class Warp:
             self._special[name] = np.full(LANES, self.block.special[name], "u4")
         return self._special[name]
 
-    def space(self, name: str) -> Any:
-        return self.block.spaces[name]
+    def ready(self) -> bool:
+        if self.waits is not None or not self.groups:
+            return False
+        # Lanes that only wait for each other are for `_choose` to say so.
+        return len(self.parked) < len(self.groups) or not any(self.program.steps[at].cluster for at in self.parked)
+
+    def locate(self, space: str, addresses: np.ndarray) -> tuple[Memory, Races | None, np.ndarray]:
+        """-> memory, who touched it, addresses in it, of lanes that all mean the same space"""
+        if space == "generic":
+            space = "shared" if addresses[0] < GLOBAL else "global"
+            addresses = addresses - GENERIC_SHARED if space == "shared" else addresses
+        if space == "shared":  # an address that names no block means this one
+            own = (self.block.rank + 1) * self.program.span
+            addresses = np.where(addresses < SHARED + self.program.span, addresses + own, addresses)
+        return *self.cluster.memories[space], addresses
+
+    def of_block(self, addresses: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        """Addresses of shared memory -> the same variables in another block of the cluster"""
+        if (rank >= len(self.cluster.blocks)).any():
+            raise Fault(f"a cluster of {len(self.cluster.blocks)} has no block {int(rank.max())}")
+        return SHARED + (addresses - SHARED) % self.program.span + (rank + 1) * self.program.span
 
     def advance(self, count: int, draw: random.Random) -> None:
         """One group of lanes, for `count` instructions or until it parts, ends, waits or meets another."""
         at = self._choose(draw)
         mask = self.groups.pop(at)
         full = mask.tobytes() == ALL_BYTES
-        steps, predicates = self.block.program.steps, self.rows["pred"]
+        steps, predicates = self.program.steps, self.rows["pred"]
         for _ in range(count):
             if self.groups and at in self.groups:
                 mask = mask | self.groups.pop(at)
@@ -215,7 +221,13 @@ class Warp:
                 holds = predicates[step.guard]
                 active = mask & (~holds if step.negated else holds)
                 every = active.tobytes() == ALL_BYTES
-            if step.execute is not None and step.members is None:
+            if step.cluster is not None:
+                if (step.aligned and not self._all_here(step, mask)) or not self._at_cluster(step, mask):
+                    self._wait_at(at, mask)
+                    self.parked.add(at)
+                    return
+                at += 1
+            elif step.execute is not None and step.members is None:
                 if every or step.guard is None or active.any():
                     try:
                         step.execute(self, None if every else active)
@@ -237,8 +249,19 @@ class Warp:
             else:
                 if step.execute is not None:
                     step.execute(self, None if every else active)
+                elif self.cluster.clocks is not None:  # bar.warp.sync
+                    self.cluster.clocks.meet(self.threads[active])
                 at += 1
         self._wait_at(at, mask)
+
+    def _at_cluster(self, step: Step, mask: np.ndarray) -> bool:
+        try:
+            if step.cluster == "wait":
+                return self.cluster.passed(self, mask, step.ordered)
+            self.cluster.arrive(self, mask, step.ordered)
+            return True
+        except Fault as fault:
+            raise step.instruction.fault(fault) from None
 
     def _part(self, step: Step, mask: np.ndarray, active: np.ndarray, at: int) -> tuple[Any, int]:
         """A branch or an end for the active of these lanes -> lanes and where they go on; None: groups that are chosen from anew"""
@@ -269,7 +292,7 @@ class Warp:
     def _choose(self, draw: random.Random) -> int:
         free = sorted(self.groups.keys() - self.parked)
         if not free:
-            steps = self.block.program.steps
+            steps = self.program.steps
             lines = ", ".join(str(steps[at].instruction.line) for at in sorted(self.groups))
             raise Fault(f"lanes of one warp wait for each other at different instructions, PTX lines {lines}")
         return free[0] if draw.random() < 0.75 else draw.choice(free)
