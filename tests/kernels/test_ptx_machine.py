@@ -126,7 +126,7 @@ def test_the_memory_of_a_block_ends_with_it(seed):
     body = CLUSTER.replace("READ", READS["generic"]).removesuffix("st.shared.b32 [%r3], %r0;")
     assert clustered(body, seed) == NEXT
     body = body.replace("barrier.cluster.arrive.aligned;", "").replace("barrier.cluster.wait.aligned;", "")
-    with pytest.raises(Fault, match="the block may have ended|bytes at byte .* of s of block"):
+    with pytest.raises(Fault, match=r"the block may have ended|bytes at byte .* of s of block"):
         clustered(body, seed)
 
 

@@ -42,6 +42,7 @@ def run(
     if [len(argument) for argument in arguments] != sizes:
         raise Fault(f"parameters of {sizes} bytes wanted, {[len(argument) for argument in arguments]} given")
     assert blocks % cluster == 0, "whole clusters"
+    assert threads % LANES == 0, "whole warps"
     parameters = dict(zip(program.entry.parameters, arguments, strict=True))
     draw, clusters = random.Random(seed), blocks // cluster
     with np.errstate(all="ignore"):
@@ -79,14 +80,16 @@ class Cluster:
             warp = draw.choice(ready)
             warp.advance(1 << draw.randrange(11), draw)
             self._open()
-            warp.block.open_barrier()
+            if warp.waits is not None:
+                warp.block.open_barrier(warp)
             if not any(each.groups for each in warp.block.warps):
                 warp.block.end()
         for warp in self.warps:
-            if warp.groups:
-                at = next(at for at in warp.groups if self.program.steps[at].cluster) if warp.waits is None else warp.at
-                came = "not all of the cluster's" if warp.waits is None else warp.block.who_came()
-                raise self.program.steps[at].instruction.fault(f"waits for ever: {came} threads came")
+            if warp.waits is not None:
+                _, came, wanted = warp.block.at_barrier(warp)
+                raise self.program.steps[warp.at].instruction.fault(f"waits for ever: {came} of {wanted} threads came")
+            for at in warp.groups:
+                raise self.program.steps[at].instruction.fault("waits for ever: not all threads of the cluster came")
 
     def arrive(self, warp: "Warp", lanes: np.ndarray, ordered: bool) -> None:
         if (warp.arrived_in[lanes] >= 0).any():
@@ -122,27 +125,21 @@ class Block:
         self.special = cluster.special | {"%ctaid.x": number, "%cluster_ctarank": rank, "%cluster_ctaid.x": rank}
         self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
 
-    def _here(self) -> tuple[list["Warp"], int, int]:
-        """-> warps at a barrier, threads of theirs, threads that it waits for"""
-        waiting = [warp for warp in self.warps if warp.waits is not None]
-        if not waiting:
-            return [], 0, 0
-        number, threads = self.cluster.program.steps[waiting[-1].at].barrier or (0, None)
-        here = [warp for warp in waiting if warp.waits == number]
-        return here, sum(int(warp.alive.sum()) for warp in here), threads or self.threads
+    def at_barrier(self, warp: "Warp") -> tuple[list["Warp"], int, int]:
+        """-> the warps that wait where this one does, threads of theirs, threads that the barrier waits for"""
+        barrier = self.cluster.program.steps[warp.at].barrier
+        assert barrier is not None
+        here = [each for each in self.warps if each.waits == barrier[0]]
+        return here, sum(int(each.alive.sum()) for each in here), barrier[1] or self.threads
 
-    def who_came(self) -> str:
-        _, came, wanted = self._here()
-        return f"{came} of {wanted}"
-
-    def open_barrier(self) -> None:
-        here, came, wanted = self._here()
-        if not here or came != wanted:
+    def open_barrier(self, warp: "Warp") -> None:
+        here, came, wanted = self.at_barrier(warp)
+        if came != wanted:
             return
-        for warp in here:
-            warp.waits = None
+        for each in here:
+            each.waits = None
         if self.cluster.clocks is not None:
-            self.cluster.clocks.meet(np.concatenate([warp.threads[warp.alive] for warp in here]))
+            self.cluster.clocks.meet(np.concatenate([each.threads[each.alive] for each in here]))
 
     def end(self) -> None:
         """Its shared memory ends with it: nobody may have been able to come later, and nobody can from here on."""
@@ -163,15 +160,14 @@ class Warp:
         self.registers = self.program.registers()
         self.rows = self.registers.rows
         self.all_lanes = np.arange(LANES)
-        self.alive = first + self.all_lanes < block.threads
+        self.alive = np.ones(LANES, bool)  # lanes that have not ended
         self.threads = block.rank * block.threads + first + self.all_lanes  # of the cluster
         self.groups: dict[int, np.ndarray] = {0: self.alive.copy()}  # instruction -> lanes that come to it next
         self.parked: set[int] = set()  # of `groups`, those that wait for other lanes
         self.waits: int | None = None  # the number of a barrier
         self.at = 0  # where it waits
-        self.arrived_in = np.full(
-            LANES, -1
-        )  # generation of the cluster's barrier at which a lane came and has yet to wait
+        # Generation of the cluster's barrier at which a lane has arrived; -1: it need not wait there.
+        self.arrived_in = np.full(LANES, -1)
         self._special = {"%tid.x": (first + self.all_lanes).astype("u4"), "%laneid": self.all_lanes.astype("u4")}
         self._special["%warpid"] = np.full(LANES, first // LANES, "u4")
 
