@@ -16,13 +16,17 @@ from ptx.memory import Memory
 from ptx.program import Program
 from ptx.running import GLOBAL, run
 from ptx.text import entries
+from row_cases import exact
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda" / "softmax_gradient.cu"
+CLUSTER = ROOT / "csrc" / "cuda" / "softmax_gradient_cluster.cu"
 NVCC = shutil.which("nvcc")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 CUDA_NAMES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
 CUDA_DTYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+ULP = 2.0**-23
 REST = 77.0  # in a row of logits, behind its V columns
 
 
@@ -122,6 +126,7 @@ class Compiled:
     entry: str
     threads: int
     shared: int  # bytes that the launch gives
+    cluster: int = 1  # blocks to a row
     left_out: tuple[int, ...] = ()  # lines of the PTX
 
     def program(self) -> Program:
@@ -134,7 +139,8 @@ class Compiled:
         buffers = Buffers(rows, stride, shift)
         pack = _triton_arguments if self.compiler == "triton" else _cuda_arguments
         arguments = pack(rows, buffers, self.program())
-        run(self.program(), buffers.memory, arguments, len(rows.logits), self.threads, seed, **options)
+        blocks = len(rows.logits) * self.cluster
+        run(self.program(), buffers.memory, arguments, blocks, self.threads, seed, cluster=self.cluster, **options)
         return buffers.found(stride if self.compiler == "triton" else vocabulary)
 
 
@@ -174,11 +180,11 @@ def _triton_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[by
     return [struct.pack(form, value) for form, value in zip(forms, values, strict=True)]
 
 
-def cuda_ptx(folder: Path) -> str:
-    """Of all its kernels, for sm_90; nvcc must be here."""
-    out = folder / "softmax_gradient.ptx"
-    command = [str(NVCC), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-ptx", "-arch=sm_90", "-o", str(out)]
-    subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "softmax_gradient.cu")], check=True, capture_output=True)
+def cuda_ptx(folder: Path, source: Path) -> str:
+    """Of all kernels of a file, for sm_90; nvcc must be here."""
+    out = folder / "kernels.ptx"
+    command = [str(NVCC), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-ptx", "-arch=sm_90", "-o", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
     return out.read_text()
 
 
@@ -186,6 +192,14 @@ def cuda_kernel(source: str, gradient: torch.dtype | None, aligned: bool, thread
     wanted = f"kernelILb{int(aligned)}ELb{int(gradient is not None)}E{CUDA_NAMES[gradient or torch.float32]}E"
     (entry,) = (name for name in entries(source) if wanted in name)
     return Compiled("nvcc", source, entry, threads, 0)
+
+
+def cluster_kernel(source: str, gradient: torch.dtype | None, extras: bool, blocks: int, threads: int) -> Compiled:
+    """Of the variants that hold the least of a row: 32 columns a thread."""
+    dtype = CUDA_NAMES[gradient or torch.float32]
+    wanted = f"kernelILi8ELb{int(extras)}ELb{int(gradient is not None)}E{dtype}E"
+    (entry,) = (name for name in entries(source) if wanted in name)
+    return Compiled("nvcc", source, entry, threads, 0, cluster=blocks)
 
 
 def _cuda_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[bytes]:
@@ -200,6 +214,52 @@ def _cuda_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[byte
             buffers.token, buffers.lse, buffers.flag,
         )
     ]  # fmt: skip
+
+
+def excess(found: Found, rows: Rows) -> float:
+    """By how much the worst number is beyond what rounding may do; at most 0 where all is right. NaNs must be where they belong."""
+    vocabulary = rows.logits.shape[1]
+    absent = (rows.targets < 0) | (rows.targets >= vocabulary)
+    known, unit = rows.lse is not None, ULP
+    targets = rows.targets.clamp(0, vocabulary - 1)
+    token, lse, gradients = exact(rows.logits, targets, rows.upstream, rows.bias, rows.softcap, rows.temperature)
+    biased = rows.logits.double() if rows.bias is None else rows.logits.double() + rows.bias.double()
+    z = (rows.softcap * torch.tanh(biased / rows.softcap) if rows.softcap else biased) / rows.temperature
+    whole = exact(z.clone(), targets, rows.upstream / rows.temperature, None, None, 1.0)[
+        2
+    ]  # the gradients before the softcap's slope
+    if known:  # a target among other columns: -p everywhere
+        every = torch.arange(vocabulary) == targets[:, None]
+        slope = torch.cosh(biased / rows.softcap) ** -2 if rows.softcap else torch.ones_like(z)
+        p = (rows.upstream.double() / rows.temperature)[:, None] * torch.softmax(z, 1)
+        lost = absent[:, None] & every
+        whole, gradients = torch.where(lost, -p, whole), torch.where(lost, -p * slope, gradients)
+    else:
+        token[absent] = lse[absent] = torch.nan
+        gradients[absent & (rows.upstream != 0)] = torch.nan
+    size = 1 + z.abs().amax(1) + lse.nan_to_num().abs()
+    worst = [torch.tensor(-1.0)]
+
+    def compare(mine, right, allowed):
+        mine = mine.double()
+        assert torch.equal(mine.isnan(), right.isnan())
+        worst.append(((mine - right).abs() - allowed).nan_to_num(-1.0).max())
+
+    if not known:
+        assert found.flag == int(absent.any())
+        compare(found.token, token, 8 * unit * size)
+        compare(found.lse, lse, 8 * unit * size)
+    if rows.gradient is not None:
+        assert found.gradient is not None
+        assert not found.gradient[rows.upstream == 0].any()
+        right = gradients.to(rows.gradient).double() if rows.gradient != torch.float32 else gradients
+        place = torch.finfo(rows.gradient).eps if rows.gradient != torch.float32 else 0.0
+        smallest = torch.finfo(rows.gradient).smallest_normal * max(place, unit) * 2
+        # exp of an argument of this size, a slope that is 1 - tanh^2, and where lse was rounded, that
+        allowed = 16 * unit * size[:, None] * whole.abs() + place * right.abs() + smallest
+        allowed = allowed + (2 * unit * size[:, None] * rows.upstream.abs()[:, None] / rows.temperature if known else 0)
+        compare(found.gradient, right, allowed)
+    return float(max(worst))
 
 
 def second_pass_barriers(compiled: Compiled) -> list[int]:

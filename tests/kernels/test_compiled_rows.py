@@ -10,13 +10,13 @@ import importlib.util
 import pytest
 import torch
 from compiled_rows import (
+    CUDA,
     NVCC,
     Compiled,
-    Found,
-    Rows,
     barriers,
     cuda_kernel,
     cuda_ptx,
+    excess,
     interpreted,
     problem,
     second_pass_barriers,
@@ -24,10 +24,8 @@ from compiled_rows import (
     without,
 )
 from ptx.text import Fault
-from row_cases import exact
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ULP = 2.0**-23
 COMPILERS = [
     pytest.param(
         "triton",
@@ -55,57 +53,11 @@ def kernel(tmp_path_factory):
                 kept[key] = triton_kernel(gradient, extras, known, block, warps)
             else:
                 if "ptx" not in kept:
-                    kept["ptx"] = cuda_ptx(tmp_path_factory.mktemp("ptx"))
+                    kept["ptx"] = cuda_ptx(tmp_path_factory.mktemp("ptx"), CUDA)
                 kept[key] = cuda_kernel(kept["ptx"], gradient, aligned, max(32 * warps, 128))
         return kept[key]
 
     return of
-
-
-def excess(found: Found, rows: Rows) -> float:
-    """By how much the worst number is beyond what rounding may do; at most 0 where all is right. NaNs must be where they belong."""
-    vocabulary = rows.logits.shape[1]
-    absent = (rows.targets < 0) | (rows.targets >= vocabulary)
-    known, unit = rows.lse is not None, ULP
-    targets = rows.targets.clamp(0, vocabulary - 1)
-    token, lse, gradients = exact(rows.logits, targets, rows.upstream, rows.bias, rows.softcap, rows.temperature)
-    biased = rows.logits.double() if rows.bias is None else rows.logits.double() + rows.bias.double()
-    z = (rows.softcap * torch.tanh(biased / rows.softcap) if rows.softcap else biased) / rows.temperature
-    whole = exact(z.clone(), targets, rows.upstream / rows.temperature, None, None, 1.0)[
-        2
-    ]  # the gradients before the softcap's slope
-    if known:  # a target among other columns: -p everywhere
-        every = torch.arange(vocabulary) == targets[:, None]
-        slope = torch.cosh(biased / rows.softcap) ** -2 if rows.softcap else torch.ones_like(z)
-        p = (rows.upstream.double() / rows.temperature)[:, None] * torch.softmax(z, 1)
-        lost = absent[:, None] & every
-        whole, gradients = torch.where(lost, -p, whole), torch.where(lost, -p * slope, gradients)
-    else:
-        token[absent] = lse[absent] = torch.nan
-        gradients[absent & (rows.upstream != 0)] = torch.nan
-    size = 1 + z.abs().amax(1) + lse.nan_to_num().abs()
-    worst = [torch.tensor(-1.0)]
-
-    def compare(mine, right, allowed):
-        mine = mine.double()
-        assert torch.equal(mine.isnan(), right.isnan())
-        worst.append(((mine - right).abs() - allowed).nan_to_num(-1.0).max())
-
-    if not known:
-        assert found.flag == int(absent.any())
-        compare(found.token, token, 8 * unit * size)
-        compare(found.lse, lse, 8 * unit * size)
-    if rows.gradient is not None:
-        assert found.gradient is not None
-        assert not found.gradient[rows.upstream == 0].any()
-        right = gradients.to(rows.gradient).double() if rows.gradient != torch.float32 else gradients
-        place = torch.finfo(rows.gradient).eps if rows.gradient != torch.float32 else 0.0
-        smallest = torch.finfo(rows.gradient).smallest_normal * max(place, unit) * 2
-        # exp of an argument of this size, a slope that is 1 - tanh^2, and where lse was rounded, that
-        allowed = 16 * unit * size[:, None] * whole.abs() + place * right.abs() + smallest
-        allowed = allowed + (2 * unit * size[:, None] * rows.upstream.abs()[:, None] / rows.temperature if known else 0)
-        compare(found.gradient, right, allowed)
-    return float(max(worst))
 
 
 def seeds(default: int, slow: int):
