@@ -142,18 +142,18 @@ def _barrier_variants() -> Iterator[Variant]:
 
 
 def compile_one(variant: Variant, architecture: int) -> Compiled:
-    """Compile for sm_<architecture>, and what it needs.
+    """What a variant needs on sm_<architecture>.
 
     Raises:
         whatever Triton raises where a kernel does not compile.
     """
-    compiled = assembled(variant, architecture)
+    compiled = compile_kernel(variant, architecture)
     registers, spilled = _resources(compiled.asm["ptx"], architecture, variant.fp_fusion)
     return Compiled(variant, architecture, registers, spilled, compiled.metadata.shared)
 
 
-def assembled(variant: Variant, architecture: int) -> Any:
-    """What Triton makes of it, each stage in `.asm`; it keeps what it compiled in its cache."""
+def compile_kernel(variant: Variant, architecture: int) -> Any:
+    """Triton's `CompiledKernel` for sm_<architecture>, `asm["ptx"]` among it; Triton keeps what it compiled in its cache."""
     kernel = KERNELS[variant.kernel]
     names = kernel.arg_names
     constants = variant.constants | {

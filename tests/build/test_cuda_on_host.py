@@ -17,6 +17,7 @@ import pytest
 import torch
 from barrier_problems import bits, fresh_state, random_problem
 from filelock import FileLock
+from row_cases import exact
 from torch import Tensor
 
 from l3m_kernels import chunked, reference, row_chunks
@@ -84,18 +85,6 @@ def softmax_gradient(
         assert torch.equal(body.view(torch.int32), before[GUARD + shift : -GUARD].view(rows, stride).view(torch.int32))
         return token, found_lse, int(flag), None
     return token, found_lse, int(flag), body.view(gradient)[:, :vocabulary].clone()
-
-
-def exact(logits, targets, upstream, bias, softcap, temperature):
-    """float64: token, lse, gradients, and the size of the terms that make each gradient."""
-    x = logits.double().requires_grad_()
-    z = x if bias is None else x + bias.double()
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    token = z.log_softmax(1).gather(1, targets[:, None])[:, 0]
-    (gradients,) = torch.autograd.grad(token, x, upstream.double())
-    return token.detach(), z.logsumexp(1).detach(), gradients
 
 
 def problem(seed: int, vocabulary: int, rows: int = 3):

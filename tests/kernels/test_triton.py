@@ -94,10 +94,10 @@ def test_spills_and_too_much_shared_memory_are_problems():
 @pytest.mark.parametrize("kernel", ["sequence_sums", "product", "scale"])
 def test_offsets_into_what_may_be_large_have_64_bits(kernel):
     """In what the compiler makes: tokens, matrices and gradients may have 2^31 elements. Those in 32 bits are none of these."""
-    from l3m_kernels.triton_ops.ahead import assembled, variants
+    from l3m_kernels.triton_ops.ahead import compile_kernel, variants
 
     variant = next(variant for variant in variants() if variant.kernel == kernel)
-    text = assembled(variant, 90).asm["ttir"]
+    text = compile_kernel(variant, 90).asm["ttir"]
     of_blocks = re.findall(r"tt\.addptr .* : tensor<[\dx]*!tt\.ptr<\w+>>, tensor<[\dx]*x(i\d+)>", text)
     assert of_blocks
     assert set(of_blocks) == {"i64"}
