@@ -77,7 +77,8 @@ __device__ void add(const Bias* bias, const Held& held, float (&x)[kVectors][kWi
 }
 
 // Without a softcap: the sum over a thread's columns but the target; x becomes exp(z - origin(its maximum)), so that no
-// element needs a second exponential.
+// element needs a second exponential. Where x is not needed afterwards, the compiler would fuse its last product into
+// the sum: other bits than with a gradient. These intrinsics are never fused.
 template <int kVectors>
 __device__ Sum exponentials(const Held& held, float inverse_temperature, float (&x)[kVectors][kWidth]) {
   Sum sum{row::kMinusInfinity, 0.0f};
@@ -92,7 +93,7 @@ __device__ Sum exponentials(const Held& held, float inverse_temperature, float (
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      x[v][e] *= inverse_temperature;
+      x[v][e] = __fmul_rn(x[v][e], inverse_temperature);
       sum.maximum = fmaxf(sum.maximum, x[v][e]);
     }
   }
@@ -102,7 +103,7 @@ __device__ Sum exponentials(const Held& held, float inverse_temperature, float (
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       x[v][e] = expf(x[v][e] - zero);
-      sum.total += x[v][e];
+      sum.total = __fadd_rn(sum.total, x[v][e]);
     }
   }
   return sum;

@@ -223,6 +223,9 @@ inline float __shfl_down_sync(unsigned, float x, int step) {
   return found;
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+
 // ---- launches with attributes, and what a device says of itself
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
