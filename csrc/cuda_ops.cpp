@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "barrier_tensors.h"
 #include "cuda/barrier_weights.h"
@@ -43,6 +44,15 @@ void check(const char* name, const Tensor& tensor, const Tensor& logits, at::Sca
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous(), "softmax_gradient: ", name,
                     " must be contiguous, of shape [", size, "], got ", tensor.sizes(), " with strides ",
                     tensor.strides());
+}
+
+// Asked for at each call, so that one process can measure both.
+cuda::RowKernel row_kernel() {
+  const char* name = std::getenv("L3M_ROW_KERNEL");
+  cuda::RowKernel kernel;
+  TORCH_CHECK_VALUE(cuda::row_kernel_named(name, kernel), "L3M_ROW_KERNEL must be auto, two_pass or cluster, got '",
+                    name, "'");
+  return kernel;
 }
 
 // The signature of row_chunks.RowKernels.softmax_gradient.
@@ -81,7 +91,12 @@ void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::op
       .lse = lse.data_ptr<float>(),
       .flag = flag.data_ptr<int32_t>(),
   };
-  C10_CUDA_CHECK(cuda::softmax_gradient(arguments, c10::cuda::getCurrentCUDAStream()));
+  const cuda::RowKernel kernel = row_kernel();
+  if (kernel == cuda::RowKernel::cluster && n > 0 && !known_lse) {
+    const char* obstacle = cuda::cluster_obstacle(arguments);
+    TORCH_CHECK_VALUE(obstacle == nullptr, "L3M_ROW_KERNEL=cluster: ", obstacle, "; L3M_ROW_KERNEL=two_pass takes it");
+  }
+  C10_CUDA_CHECK(cuda::softmax_gradient(arguments, c10::cuda::getCurrentCUDAStream(), kernel));
 }
 
 // out (m, n) = a (m, k) @ b (k, n), or += it, of fp32 in fp32 in this thread, whatever the process allows. The guard holds

@@ -1,57 +1,25 @@
-// Softmax, log-likelihood of the target and gradient of a row of logits, in place. One block per row.
+// Softmax, log-likelihood of the target and gradient of a row of logits, in place, in two passes. One block per row.
 //
 // Pass 1 reads the row from its end to its beginning (running maximum and sum), pass 2 from its beginning to its end:
 // what was read last is still in the cache. Pass 2 overwrites the row by its gradient. A 16-bit gradient begins where
 // the row does: element i is written over element i / 2, which was read when all threads had loaded their part of the
 // tile.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "cuda/softmax_gradient.h"
+#include "cuda/softmax_gradient_block.h"
 #include "cuda/softmax_row.h"
 
 namespace l3m::cuda {
 namespace {
 
-constexpr int kMostThreads = 512;
 constexpr int kBlocks = 2;  // per multiprocessor: one computes while the other waits at its barriers; one where rows
                             // are not aligned, whose addresses need more registers
-constexpr int kWarp = 32;
-constexpr int kWidth = 4;    // floats in a load of 128 bits
-constexpr int kVectors = 2;  // such loads in flight per thread; 4 spill registers on two architectures
+constexpr int kVectors = 2;  // loads of 128 bits in flight per thread; 4 spill registers on two architectures
 
 using row::Statistics;
 using row::Sum;
 using row::Value;
-
-template <typename T>
-__device__ T of_float(float x);
-template <>
-__device__ float of_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __nv_bfloat16 of_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __half of_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-
-// use(bias), with its type; nothing where there is none.
-template <typename Use>
-__device__ void with_bias(const SoftmaxGradient& a, Use use) {
-  if (a.bias_dtype == Dtype::fp32) use(static_cast<const float*>(a.bias));
-  if (a.bias_dtype == Dtype::bf16) use(static_cast<const __nv_bfloat16*>(a.bias));
-  if (a.bias_dtype == Dtype::fp16) use(static_cast<const __half*>(a.bias));
-}
 
 // Which columns a thread has in a tile of blockDim * kVectors * kWidth: vectors of neighbours where the rows are
 // aligned, else single elements, a warp apart. A warp reads whole lines either way.
@@ -77,8 +45,7 @@ struct Tile {
     for (int v = 0; v < kVectors; ++v) {
       const float* first = logits + column_of<kAligned>(index, v, 0);
       if (four_inside(v)) {
-        const float4 four = *reinterpret_cast<const float4*>(first);
-        x[v][0] = four.x, x[v][1] = four.y, x[v][2] = four.z, x[v][3] = four.w;
+        load_four(first, x[v]);
         continue;
       }
 #pragma unroll
@@ -102,14 +69,8 @@ struct Tile {
 
   template <typename Gradient>
   __device__ void store(Gradient* out, int v, const float (&g)[kWidth]) const {
-    struct alignas(kWidth * sizeof(Gradient)) Four {
-      Gradient values[kWidth];
-    };
     if (four_inside(v)) {
-      Four four;
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) four.values[e] = of_float<Gradient>(g[e]);
-      *reinterpret_cast<Four*>(out + column_of<kAligned>(index, v, 0)) = four;
+      store_four(out + column_of<kAligned>(index, v, 0), g);
       return;
     }
 #pragma unroll
@@ -141,24 +102,6 @@ struct Row {
     }
   }
 };
-
-// The sum over the block, in an order that depends on nothing but its size; valid in thread 0.
-// `warps` holds one per warp.
-__device__ Sum sum_of_block(Sum mine, Sum* warps) {
-  const auto sum_of_warp = [](Sum sum) {
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      const float maximum = __shfl_down_sync(0xffffffffu, sum.maximum, step);
-      sum = row::combine(sum, {maximum, __shfl_down_sync(0xffffffffu, sum.total, step)});
-    }
-    return sum;
-  };
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  mine = sum_of_warp(mine);
-  if (lane == 0) warps[warp] = mine;
-  __syncthreads();
-  if (warp > 0) return mine;
-  return sum_of_warp(lane < static_cast<int>(blockDim.x) / kWarp ? warps[lane] : Sum{row::kMinusInfinity, 0.0f});
-}
 
 // The sum over all of the row but the target, from the end to the beginning.
 template <bool kAligned>
@@ -295,14 +238,15 @@ cudaError_t launch(const SoftmaxGradient& a, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t softmax_gradient(const SoftmaxGradient& arguments, cudaStream_t stream) {
+cudaError_t softmax_gradient(const SoftmaxGradient& arguments, cudaStream_t stream, RowKernel kernel) {
   if (arguments.rows == 0) return cudaSuccess;
   // A column is an int, also one past the end of the last tile.
   if (arguments.rows < 0 || arguments.vocabulary < 1 || arguments.vocabulary > (int64_t{1} << 31) - (1 << 16)) {
     return cudaErrorInvalidValue;
   }
-  const bool aligned = reinterpret_cast<uintptr_t>(arguments.logits) % 16 == 0 && arguments.stride % kWidth == 0;
-  return aligned ? launch<true>(arguments, stream) : launch<false>(arguments, stream);
+  // With lse known there is one pass here too.
+  if (kernel == RowKernel::cluster && !arguments.known_lse) return softmax_gradient_cluster(arguments, stream);
+  return aligned(arguments) ? launch<true>(arguments, stream) : launch<false>(arguments, stream);
 }
 
 }  // namespace l3m::cuda

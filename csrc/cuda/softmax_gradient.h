@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace l3m::cuda {
 
@@ -29,8 +30,31 @@ struct SoftmaxGradient {
   int32_t* flag;  // (1,) becomes 1 where a target is outside [0, V); null with known_lse
 };
 
-// Queues the kernel on the stream; n = 0 queues nothing.
-// The same bits for the same row, V and alignment, whatever else is in the batch.
-cudaError_t softmax_gradient(const SoftmaxGradient& arguments, cudaStream_t stream);
+// The accesses of four floats are possible.
+inline bool aligned(const SoftmaxGradient& a) {
+  return reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 && (a.stride % 4 == 0 || a.rows == 1);
+}
+
+enum class RowKernel {
+  two_pass,  // any row: reads it twice where it wants statistics and gradient
+  cluster,   // reads it once, into the registers of a thread block cluster; with known_lse: the one pass of the other
+};
+
+// The kernel of that name: `auto`, `two_pass`, `cluster`; null is auto. False: there is none.
+inline bool row_kernel_named(const char* name, RowKernel& kernel) {
+  const bool cluster = name != nullptr && std::strcmp(name, "cluster") == 0;
+  kernel = cluster ? RowKernel::cluster : RowKernel::two_pass;  // auto: two passes, until both have been measured
+  return cluster || name == nullptr || std::strcmp(name, "auto") == 0 || std::strcmp(name, "two_pass") == 0;
+}
+
+// Why the kernel `cluster` cannot take these rows on the current device, in words; null: it can.
+const char* cluster_obstacle(const SoftmaxGradient& arguments);
+
+// Queues the kernel on the stream; n = 0 queues nothing. `cluster` where there is an obstacle: cudaErrorNotSupported.
+// The same bits for the same kernel, row, V and alignment, whatever else is in the batch.
+cudaError_t softmax_gradient(const SoftmaxGradient& arguments, cudaStream_t stream,
+                             RowKernel kernel = RowKernel::two_pass);
+// Its part for `cluster`, not with known_lse.
+cudaError_t softmax_gradient_cluster(const SoftmaxGradient& arguments, cudaStream_t stream);
 
 }  // namespace l3m::cuda

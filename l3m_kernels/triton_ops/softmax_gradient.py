@@ -19,6 +19,8 @@ from l3m_kernels.triton_ops.configs import for_rows
 
 LOWEST = tl.constexpr(-3.4e38)  # below any logit but -inf: a maximum of nothing, with which differences stay numbers
 
+MOST_COLUMNS = 2**31 - 2**16  # a column is an int32, also one past the end of the last block
+
 
 @triton.jit
 def _tanh(x):
@@ -68,8 +70,9 @@ def softmax_gradient_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
-    target = tl.load(targets_ptr + row)
-    inside = (target >= 0) & (target < vocabulary)
+    wanted = tl.load(targets_ptr + row)
+    inside = (wanted >= 0) & (wanted < vocabulary)
+    target = tl.where(inside, wanted, -1).to(tl.int32)  # as columns are: a comparison of int64 is two instructions
     lanes = tl.arange(0, BLOCK)
 
     if KNOWN_LSE:
@@ -94,7 +97,7 @@ def softmax_gradient_kernel(
         others = tl.sum(sums * tl.exp(largest - shift), 0)
         total = others + tl.exp(z_target - shift)
         total = tl.where(inside, total, float("nan"))
-        tl.store(flag_ptr, 1, mask=(target < 0) | (target >= vocabulary))
+        tl.store(flag_ptr, 1, mask=(wanted < 0) | (wanted >= vocabulary))
         tl.store(token_ptr + row, (z_target - shift) - tl.log(total))
         tl.store(lse_ptr + row, shift + tl.log(total))
         scale = 1.0 / total
@@ -102,6 +105,7 @@ def softmax_gradient_kernel(
 
     if gradient_ptr is not None:
         upstream = tl.load(upstream_ptr + row)
+        factor = upstream * inverse_temperature
         gradient_ptr += row * gradient_stride
         for start in range(0, vocabulary, BLOCK):
             columns = start + lanes
@@ -112,7 +116,7 @@ def softmax_gradient_kernel(
             )
             p = tl.exp(z - shift) * scale
             at_target = 1.0 - p if KNOWN_LSE else rest
-            gradient = upstream * tl.where(columns == target, at_target, -p) * inverse_temperature * slope
+            gradient = tl.where(columns == target, at_target, -p) * (factor * slope)
             gradient = tl.where(upstream == 0.0, 0.0, gradient)
             # A gradient narrower than the logits lies where other threads have yet to read.
             tl.debug_barrier()
@@ -134,6 +138,8 @@ def softmax_gradient(
 ) -> None:
     """As `row_chunks.RowKernels` says."""
     rows, vocabulary = logits.shape
+    if vocabulary > MOST_COLUMNS:
+        raise ValueError(f"softmax_gradient: logits must have at most {MOST_COLUMNS} columns, got {vocabulary}")
     if not rows:
         return
     stride = logits.stride(0)

@@ -1,5 +1,6 @@
 """Builds of a copy of the source tree, so that no test touches the tree it runs from."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # `barrier_problems` is shared
+sys.path[:0] = [str(ROOT / "tests" / "build"), str(ROOT / "tests" / "kernels")]  # `barrier_problems` is shared
 FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 FOLDERS = ("cmake", "csrc", "l3m_kernels", "python")
 BUILD_WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
@@ -113,3 +114,17 @@ def native_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def native_site(native_wheel: Path, tmp_path: Path) -> Path:
     """A copy of the package with its native part, unpacked from the wheel."""
     return unpack(native_wheel.parents[1], tmp_path / "site")
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA sources on the host, built once for all processes of a run."""
+    import rows_on_host
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda-on-host"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "kernels.so").exists():
+            folder.mkdir(exist_ok=True)
+            rows_on_host.build(folder)
+    return ctypes.CDLL(str(folder / "kernels.so"))

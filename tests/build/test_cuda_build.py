@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 100, 120)
+CLUSTER = ROOT / "csrc" / "cuda" / "softmax_gradient_cluster.cu"
 # Bytes of shared memory that a block can have without asking for more.
 SHARED_MEMORY = 48 << 10
 NVCC = shutil.which("nvcc")
@@ -34,9 +35,9 @@ class Kernel(NamedTuple):
     shared: int
 
 
-def compile_cuda(source: Path, folder: Path) -> list[Kernel]:
+def compile_cuda(source: Path, folder: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
     """What ptxas says of each kernel of a file, per architecture."""
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     command = [
         str(NVCC),
         "-std=c++17",
@@ -70,12 +71,45 @@ def compile_cuda(source: Path, folder: Path) -> list[Kernel]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != CLUSTER], ids=lambda path: path.stem)
 def test_kernels_compile_and_spill_nothing(source, tmp_path):
     found = compile_cuda(source, tmp_path)
     assert {kernel.architecture for kernel in found} == set(ARCHITECTURES)
     assert len(found) == len(ARCHITECTURES) * {"barrier_weights": 1, "scale": 3, "softmax_gradient": 8}[source.stem]
     assert [kernel for kernel in found if kernel.spilled or kernel.stack or kernel.shared > SHARED_MEMORY] == []
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "architecture", [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (80, 100, 120))]
+)
+def test_rows_fit_the_registers_of_a_cluster(architecture, tmp_path):
+    """Nothing spills, and two blocks of 512 threads share a multiprocessor's 65536 registers where they are to."""
+    found = compile_cuda(CLUSTER, tmp_path, (architecture,))
+    assert len(found) == 24
+    assert [kernel for kernel in found if kernel.spilled or kernel.stack or kernel.shared > SHARED_MEMORY] == []
+    for kernel in found:
+        match = re.search(r"softmax_cluster_kernelILi(\d+)ELb[01]ELb([01])E(f?)", kernel.name)
+        assert match is not None, kernel.name
+        fp32_gradient = match[2] == "1" and match[3] == "f"
+        two = int(match[1]) <= (8 if fp32_gradient else 10)
+        assert kernel.registers <= (64 if two else 128), kernel
+
+
+@needs_nvcc
+def test_a_row_is_read_once(tmp_path):
+    """Of 8, 10 or 16 vectors a thread as many loads of 128 bits, and an exponential an element, beside those of the sums."""
+    command = [str(NVCC), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-ptx", "-arch=sm_90", str(CLUSTER)]
+    subprocess.run([*command, "-o", str(tmp_path / "a.ptx")], check=True, capture_output=True)
+    found = {}
+    for entry in re.split(r"(?=\.entry )", (tmp_path / "a.ptx").read_text()):
+        name = re.match(r"\.entry \S+softmax_cluster_kernelILi(\d+)ELb0ELb1E13__nv_bfloat16", entry)
+        if name:
+            found[int(name[1])] = (len(re.findall(r"ld\.global\.v4", entry)), entry.count("ex2.approx"))
+    assert set(found) == {8, 10, 16}
+    for vectors, (loads, exponentials) in found.items():
+        assert loads == vectors
+        assert exponentials <= 4 * vectors + 40
 
 
 @needs_nvcc

@@ -1,154 +1,47 @@
-"""The CUDA kernels' own source, compiled by the host's compiler and run with random thread orders: what no GPU is needed for.
-
-`cuda_on_host` has as much of CUDA's language as the kernels use. Not seen here: the GPU's memory, its exp and tanh, its compiler.
-"""
+"""The CUDA kernels' own source, compiled by the host's compiler and run with random thread orders: what no GPU is needed for."""
 
 import ctypes
 import itertools
-import os
-import random
-import re
-import shutil
-import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from barrier_problems import bits, fresh_state, random_problem
-from filelock import FileLock
-from row_cases import exact
-from torch import Tensor
+from rows_on_host import COMPILER, DTYPES, GUARD, Tolerance, pointer, problem, row_kernels, softmax_gradient
 
 from l3m_kernels import chunked, reference, row_chunks
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent / "cuda_on_host"
-COMPILER = shutil.which("c++") or shutil.which("g++")
-DTYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-GUARD = 64  # elements before and behind a buffer that nothing may touch
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    """The library, built once for all processes of a run; `<<< >>>` is the only syntax that C++ does not have."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda-on-host"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "kernels.so").exists():
-            folder.mkdir(exist_ok=True)
-            parts = [HERE / "calls.cpp"]
-            for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-                launch = r"(\w+(?:<[\w, ]+>)?)<<<(.*?), (.*?), 0, stream>>>\((.*?)\);"
-                source, count = re.subn(launch, r"on_host::launch(\2, \3, [&] { \1(\4); });", path.read_text())
-                assert count == 1, path
-                parts.append(folder / f"{path.stem}.cpp")
-                parts[-1].write_text(source)
-            flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{HERE}", f"-I{ROOT / 'csrc'}")
-            command = [str(COMPILER), *flags, *map(str, parts), "-o", str(folder / "kernels.tmp")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            (folder / "kernels.tmp").rename(folder / "kernels.so")
-    return ctypes.CDLL(str(folder / "kernels.so"))
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def softmax_gradient(
-    kernels, logits, targets, upstream, bias, softcap, temperature, gradient, lse=None, stride=None, shift=0, order=0
-) -> tuple[Tensor, Tensor, int, Any]:
-    """-> token (n,), lse (n,), flag, gradients (n, V) in dtype `gradient` or None; the buffers are guarded and poisoned."""
-    rows, vocabulary = logits.shape
-    stride = stride or vocabulary
-    buffer = torch.full((GUARD + shift + rows * stride + GUARD,), 77.0)
-    # A tensor's memory is aligned to 64 bytes here: `shift` elements further it is not.
-    body = buffer[GUARD + shift : GUARD + shift + rows * stride].view(rows, stride)
-    body[:, :vocabulary] = logits
-    before = buffer.clone()
-    token, found_lse = torch.full((rows,), 5.0), torch.full((rows,), 6.0) if lse is None else lse.clone()
-    flag = torch.zeros(1, dtype=torch.int32)
-    kernels.set_order(order)
-    status = kernels.softmax_gradient(
-        pointer(body), ctypes.c_int64(stride), ctypes.c_int64(rows), ctypes.c_int64(vocabulary), pointer(targets),
-        pointer(upstream if gradient else None), pointer(bias), DTYPES[bias.dtype if bias is not None else None],
-        DTYPES[gradient], ctypes.c_float(softcap or 0.0), ctypes.c_float(1 / temperature), int(lse is not None),
-        pointer(token), pointer(found_lse), pointer(flag),
-    )  # fmt: skip
-    assert status == 0
-    assert torch.equal(buffer[: GUARD + shift], before[: GUARD + shift])
-    assert torch.equal(buffer[-GUARD:], before[-GUARD:])
-    assert bool((body[:, vocabulary:] == 77).all()), "between the rows"
-    if gradient is None:
-        assert torch.equal(body.view(torch.int32), before[GUARD + shift : -GUARD].view(rows, stride).view(torch.int32))
-        return token, found_lse, int(flag), None
-    return token, found_lse, int(flag), body.view(gradient)[:, :vocabulary].clone()
-
-
-def problem(seed: int, vocabulary: int, rows: int = 3):
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    logits = draw.choice((0.1, 3.0, 30.0)) * torch.randn(rows, vocabulary, generator=generator)
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    if draw.random() < 0.3:
-        logits[0, targets[0]] = logits[0].max() + 25  # a likelihood near 1
-    dtype = draw.choice((None, torch.float32, torch.bfloat16, torch.float16))
-    bias = None if dtype is None else torch.randn(vocabulary, generator=generator).to(dtype)
-    upstream = torch.randn(rows, generator=generator)
-    upstream[draw.randrange(rows)] = 0.0
-    return (logits, targets, upstream, bias, draw.choice((None, None, 2.0, 30.0)), draw.choice((1.0, 0.7, 2.5))), draw
-
-
 VOCABULARIES = (1, 2, 3, 5, 31, 64, 127, 1000, 1024, 1025, 2047, 4096, 4097, 9001, 12290)
+kernel = pytest.mark.parametrize("cluster", [False, True], ids=["two_pass", "cluster"])
 
 
-@pytest.mark.parametrize("seed", [*range(120), *(pytest.param(s, marks=pytest.mark.slow) for s in range(1000, 2000))])
-def test_rows_against_float64(kernels, seed):
+@kernel
+@pytest.mark.parametrize("seed", [*range(90), *(pytest.param(s, marks=pytest.mark.slow) for s in range(1000, 2000))])
+def test_rows_against_float64(kernels, seed, cluster):
     vocabulary = VOCABULARIES[seed % len(VOCABULARIES)]
     arguments, draw = problem(seed, vocabulary)
-    upstream, temperature = arguments[2], arguments[5]
-    token, lse, gradients = exact(*arguments)
+    right = Tolerance(*arguments)
     gradient = draw.choice((None, torch.float32, torch.bfloat16, torch.float16))
-    layout = {
-        "stride": vocabulary + draw.choice((0, -vocabulary % 4, -vocabulary % 8, 1, 5)),
-        "shift": draw.choice((0, 0, 1, 2)),
-    }
+    steps, shifts = ((0, -vocabulary % 4, -vocabulary % 8, 1, 5), (0, 0, 1, 2)) if not cluster else ((0, 4, 8), (0, 4))
+    stride = -(-vocabulary // 4) * 4 if cluster else vocabulary
+    layout = {"stride": stride + draw.choice(steps), "shift": draw.choice(shifts), "cluster": cluster}
     found = softmax_gradient(kernels, *arguments, gradient, order=seed, **layout)
     assert found[2] == 0
-    logits, _, _, bias, softcap, _ = arguments
-    largest = logits.abs().amax(1) + (0 if bias is None else bias.abs().max())
-    size = 1 + (largest.clamp(max=softcap) if softcap else largest) / temperature
-    condition = size + (2 * largest / softcap if softcap else 0)  # relative, of p and of the softcap's derivative
-    ulp = 2.0**-23
-    assert bool(((found[1].double() - lse).abs() <= 4 * ulp * (size + lse.abs())).all())
-    assert bool(((found[0].double() - token).abs() <= 4 * ulp * (size - token)).all())
-    assert bool((found[0] <= 0).all())
-    near_one = (token > -1e-3) & (size < 2 / temperature)  # no error of the logits' size is left in these
-    assert bool(((found[0].double() - token).abs() <= 1e-5 * token.abs())[near_one].all())
+    right.statistics(*found[:2])
     if gradient is None:
         return
     for known in (None, found[1]):
         again = softmax_gradient(kernels, *arguments, gradient, lse=known, order=seed + 1, **layout)
-        right = gradients.to(gradient).double() if gradient != torch.float32 else gradients
-        unit = torch.finfo(gradient).eps if gradient != torch.float32 else 0
-        rounded = (
-            2 * ulp * (size + lse.abs()) * upstream.abs() / temperature if known is not None else 0 * size
-        )  # lse was, to fp32
-        tiny = 2 * torch.finfo(gradient).smallest_normal * max(unit, ulp)  # subnormal numbers
-        rounded = rounded + 1e-15 * upstream.abs() / temperature  # the oracle's own 1 - p
-        allowed = 16 * ulp * condition[:, None] * gradients.abs() + rounded[:, None] + unit * right.abs() + tiny
-        excess = (again[3].double() - right).abs() - allowed
-        assert bool((excess <= 0).all()), (known is not None, excess.max())
-        assert not again[3][upstream == 0].any()
+        right.gradient(again[3], known is not None)
         if known is None:
             assert torch.equal(again[3], found[3]), "another order of the threads, other bits"
 
 
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("vocabulary", [7, 4100])
-def test_hazards(kernels, vocabulary, known, gradient):
+@pytest.mark.parametrize(("vocabulary", "cluster"), [(7, False), (4100, False), (7, True), (20004, True)])
+def test_hazards(kernels, vocabulary, cluster, known, gradient):
     """-inf, NaN, all -inf, targets that do not exist: as the float64 rows of torch, a NaN in its own row only."""
     nan, inf = float("nan"), float("inf")
     logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(1))
@@ -165,7 +58,8 @@ def test_hazards(kernels, vocabulary, known, gradient):
     token, lse, gradients = exact(*arguments)
     token[6:], lse[6:], gradients[6:] = nan, nan, nan
     arguments = (logits, targets, *arguments[2:])
-    found = softmax_gradient(kernels, *arguments, gradient, lse=lse.float() if known else None)
+    options = {"cluster": cluster, "stride": -(-vocabulary // 4) * 4}
+    found = softmax_gradient(kernels, *arguments, gradient, lse=lse.float() if known else None, **options)
     assert found[2] == (not known)
     tolerance = 1e-5 if gradient == torch.float32 else 1e-2
     torch.testing.assert_close(found[3].double(), gradients, rtol=tolerance, atol=1e-6, equal_nan=True)
@@ -174,9 +68,9 @@ def test_hazards(kernels, vocabulary, known, gradient):
         assert not found[1][:3].isnan().any()
         assert found[1][3:].isnan().all()
     upstream.zero_()
-    zero = softmax_gradient(kernels, *arguments, gradient, lse=found[1])
+    zero = softmax_gradient(kernels, *arguments, gradient, lse=found[1] if known else None, **options)
     assert not zero[3].any(), "no upstream gradient, no gradient, NaN or not"
-    fine = softmax_gradient(kernels, logits[:3], targets[:3], upstream[:3], None, None, 1.0, gradient)
+    fine = softmax_gradient(kernels, logits[:3], targets[:3], upstream[:3], None, None, 1.0, gradient, **options)
     assert fine[2] == 0
 
 
@@ -199,7 +93,7 @@ def test_parts_of_the_vocabulary_are_the_whole(kernels, bounds, gradient):
 
 def test_what_cannot_be_launched_is_refused(kernels):
     null, zero = pointer(None), ctypes.c_int64(0)
-    options = (null, null, null, 0, 0, ctypes.c_float(0), ctypes.c_float(1), 0, null, null, null)
+    options = (null, null, null, 0, 0, ctypes.c_float(0), ctypes.c_float(1), 0, null, null, null, 0)
     one, large = ctypes.c_int64(1), ctypes.c_int64(1 << 31)
     assert kernels.softmax_gradient(null, zero, zero, one, *options) == 0  # no rows
     assert kernels.softmax_gradient(null, zero, one, zero, *options) != 0
@@ -221,28 +115,11 @@ def test_scale_has_the_bits_of_torch(kernels, factor, shift, dtype):
         torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
 
 
-def row_kernels(kernels) -> row_chunks.RowKernels:
-    """The kernel as `csrc/cuda_ops.cpp` launches it."""
-
-    def run(
-        logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse=False
-    ):
-        sizes = map(ctypes.c_int64, (logits.stride(0) if len(logits) > 1 else logits.shape[1], *logits.shape))
-        status = kernels.softmax_gradient(
-            pointer(logits), *sizes, pointer(targets), pointer(upstream), pointer(bias),
-            DTYPES[None if bias is None else bias.dtype], DTYPES[None if upstream is None else grad_dtype],
-            ctypes.c_float(softcap), ctypes.c_float(inverse_temperature), int(known_lse),
-            *map(pointer, (token, lse, flag)),
-        )  # fmt: skip
-        assert status == 0
-
-    return row_chunks.RowKernels(run)
-
-
+@kernel
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory):
+def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory, cluster):
     """row_chunks on a CPU with the CUDA kernel, against the reference in float64: strides, parts and dtypes fit each other."""
     generator = torch.Generator().manual_seed(seed)
     tokens, width, vocabulary = 23, 8, (40, 77, 1030)[seed % 3]
@@ -256,7 +133,7 @@ def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory):
     options = ((None, 5.0)[seed // 3], 0.7)
     head = chunked.Head(weight, bias, *options, 5000 if seed % 2 else 1 << 20, low_memory)
     exact_head = chunked.Head(weight.double(), None if bias is None else bias.double(), *options, 1 << 20)
-    needs, rows = (True, True, bias is not None), row_kernels(kernels)
+    needs, rows = (True, True, bias is not None), row_kernels(kernels, cluster)
     count = int((targets != -100).sum()) if seed % 2 else None
 
     found = row_chunks.weighted_log_likelihood(rows, hidden, targets, seq_weight, cu_seqlens, head, -100, needs, count)

@@ -26,7 +26,7 @@ from l3m_kernels.triton_ops.barrier import barrier_multiplier
 from l3m_kernels.triton_ops.configs import Config
 
 SENTINEL = 12345.0
-OUTSIDE = (-1, -(2**40), 2**31, 2**40, 2**62)
+OUTSIDE = (-1, -(2**40), 2**31, 2**40, 2**62, 2**32 + 3, 3 - 2**32)  # the last ones are 3 in 32 bits
 softmax_module = sys.modules["l3m_kernels.triton_ops.softmax_gradient"]
 
 
@@ -119,7 +119,7 @@ def test_target_outside_the_vocabulary_is_never_an_access(target, guard, block):
     assert torch.equal(gradient[~bad], expected[~bad])
 
 
-@pytest.mark.parametrize("target", [-1, 40, 2**40])
+@pytest.mark.parametrize("target", [-1, 40, 2**40, 2**32 + 3])
 def test_target_in_another_part_of_the_vocabulary(target, block):
     """With the lse known, columns may be a part: no flag, and a row without a target's term."""
     case, wanted = (Guarded(3, 40, 64, SENTINEL) for _ in range(2))

@@ -12,13 +12,32 @@ void set_order(unsigned seed) {
   on_host::largest_grid = seed % 3 == 0 ? 2 : 1u << 31;
 }
 
+// What the device is: whether it has clusters, and the architecture that the kernels were compiled for.
+void set_device(int clusters, int code) {
+  on_host::has_clusters = clusters;
+  on_host::code_of = code;
+}
+
+// -1: there is no such kernel; 0 two_pass, 1 cluster
+int row_kernel(const char* name) {
+  cuda::RowKernel kernel;
+  return cuda::row_kernel_named(name, kernel) ? static_cast<int>(kernel) : -1;
+}
+
+const char* cluster_obstacle(const float* logits, int64_t stride, int64_t rows, int64_t vocabulary) {
+  cuda::SoftmaxGradient arguments{};
+  arguments.logits = const_cast<float*>(logits);
+  arguments.stride = stride, arguments.rows = rows, arguments.vocabulary = vocabulary;
+  return cuda::cluster_obstacle(arguments);
+}
+
 // dtypes: 0 none, 1 fp32, 2 bf16, 3 fp16
 int softmax_gradient(float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const int64_t* target,
                      const float* upstream, const void* bias, int bias_dtype, int gradient, float softcap,
-                     float inverse_temperature, int known_lse, float* token, float* lse, int32_t* flag) {
+                     float inverse_temperature, int known_lse, float* token, float* lse, int32_t* flag, int kernel) {
   return cuda::softmax_gradient({logits, stride, rows, vocabulary, target, upstream, bias, cuda::Dtype(bias_dtype),
                                  cuda::Dtype(gradient), softcap, inverse_temperature, known_lse != 0, token, lse, flag},
-                                nullptr);
+                                nullptr, cuda::RowKernel(kernel));
 }
 
 int scale(void* values, int dtype, int64_t count, const float* factor, int blocks) {
