@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from barrier_problems import bits, fresh_state, random_problem
+from row_cases import exact
 from rows_on_host import COMPILER, DTYPES, GUARD, Tolerance, pointer, problem, row_kernels, softmax_gradient
 
 from l3m_kernels import chunked, reference, row_chunks
