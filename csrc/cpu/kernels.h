@@ -95,12 +95,12 @@ const Kernels& table();
 struct Path {
   const Kernels* kernels;
   bool brgemm_float;     // oneDNN's small products of fp32 tiles; otherwise the BLAS's
-  bool brgemm_bfloat16;  // and of bf16 tiles (AVX512_BF16 or AMX); otherwise they are widened to fp32
+  bool brgemm_bfloat16;  // and of bf16 tiles (AVX512_BF16 or AMX); otherwise, as fp16 always, they are widened to fp32
   bool amx;              // the latter on AMX
   const char* name;      // "generic", "avx2", "avx512", "avx512_bf16", "amx"
 };
 
-// The path in use: the best that the machine has, or the one named by the environment variable L3M_CPU (read once).
+// The path in use: the fastest that the machine has, or the one named by the environment variable L3M_CPU (read once).
 // Throws std::runtime_error where that is not one this machine can run.
 const Path& path();
 

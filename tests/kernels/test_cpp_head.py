@@ -147,18 +147,24 @@ PATHS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 RUN = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
+def path_of_a_process(wanted: str) -> subprocess.CompletedProcess[str]:
+    """Prints what the head runs on where L3M_CPU is `wanted`."""
+    probe = [sys.executable, "-c", "from l3m_kernels import _native; print(_native.load().module.cpu_path())"]
+    environment = {**os.environ, "L3M_CPU": wanted}
+    return subprocess.run(probe, env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_oracle_on_every_path_that_this_machine_runs(path):
     """The same cases on slower instructions; the path in use is tested by everything else."""
-    environment = {**os.environ, "L3M_CPU": path, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    probe = [sys.executable, "-c", "from l3m_kernels import _native; print(_native.load().module.cpu_path())"]
-    found = subprocess.run(probe, env=environment, capture_output=True, text=True, timeout=120)
+    found = path_of_a_process(path)
     if found.returncode:
         assert "L3M_CPU must be one of generic" in found.stderr
         pytest.skip(f"this machine does not run {path}: {found.stderr.strip().splitlines()[-1]}")
     assert found.stdout.strip() == path
     if NATIVE.module is not None and NATIVE.module.cpu_path() == path:
         return
+    environment = {**os.environ, "L3M_CPU": path, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     folder = Path(__file__).parent
     selection = [str(folder / f"test_{name}.py") for name in ("cpp_head", "ops_oracle", "ops_hazards")]
     cases = (
@@ -169,6 +175,19 @@ def test_oracle_on_every_path_that_this_machine_runs(path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder.parents[1])
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/cpuinfo says what the CPU is")
+def test_bf16_without_amx_is_widened_where_its_instruction_is_slow():
+    """Intel's since Sapphire Rapids multiply bf16 at half the rate of fp32 without AMX, others at twice: `csrc/cpu/path.cpp`."""
+    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    cpu = dict(re.findall(r"^(\w[\w ]*?)\s*: (.*)$", first, re.MULTILINE))
+    flags = cpu.get("flags", "").split()
+    if "avx512_bf16" not in flags or "amx_bf16" in flags:
+        pytest.skip("this machine has AMX, or no AVX512_BF16")
+    slow = cpu["vendor_id"] == "GenuineIntel" and cpu["model"] != "85"  # Cooper Lake
+    assert path_of_a_process("").stdout.strip() == ("avx512" if slow else "avx512_bf16")
+    assert path_of_a_process("avx512_bf16").stdout.strip() == "avx512_bf16"  # where it is wanted
 
 
 def test_a_path_that_no_machine_has_is_one_line():
