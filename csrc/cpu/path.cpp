@@ -29,17 +29,17 @@ bool has_brgemm(bool pairs) {
 }
 
 #ifdef L3M_X86
-// Whether this CPU, which has AVX512_BF16 and no AMX in sight, multiplies bf16 sooner than the same numbers widened to fp32.
+// Whether a CPU that has AVX512_BF16, and no AMX that can be seen, multiplies bf16 sooner than widened to fp32.
 //
-// AMD's do: Zen 4, one core, forward and backward of n = 1536, D = 768, V = 12565, GFLOP/s: 210 in bf16, 104 widened, 107 in
-// fp32 (fp16, always widened, 104). oneDNN's products reach 225 of the 233 that its vdpbf16ps allows, and take 94% of the time.
+// AMD's do. Zen 4, `L3M_CPU=... l3ms bench --shape 1536,768,12565 --masked 0 --threads 1`, GFLOP/s: 206 in bf16, 105 widened
+// (so is fp16 always), 106 in fp32. oneDNN's products reach 225 of the 233 that vdpbf16ps allows, and are 94% of the time.
 //
-// Intel's since Sapphire Rapids do not. They have AMX for bf16, which a hypervisor may hide, and vdpbf16ps at half the rate of
-// fp32 (github.com/libxsmm/tpp-mlir/pull/1025). On two cores without AMX that by their rates are such, n = 1536, D = 768,
-// V = 50257 took 2.17 s by it and 1.47 s in fp32; widening takes 0.57 of the former. Cooper Lake, the first with AVX512_BF16,
-// has no AMX and is said to have the full rate.
+// Intel's since Sapphire Rapids do not: they have AMX for bf16, which a hypervisor may hide, and vdpbf16ps at half the rate
+// of fp32 (github.com/libxsmm/tpp-mlir/pull/1025). Two cores without AMX, by their rates of this kind, took 2.17 s in bf16 and
+// 1.47 in fp32 for n = 1536, D = 768, V = 50257; widening takes 0.57 of the former. Cooper Lake, the first with AVX512_BF16,
+// was made without AMX and is said to have the full rate.
 //
-// Told by the maker and not timed: a machine must give the same bits each time.
+// Told by the maker and not timed: the same machine must give the same bits each time.
 bool bfloat16_is_fast() {
   unsigned a = 0, maker = 0, c = 0, d = 0, signature = 0;
   __cpuid(0, a, maker, c, d);
