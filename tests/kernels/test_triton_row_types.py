@@ -16,11 +16,11 @@ MODES = ("log-likelihood", "gradient", "gradient, bias, softcap", "gradient, kno
 
 def intermediate(mode: str) -> str:
     """Triton's intermediate code of the kernel for a 16-bit gradient."""
-    from l3m_kernels.triton_ops.ahead import assembled, variants
+    from l3m_kernels.triton_ops.ahead import compile_kernel, variants
 
     name = f"bf16, {mode}"
     variant = next(one for one in variants() if one.kernel == "softmax_gradient" and one.name == name)
-    return assembled(variant, 90).asm["ttir"]
+    return compile_kernel(variant, 90).asm["ttir"]
 
 
 @pytest.mark.parametrize("mode", MODES)
