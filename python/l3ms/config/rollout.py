@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from l3ms.config.sections import Section, Text
 
@@ -18,7 +18,7 @@ class RolloutConfig(Section):
     folder: Text | None = (
         None  # of a server: where it reads the weights, a folder that both see; default: a temporary one
     )
-    options: dict[Text, bool | int | float | str | None] = {}  # of vllm.LLM: max_model_len, enforce_eager, ...
+    options: dict[Text, bool | int | float | str | None] = Field(default={})  # of vllm.LLM: max_model_len, enforce_eager, ...
 
     @property
     def code(self) -> str | None:

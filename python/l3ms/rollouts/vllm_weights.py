@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.random_numbers import undrawn
@@ -72,7 +73,13 @@ def save_policy(engine: Engine, model: Any, folder: str | Path) -> None:
     if hasattr(model, "get_base_model"):
         model = _merged(where, model)
     check_architecture(where, model)
-    model.save_pretrained(folder)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one for each iteration
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _merged(where: str, model: Any) -> Any:

@@ -59,8 +59,8 @@ class L3MTrainer(EvaluatingTrainer):
         prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
-        ValueError: a constraint without a function, an engine that is none, a model whose head cannot be fused, or a column of the rows with a name that reward
-            functions know as something else.
+        ValueError: a constraint without a function, an engine that is none, a model whose head cannot be fused, or a column of the rows
+            with a name that reward functions know as something else.
     """
 
     def __init__(
