@@ -89,7 +89,10 @@ def module(tokenizer, *, old=False, deaf=False):
             assert len({own.asked["seed"] for own in parameters}) == len(parameters)
             self.calls.append("generate")
             torch.manual_seed(3)
-            return [self._one(prompt["prompt_token_ids"], own.asked) for prompt, own in zip(prompts, parameters, strict=True)]
+            return [
+                self._one(prompt["prompt_token_ids"], own.asked)
+                for prompt, own in zip(prompts, parameters, strict=True)
+            ]
 
         def _one(self, prompt, asked):
             tokens, likely = answer(self.model, tokenizer, prompt, asked)

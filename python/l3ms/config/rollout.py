@@ -18,7 +18,9 @@ class RolloutConfig(Section):
     folder: Text | None = (
         None  # of a server: where it reads the weights, a folder that both see; default: a temporary one
     )
-    options: dict[Text, bool | int | float | str | None] = Field(default={})  # of vllm.LLM: max_model_len, enforce_eager, ...
+    options: dict[Text, bool | int | float | str | None] = Field(
+        default={}
+    )  # of vllm.LLM: max_model_len, enforce_eager, ...
 
     @property
     def code(self) -> str | None:

@@ -76,6 +76,7 @@ class VllmEngine:
 
     def _start(self, folder: str, model: Any) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of a tokenizer that it does not need
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
@@ -84,7 +85,7 @@ class VllmEngine:
             ) from error
         self.sleeps = self.options.get("enable_sleep_mode", model.device.type == "cuda")
         dtype = str(model.dtype).removeprefix("torch.")
-        options = {"dtype": dtype, **self.options, "enable_sleep_mode": self.sleeps, **FIXED}
+        options = {"dtype": dtype, "use_tqdm_on_load": False, **self.options, "enable_sleep_mode": self.sleeps, **FIXED}
         self.llm = vllm.LLM(model=folder, **options)
 
     def _reload(self, folder: str) -> None:

@@ -150,7 +150,12 @@ BAD = [
     ("rollout", {"engine": "vllm", "server": "a:8000"}, "rollout.server", "must begin with http://"),
     ("rollout", {"engine": "vllm", "folder": "w"}, "rollout.folder", "is of a server"),
     ("rollout.options", {"max_model_len": 64}, "rollout.options", "leave them out"),
-    ("rollout", {"engine": "vllm", "server": "http://a", "options": {"x": 1}}, "rollout.options", "a server has its own"),
+    (
+        "rollout",
+        {"engine": "vllm", "server": "http://a", "options": {"x": 1}},
+        "rollout.options",
+        "a server has its own",
+    ),
     ("rollout", {"engine": "vllm", "options": {"x": [1]}}, "rollout.options.x", "valid"),
 ]
 

@@ -18,9 +18,9 @@ import yaml
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: make test-vllm has an environment with it", allow_module_level=True)
 
-from training_runs import run  # noqa: E402
+from training_runs import run
 
-import l3ms  # noqa: E402
+import l3ms
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own are its own
 OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 64}
@@ -183,7 +183,9 @@ def test_smollm2_is_fine_tuned(tmp_path):
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     command([sys.executable, "-m", "l3ms", "train", "run.yaml"], tmp_path)
-    gaps = [json.loads(line)["l3m/engine_gap"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    gaps = [
+        json.loads(line)["l3m/engine_gap"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(gaps) == 3
     assert max(gaps) < 1e-3
 
