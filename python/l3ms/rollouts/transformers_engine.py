@@ -3,6 +3,9 @@
 Every filter is off (no top-k, top-p, penalties): the gradient of the constraints is that of the distribution that was sampled. Prompts go
 in one batch, in batches of one length, or through a whole forward for each token: `ways` finds what a model needs to be sampled as it is
 scored.
+
+transformers' own continuous batching (`generate_batch`, 5.23) is not among the ways: on one core it takes twice as long as `shrinking`, 1.2
+against 0.57 CPU seconds for 32 responses of 64 tokens of a model of 4 layers and 128 dimensions.
 """
 
 from __future__ import annotations
