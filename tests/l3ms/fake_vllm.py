@@ -8,6 +8,7 @@ import json
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -129,7 +130,7 @@ def server(tokenizer, model, *, dev=True, at_temperature=True, ends_at=None, dea
 
         def do_POST(self):
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            body = json.loads(text) if text else None
+            body: Any = json.loads(text) if text else None
             asked_for.append(self.path)
             if self.path == "/v1/completions":
                 self._send({"choices": [self._choice(body)]})

