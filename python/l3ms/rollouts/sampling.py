@@ -89,7 +89,8 @@ def rollout(
             )
         if update:
             engine.update(model)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        # FSDP may have put the embeddings elsewhere
+        vocabulary = max(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
         responses: list[Response] = []
         size = batch_size or len(prompt_ids)
         for start in range(0, len(prompt_ids), size):

@@ -56,6 +56,8 @@ class VllmServerEngine:
         """
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         error: Exception | None = None
+        if several:
+            dist.barrier()  # nobody samples of the old weights any more
         if not several or dist.get_rank() == 0:
             try:
                 self._give(model)

@@ -216,3 +216,32 @@ def test_a_server_that_is_not_there_is_named(make_model, tokenizer):
         roll(make_model(), tokenizer, l3ms.VllmServerEngine("http://127.0.0.1:9"))
     with pytest.raises(ValueError, match="url must begin with http"):
         l3ms.VllmServerEngine("localhost:8000")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("there", [True, False])
+def test_of_several_ranks_the_first_gives_the_weights_and_all_hear_what_went_wrong(
+    monkeypatch, make_model, tokenizer, rank, there
+):
+    calls = []
+
+    def broadcast(values, source, device):
+        calls.append("broadcast")
+        assert source == 0
+        if rank == 1:
+            values[0] = None if there else ValueError("said on rank 0")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    with fake_vllm.server(tokenizer, make_model(seed=4)) as (url, asked_for):
+        engine = l3ms.VllmServerEngine(url if there else "http://127.0.0.1:9")
+        if there:
+            engine.update(make_model(seed=1))
+        else:
+            with pytest.raises(ValueError, match="cannot be reached" if rank == 0 else "said on rank 0"):
+                engine.update(make_model(seed=1))
+    assert calls == ["barrier", "broadcast"]
+    assert ("/collective_rpc" in asked_for) == (there and rank == 0)
