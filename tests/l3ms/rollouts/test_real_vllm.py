@@ -178,16 +178,16 @@ def test_smollm2_is_fine_tuned(tmp_path):
         "model": model,
         "output": "out",
         "data": {"train": "rows.jsonl"},
-        "constraints": [{"type": "length", "min": 8, "max": 12}],
+        "constraints": [{"type": "length", "min": 6, "max": 12}],
         "rollout": {
             "engine": "vllm",
             "options": {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "max_model_len": 256},
         },
         "train": {
-            "iterations": 3, "batch_size": 4, "constraint_batch_size": 8, "max_new_tokens": 24, "learning_rate": 3e-5,
+            "iterations": 3, "batch_size": 2, "constraint_batch_size": 4, "max_new_tokens": 16, "learning_rate": 3e-5,
             "save_steps": None,
         },
-        "evaluate": {"samples": 8, "batch_size": 8, "initial": False},
+        "evaluate": {"samples": 4, "batch_size": 4, "initial": False},
         "watch": None,
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
