@@ -64,6 +64,7 @@ def module(tokenizer, *, old=False, deaf=False):
             assert options.pop("enable_prefix_caching") is False
             torch.manual_seed(options.pop("seed"))  # as vLLM does: of the process
             torch.set_num_threads = lambda count: None
+            torch.set_default_dtype(torch.float16)
             self.options, self.model, self.calls = options, load(model), []
             self.asleep = False
             made.append(self)
@@ -76,6 +77,10 @@ def module(tokenizer, *, old=False, deaf=False):
             assert not self.asleep
             if not deaf:
                 self.model = load(kwargs["weights_path"])
+
+        def apply_model(self, function):
+            function(self.model)
+            self.calls.append("packed")
 
         def sleep(self, level):
             assert not self.asleep

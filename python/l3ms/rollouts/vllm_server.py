@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from l3ms.rollouts.engines import Response
-from l3ms.rollouts.vllm_weights import UNFILTERED, check_temperature, prove, save_policy, scratch_folder, seeds
+from l3ms.rollouts.vllm_weights import UNFILTERED, check_temperature, prove, save_policy, scratch_folder, seeds, tied
 
 AT_ONCE = 64  # requests
 PROVEN = 2
@@ -82,6 +82,11 @@ class VllmServerEngine:
             prove(self, model)
 
     def _load(self, model: Any, folder: str) -> None:
+        if model.device.type == "cpu" and tied(model):
+            raise ValueError(
+                f"{self.name}: the model's head is its embeddings, of which a vLLM server on a CPU keeps an old copy; leave the server "
+                "out: a vLLM in this process is given both"
+            )
         save_policy(self, model, folder)
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         self._post("/reset_prefix_cache", None)  # what is kept of a prompt is of the weights of then

@@ -96,6 +96,12 @@ def _merged(where: str, model: Any) -> Any:
         raise ValueError(f"{where}: the adapters cannot be merged into the weights: {said}") from error
 
 
+def tied(model: Any) -> bool:
+    """Whether the head's weights are the embeddings'."""
+    inner = inside_adapters(model)
+    return inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
+
+
 def check_architecture(where: str, model: Any) -> None:
     """ValueError where the weights are not those of the architecture that the configuration names."""
     inner = inside_adapters(model)
@@ -110,12 +116,10 @@ def check_architecture(where: str, model: Any) -> None:
                 f"{where}: {name}: the model {ours}, a {kind} of its configuration {theirs}, and that is what vLLM makes; use the "
                 "engine transformers"
             )
-    tied, wanted = (
-        part.get_output_embeddings().weight is part.get_input_embeddings().weight for part in (inner, fresh)
-    )
-    if tied != wanted:
+    own_head, wanted = tied(inner), tied(fresh)
+    if own_head != wanted:
         raise ValueError(
-            f"{where}: the model's head is {'' if tied else 'not '}its embeddings, that of a {kind} of its configuration is "
+            f"{where}: the model's head is {'' if own_head else 'not '}its embeddings, that of a {kind} of its configuration is "
             f"{'' if wanted else 'not '}(tie_word_embeddings), and that is what vLLM makes; use the engine transformers"
         )
 

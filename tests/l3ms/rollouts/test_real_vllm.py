@@ -66,6 +66,27 @@ def test_a_constrained_fine_tune_has_the_policys_weights_after_each_update(
     assert min(gaps_of(stale)[1:]) > 1e-2
 
 
+def test_a_head_that_is_the_embeddings_is_updated_with_them():
+    """In a process of its own: it is another architecture."""
+    code = (
+        "import torch, l3ms\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from l3ms.rollouts.vllm_weights import gaps\n"
+        "torch.manual_seed(0)\n"
+        "sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)\n"
+        "model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=64))\n"
+        "engine = l3ms.VllmEngine(enforce_eager=True, kv_cache_memory_bytes=1 << 26)\n"
+        "prompts = [[3, 4], [5]] * 8\n"
+        "for _ in range(2):\n"
+        "    engine.update(model)\n"
+        "    asked = dict(max_new_tokens=8, temperature=1.0, end=[1], generator=torch.Generator().manual_seed(0))\n"
+        "    apart = torch.cat(gaps(model, prompts, engine.sample(prompts, **asked))).abs().mean().item()\n"
+        "    assert apart < 1e-4, apart\n"
+        "    for p in model.parameters(): p.data.add_(0.2 * torch.randn_like(p))\n"
+    )
+    command([sys.executable, "-c", code], ROOT)
+
+
 def test_adapters_are_in_the_weights(tmp_path, make_model, tokenizer, engine):
     import peft
 

@@ -67,6 +67,7 @@ def test_it_has_the_policys_weights_at_each_sampling_and_leaves_the_process_as_i
         script_model(model)
     assert len(set(drawn)) == 1  # of the global generator the seeds are drawn, and nothing else
     assert torch.set_num_threads is threads
+    assert torch.get_default_dtype() == torch.float32
     assert model.training
     (llm,) = module.made
     assert llm.options == {
@@ -120,6 +121,17 @@ def test_a_vllm_that_keeps_other_weights_is_refused_or_seen_in_the_gap(fake, mak
     with pytest.raises(ValueError, match=r"vllm: its log-likelihoods are .* nats per token from the model's"):
         roll(model, tokenizer, engine)
     assert gap(model, roll(model, tokenizer, engine)) > 0.1  # the third and later are in the log
+
+
+def test_a_head_that_is_the_embeddings_is_packed_anew_or_refused(fake, make_model, tokenizer):
+    module, model = fake(), make_model(seed=1, tie_word_embeddings=True)
+    engine = l3ms.VllmEngine()
+    for _ in range(2):
+        assert gap(model, roll(model, tokenizer, engine)) < 1e-5
+        script_model(model)
+    assert module.made[0].calls.count("packed") == 1
+    with pytest.raises(ValueError, match="of which a vLLM server on a CPU keeps an old copy"):
+        roll(model, tokenizer, l3ms.VllmServerEngine("http://127.0.0.1:9"))
 
 
 def test_an_old_vllm_is_refused(fake, make_model, tokenizer):
