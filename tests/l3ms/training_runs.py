@@ -59,6 +59,7 @@ def run(
     held_out=None,
     start=True,
     resume=None,
+    engine=None,
     **options,
 ):
     """-> the trainer, after training unless `start` is False, and its recorder."""
@@ -87,6 +88,7 @@ def run(
         eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[recorder],
+        engine=engine,
     )
     recorder.trainer = trainer
     collate = trainer.data_collator

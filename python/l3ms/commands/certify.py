@@ -54,6 +54,10 @@ def certify(
     ] = False,
     probes: Annotated[int, typer.Option(min=32, help="Responses, and task rows, for the prices.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="transformers: the model samples itself; default: the run's own.", show_default=False),
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The certificate; default: RUN/certificate.json.", show_default=False),
@@ -69,6 +73,7 @@ def certify(
     options = CertifyOptions(
         weights=weights, samples=samples, delta=delta, prompts=prompts, seed=seed, method=method,
         ranges=dict(map(_range, reward_range or [])), json=json, allow_code=allow_code, prices=prices, probes=probes,
+        engine=engine,
     )  # fmt: skip
     return EXIT_CODES[execute(run, options, console=wide_console())["verdict"]]
 

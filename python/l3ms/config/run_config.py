@@ -20,6 +20,7 @@ from l3ms.config.constraints import ConstraintConfig, FunctionConfig, LengthConf
 from l3ms.config.data import DataConfig
 from l3ms.config.errors import explain, models_in, together, type_of
 from l3ms.config.evaluate import EvaluateConfig, LoggingConfig
+from l3ms.config.rollout import RolloutConfig
 from l3ms.config.sections import Section, Text
 from l3ms.config.train import TrainConfig
 from l3ms.config.watch import WatchConfig
@@ -39,6 +40,7 @@ class RunConfig(Section):
     data: DataConfig
     constraints: list[ConstraintConfig] = Field([])
     train: TrainConfig = TrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     watch: WatchConfig | None = WatchConfig()  # null: the run is not watched
     logging: LoggingConfig = LoggingConfig()
@@ -50,6 +52,7 @@ class RunConfig(Section):
         """Field -> what it would import: everything in this file that runs somebody's code, for `--allow-code`."""
         items = enumerate(self.constraints)
         code = {f"constraints.{i}.function": item.function for i, item in items if isinstance(item, FunctionConfig)}
+        code |= {} if self.rollout.code is None else {"rollout.engine": self.rollout.code}
         return code | ({"trust_remote_code": f"the code of {self.model}"} if self.trust_remote_code else {})
 
 
@@ -175,6 +178,8 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     inside(values, "", "output", "model")
     values = {key: value for key, value in values.items() if value is not None or key not in {"output", "model"}}
     inside(values.get("data"), "data.", "train", "evaluation")
+    inside(values.get("rollout"), "rollout.", "folder")
+    _resolve_code(values.get("rollout"), "rollout.", "engine", base)
     constraints = values.get("constraints")
     for index, item in enumerate(constraints if isinstance(constraints, list) else []):
         if not isinstance(item, dict):
@@ -182,11 +187,17 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
         prefix = f"constraints.{index}."
         inside(item, prefix, "model", "reference")
         inside(item.get("data"), f"{prefix}data.", "train", "evaluation")
-        if isinstance(item.get("function"), str) and ":" in item["function"]:
-            source, _, name = item["function"].rpartition(":")
-            if source.endswith(".py"):
-                item["function"] = f"{_resolve(f'{prefix}function', source, base)}:{name}"
+        _resolve_code(item, prefix, "function", base)
     return values
+
+
+def _resolve_code(section: Any, prefix: str, name: str, base: Path) -> None:
+    """`file.py:name` with the file's absolute path."""
+    spec = section.get(name) if isinstance(section, dict) else None
+    if isinstance(spec, str) and ":" in spec:
+        source, _, what = spec.rpartition(":")
+        if source.endswith(".py"):
+            section[name] = f"{_resolve(f'{prefix}{name}', source, base)}:{what}"
 
 
 def _resolve(field: str, text: Any, base: Path) -> Any:

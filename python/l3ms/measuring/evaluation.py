@@ -131,6 +131,7 @@ def evaluate(
     constraints: Sequence[Constraint] = (),
     training: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    engine: Any = None,
 ) -> Evaluation:
     """Sample one response to the prompt of each row, measure it, and score the row's own response.
 
@@ -141,6 +142,7 @@ def evaluate(
         constraints: whose rewards the responses get, NaN and inf let through; those without a function are left out. A `DataNLL` is
             measured on its held-out data, nats per token.
         training: what reward functions get of the training that asks, see `trl_arguments`; by default of none.
+        engine: what samples, see `rollout`; it is given the model's weights once.
     """
     lengths: list[int] = []
     ended: list[bool] = []
@@ -160,6 +162,8 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 columns=further_columns(part),
+                engine=engine,
+                update=not start,
             )
             lengths += responses.lengths.tolist()
             ended += responses.ended.tolist()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from l3ms.model.columns import check_names
+from l3ms.rollouts.engines import Response
 
 if TYPE_CHECKING:  # the YAML's constraints are read before torch is imported
     from torch import Tensor
@@ -52,11 +53,84 @@ class Rollout:
     temperature: float = 1.0  # of the sampling
     training: Mapping[str, Any] = field(default_factory=dict)  # what reward functions get of the training that asks
     raw_completions: list[str] = field(default_factory=list)  # texts with their special tokens
+    # of the engine that sampled, for each response and token, at the temperature; None where it gave none
+    engine_log_likelihood: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
         check_columns("Rollout", self.columns, len(self.prompts))
         if not self.host_lengths:
             object.__setattr__(self, "host_lengths", self.lengths.tolist())
+
+    @staticmethod
+    def from_tokens(
+        tokenizer: Any,
+        prompts: Sequence[Any],
+        prompt_ids: Sequence[Sequence[int]],
+        responses: Sequence[Response],
+        columns: dict[str, list[Any]] | None = None,
+        *,
+        temperature: float = 1.0,
+        special_tokens: bool = False,
+        device: Any = None,
+    ) -> Rollout:
+        """Of responses that were sampled elsewhere, whatever by.
+
+        Args:
+            prompts: as rewards see them, texts or lists of messages.
+            prompt_ids: what was continued, token for token.
+            responses: one per prompt, the end token in it.
+            columns: more columns of the data, for the rewards.
+            temperature: of the sampling.
+            special_tokens: leave special tokens in the text of the completions.
+            device: of the tensors.
+
+        Raises:
+            ValueError: not as many of one as of the others, or a response or prompt without a token.
+        """
+        import torch
+
+        counts = {"prompts": len(prompts), "prompt_ids": len(prompt_ids), "responses": len(responses)}
+        if len(set(counts.values())) != 1 or not prompts:
+            found = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise ValueError(f"Rollout.from_tokens: wanted as many responses as prompts and their tokens, got {found}")
+        for row, (ids, response) in enumerate(zip(prompt_ids, responses, strict=True)):
+            if not len(ids) or not response.tokens:
+                raise ValueError(
+                    f"Rollout.from_tokens: {'responses' if len(ids) else 'prompt_ids'}[{row}] has no tokens"
+                )
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        answers = [response.tokens for response in responses]
+        sequences = [[*ids, *answer] for ids, answer in zip(prompt_ids, answers, strict=True)]
+        width = max(map(len, sequences))
+        input_ids = torch.full((len(sequences), width), pad)
+        labels = torch.full((len(sequences), width), -100)
+        attention_mask = torch.zeros((len(sequences), width), dtype=torch.int64)
+        for row, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
+            input_ids[row, : len(sequence)] = torch.tensor(sequence)
+            labels[row, len(sequence) - len(answer) : len(sequence)] = torch.tensor(answer)
+            attention_mask[row, : len(sequence)] = 1
+        raw = tokenizer.batch_decode(answers, skip_special_tokens=False)
+        texts = raw if special_tokens else tokenizer.batch_decode(answers, skip_special_tokens=True)
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        lengths = [len(answer) for answer in answers]
+        known = [response.log_likelihood for response in responses if response.log_likelihood is not None]
+        return Rollout(
+            prompts=list(prompts),
+            completions=completions,
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            labels=labels.to(device),
+            lengths=torch.tensor(lengths, device=device),
+            ended=torch.tensor([bool(response.ended) for response in responses], device=device),
+            columns=columns or {},
+            host_lengths=lengths,
+            temperature=temperature,
+            raw_completions=raw,
+            engine_log_likelihood=known if len(known) == len(responses) else None,
+        )
 
     @property
     def scored(self) -> int:

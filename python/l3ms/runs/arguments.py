@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from l3ms.config.run_config import RunConfig
 from l3ms.training.arguments import L3MConfig
+
+# Its name in the transformers that vLLM 0.32 wants is another.
+CHECKPOINTING: Any = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(L3MConfig)}
+)
 
 
 def training_arguments(config: RunConfig) -> L3MConfig:
@@ -23,6 +32,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
     if train.schedule == "linear" and share == 1:  # transformers wants a decay to end below its start
         kind, options = schedules["constant"]
     warmup = train.warmup if train.warmup is not None else min(10, train.iterations // 10)
+    checkpointing: dict[str, Any] = {CHECKPOINTING: train.activation_checkpointing}
     on_cpu = train.device == "cpu" or not torch.cuda.is_available()
     return L3MConfig(
         output_dir=str(Path(config.output) / "checkpoints"),
@@ -51,7 +61,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         warmup_steps=warmup,
         lr_scheduler_type=kind,
         lr_scheduler_kwargs=options,
-        activation_checkpointing=train.activation_checkpointing,
+        **checkpointing,
         bf16=train.autocast,
         use_cpu=train.device == "cpu",
         dataloader_pin_memory=not on_cpu,

@@ -19,6 +19,7 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
+from l3ms.rollouts.engines import Engine
 from l3ms.runs.loading import Run
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.whole_files import write_json
@@ -38,7 +39,7 @@ def evaluator(run: Run, console: Console) -> Callable[[Any, str], Samples]:
     config, held_out = run.config, run.held_out
     order = torch.randperm(len(held_out.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     rows = [held_out.rows[i] for i in itertools.islice(itertools.cycle(order), config.evaluate.samples)]
-    sample = sampler(config, rows, run.tokenizer, run.constraints, console)
+    sample = sampler(config, rows, run.tokenizer, run.constraints, console, run.engine)
     return lambda model, name: sample(model, f"sampling, {name}")
 
 
@@ -48,8 +49,9 @@ def sampler(
     tokenizer: Any,
     constraints: Sequence[Constraint],
     console: Console,
+    engine: Engine | None = None,
 ) -> Callable[[Any, str], Samples]:
-    """`sample(model, title)`: one response per row, as the configuration has them sampled."""
+    """`sample(model, title)`: one response per row, as the configuration has them sampled, by `engine` or the model itself."""
     prompts, keys = [row["prompt"] for row in rows], [prompt_key(row) for row in rows]
 
     def sample(model: Any, title: str) -> Samples:
@@ -58,7 +60,7 @@ def sampler(
                 model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
                 training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
-                progress=advance,
+                progress=advance, engine=engine,
             )  # fmt: skip
         rewards = {}
         for item in constraints:

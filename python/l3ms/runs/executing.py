@@ -15,6 +15,7 @@ from l3ms.config.constraints import ConstraintConfig
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs import resuming
+from l3ms.runs.engines import try_engine
 from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
 from l3ms.runs.labels import is_mean_length, solver_label
@@ -60,6 +61,7 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
     transformers.set_seed(run.config.seed)  # whatever was drawn while it was loaded
     trainer, metrics = _trainer(run, console)
     try_model(trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
+    try_engine(run.engine, trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
     _begin_folder(run)  # the first that is written: what can be refused has been
     sample = evaluator(run, console)
     samples: dict[str, Samples] = {}
@@ -131,6 +133,7 @@ def _trainer(run: Run, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
             train_dataset=run.train.rows,
             constraints=run.constraints,
             processing_class=run.tokenizer,
+            engine=run.engine,
             callbacks=callbacks,
         )
     run.arguments.output_dir = place

@@ -40,6 +40,8 @@ def fingerprints(
     """By field. `rows`: the token rows of the run itself, both sides; those of data constraints are found here."""
     found: dict[str, Any] = {"format": FORMAT, "model": of_model(model), "tokenizer": of_tokenizer(tokenizer)}
     found |= {field: of_rows(part) for field, part in rows.items()}
+    if config.rollout.code is not None:
+        found["rollout.engine"] = hashlib.sha256(_source(config.rollout.code)).hexdigest()
     for index, (section, item) in enumerate(zip(config.constraints, constraints, strict=True)):
         field = f"constraints.{index}"
         if isinstance(item, DataNLL):

@@ -19,10 +19,12 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.rollouts.engines import Engine
 from l3ms.runs import resuming
 from l3ms.runs.arguments import training_arguments
 from l3ms.runs.constraints import build_constraints, try_rewards
 from l3ms.runs.data import Encoded, Example, encode, load_examples
+from l3ms.runs.engines import build_engine
 from l3ms.runs.fingerprints import fingerprints, fingerprints_of_0_1
 from l3ms.runs.folder import check_links, check_output
 from l3ms.runs.models import context_room, load_model
@@ -43,6 +45,7 @@ class Run:
     held_out: Encoded
     arguments: L3MConfig
     inputs: dict[str, Any]  # fingerprints of what it starts from
+    engine: Engine | None  # what samples; None: the model itself
     begun: list[Path]  # checkpoints from which it goes on, the first that can be; empty: it begins
     started: float  # time.monotonic() when its loading began
 
@@ -76,6 +79,7 @@ def load_run(
         console=console,
     )  # fmt: skip
     constraints = build_constraints(config, console, tokenizer, model)
+    engine = build_engine(config.rollout, console)
     if config.train.solver == "barrier":
         try:
             check_resolution(ExponentialDecay(end=config.train.mu_end), constraints)
@@ -93,7 +97,7 @@ def load_run(
     if begun:
         of_0_1 = functools.partial(fingerprints_of_0_1, model, _trained_on(train, constraints))
         resuming.check_inputs(folder, inputs, of_0_1)
-    return Run(config, tokenizer, model, constraints, train, held_out, arguments, inputs, begun, started)
+    return Run(config, tokenizer, model, constraints, train, held_out, arguments, inputs, engine, begun, started)
 
 
 def check_code(config: RunConfig, allow_code: bool) -> None:

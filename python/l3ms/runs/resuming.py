@@ -18,7 +18,8 @@ from l3ms.training import checkpoints
 from l3ms.training.checkpoint_contents import misfit, unreadable
 
 INPUTS = "inputs.json"
-LATER = {"output", "evaluate", "logging", "train.save_steps"}  # what may change: it does not change what is learnt
+# What may change: it does not change what is learnt.
+LATER = {"output", "evaluate", "logging", "train.save_steps", "rollout.server", "rollout.folder"}
 
 
 def iteration(checkpoint: Path) -> int:

@@ -1,4 +1,4 @@
-"""Reward functions named in a configuration: importing one runs somebody's code, so it takes `--allow-code`."""
+"""Code named in a configuration, reward functions and engines: importing it runs somebody's code, so it takes `--allow-code`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from l3ms.constraints.constraint import Constraint, Reward
 
 
 def load_reward(field: str, spec: str) -> tuple[Reward, str]:
-    """(function, where it came from) for `file.py:name` or `module:name`; `field` is blamed in a `ConfigError`.
+    """(function, where it came from), as `load_named`."""
+    function, source = load_named(field, spec)
+    if not callable(function):
+        raise ConfigError(field, f"{spec} is a {type(function).__name__}, not a function")
+    reward: Any = function
+    return reward, source
+
+
+def load_named(field: str, spec: str) -> tuple[Any, str]:
+    """(what it names, where it came from) for `file.py:name` or `module:name`; `field` is blamed in a `ConfigError`.
 
     The caller has checked that running code is allowed.
     """
@@ -27,14 +36,11 @@ def load_reward(field: str, spec: str) -> tuple[Reward, str]:
         raise
     except (Exception, SystemExit) as error:
         raise ConfigError(field, f"importing {source} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if function is None:
+    found = getattr(module, name, None)
+    if found is None:
         near = difflib.get_close_matches(name, dir(module), 1)
         raise ConfigError(field, f"{source} has no {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    if not callable(function):
-        raise ConfigError(field, f"{spec} is a {type(function).__name__}, not a function")
-    reward: Any = function
-    return reward, str(getattr(module, "__file__", None) or source)
+    return found, str(getattr(module, "__file__", None) or source)
 
 
 def _import_file(field: str, path: Path) -> Any:

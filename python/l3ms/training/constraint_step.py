@@ -15,8 +15,10 @@ from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
 from l3ms.model.random_numbers import stream, undrawn
+from l3ms.rollouts.engines import Engine
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
+from l3ms.training.engine_gap import EngineGap
 from l3ms.watching.watched import Watched
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Constrained(Watched, Protocol):
     model_wrapped: Any
     prompts: PromptOrder | None  # rows to be answered; None where no constraint needs responses
     constraint_data: dict[str, Batches]  # by constraint
+    engine: Engine | None  # what samples; None: the policy itself
 
     def compute_loss_context_manager(self) -> Any: ...
 
@@ -117,6 +120,7 @@ def _sampled(trainer: Constrained) -> Rollout:
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             columns=further_columns(rows),
+            engine=trainer.engine,
         )
     if not trainer.state.global_step and not bool(responses.ended.any()):
         logger.warning(
@@ -132,10 +136,11 @@ def _sampled(trainer: Constrained) -> Rollout:
     # Of all parts before the first: between them the host would wait for the device.
     widths = responses.attention_mask.sum(1).tolist()
     model.train()
+    gap = EngineGap(responses)
     for part in _parts(widths, _counted(trainer, weights), args.per_device_train_batch_size):
         width = widths[part[0]]
         with trainer.compute_loss_context_manager():
-            loss = model(
+            output = model(
                 input_ids=responses.input_ids[part, :width],
                 attention_mask=responses.attention_mask[part, :width],
                 labels=responses.labels[part, :width],
@@ -145,9 +150,12 @@ def _sampled(trainer: Constrained) -> Rollout:
                 # nn.DataParallel gives each replica some of the rows, and the whole count
                 scored=None if isinstance(model, nn.DataParallel) else sum(responses.host_lengths[row] for row in part),
                 use_cache=False,
-            ).loss.sum()  # nn.DataParallel gives that of each part
+            )
+        gap.add(part, output.token)
+        loss = output.loss.sum()  # nn.DataParallel gives that of each part
         # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+    trainer.watched |= gap.log()
     return responses
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from l3ms.barrier.optimizer import L3MOptimizer
@@ -26,14 +25,15 @@ from l3ms.model.columns import check_names
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import PromptOrder
+from l3ms.rollouts.engines import as_engine
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.constraint_step import constraint_backward
 from l3ms.training.evaluating import EvaluatingTrainer
+from l3ms.training.half_steps import HalfSteps
 from l3ms.training.honoured import check_options, check_parallelism, check_rows, check_sampling, needs_responses
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
-from l3ms.training.weight_checks import WeightChecks
 from l3ms.watching.watch import Watch
 
 
@@ -44,6 +44,8 @@ class L3MTrainer(EvaluatingTrainer):
         constraints: what the model's responses to the rows' prompts must satisfy, or its loss on other data (`DataNLL`). Of a
             `Constraint` the function is needed.
         prompts: rows whose prompts are answered in the constraint half-steps; by default the training rows.
+        engine: what samples the responses, an `Engine` or a function with the arguments of its `sample`; by default the model itself. It is
+            given the policy's weights before each sampling.
 
     Attributes:
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
@@ -57,8 +59,8 @@ class L3MTrainer(EvaluatingTrainer):
         prompts: the rows to be answered, in the order in which they are taken.
 
     Raises:
-        ValueError: a constraint without a function, a model whose head cannot be fused, or a column of the rows with a name that reward
-            functions know as something else.
+        ValueError: a constraint without a function, an engine that is none, a model whose head cannot be fused, or a column of the rows
+            with a name that reward functions know as something else.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class L3MTrainer(EvaluatingTrainer):
         *,
         constraints: Sequence[Constraint] = (),
         prompts: Sequence[dict[str, Any]] | None = None,
+        engine: Any = None,
         **kwargs: Any,
     ):
         self.constraints = check_constraints(constraints)
         check_options(args, kwargs)
+        self.engine = None if engine is None else as_engine(engine)
         if args.solver != "none":
             if all(constraint.monitor for constraint in self.constraints):
                 what = "all are monitors" if self.constraints else "none given"
@@ -107,7 +111,7 @@ class L3MTrainer(EvaluatingTrainer):
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
         self.average: WeightAverage | None = None
         self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
-        self.add_callback(_HalfStep(self))
+        self.add_callback(HalfSteps(self))
 
     @property
     def policy(self) -> Any:
@@ -318,29 +322,3 @@ class L3MTrainer(EvaluatingTrainer):
             logs.update(self.watched)
             self.watched.clear()
         super().log(logs, start_time)
-
-
-class _HalfStep(TrainerCallback):
-    """The constraints: after the optimizer's step on the task and before the scheduler's, or in the same step."""
-
-    def __init__(self, trainer: L3MTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin_watching()
-        optimizer = self.trainer.l3m_optimizer
-        self._checks = WeightChecks(self.trainer.policy, None if optimizer is None else optimizer.base)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
-            self.trainer.add_constraint_gradient()
-        groups: list[dict[str, Any]] = self.trainer.optimizer.param_groups  # type: ignore[union-attr]
-        self._checks.before_step(max(float(group["lr"]) for group in groups))
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._checks.after_step()
-        self._checks.finite(state.global_step + 1, "task")
-        self.trainer.average_weights()
-        if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
-            self.trainer.constraint_half_step()
-            self._checks.finite(state.global_step + 1, "constraint")

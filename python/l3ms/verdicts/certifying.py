@@ -30,6 +30,7 @@ from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
 from l3ms.model import random_numbers
+from l3ms.rollouts.engines import name_of
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
@@ -74,6 +75,7 @@ def certify(
             seed=stream(config.seed, options.seed, "responses"), temperature=config.train.temperature,
             batch_size=config.evaluate.batch_size, constraints=constraints, progress=advance,
             training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
+            engine=subject.engine,
         )  # fmt: skip
     verdicts = [_judge(item, found, declared[item.name], delta, keys) for item in constraints]
     prices = _prices(subject, verdicts, options, console) if options.prices else None
@@ -92,6 +94,7 @@ def certify(
         "held_out_prompts": len({prompt_key(row) for row in subject.held_out.rows}),
         "max_new_tokens": config.train.max_new_tokens,
         "temperature": config.train.temperature,
+        "engine": "transformers" if subject.engine is None else name_of(subject.engine),
         "length": found.summary["length"],
         "ended": found.summary["ended"],
         "perplexity": found.summary["perplexity"] if options.prompts is None else None,

@@ -131,7 +131,7 @@ def check(
             found = evaluate(
                 trainer.model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
-                training=trl_arguments(iterations=config.train.iterations), progress=advance,
+                training=trl_arguments(iterations=config.train.iterations), progress=advance, engine=run.engine,
             )  # fmt: skip
         response = (time.monotonic() - start) / samples
         starts = [Start.of(item, found.rewards.get(item.name, [])) for item in constraints]
@@ -213,6 +213,7 @@ def _trainer(run: Run, folder: str) -> L3MTrainer:
         args=training_arguments(run.config.model_copy(update={"output": folder, "train": short})),
         train_dataset=run.train.rows,
         constraints=run.constraints,
+        engine=run.engine,
         processing_class=run.tokenizer,
     )
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):

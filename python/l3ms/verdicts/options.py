@@ -28,10 +28,13 @@ class CertifyOptions:
     allow_code: bool = False
     prices: bool = False
     probes: int = 512  # responses for the prices, and as many task rows
+    engine: str | None = None  # transformers: the model samples itself; default: what the run was sampled by
 
     def __post_init__(self) -> None:
         if self.weights not in FOLDERS:
             raise ConfigError("--weights", f"must be average or last, got {self.weights!r}")
+        if self.engine not in (None, "transformers"):
+            raise ConfigError("--engine", f"must be transformers, or left out for the run's own, got {self.engine!r}")
         if not 1e-12 <= self.delta < 1:  # quantiles closer to 1 are beyond float64
             raise ConfigError("--delta", f"must be at least 1e-12 and below 1, got {self.delta:g}")
         if self.samples is not None and self.samples < 2:

@@ -243,6 +243,7 @@ def _respond(subject: Subject, rows: Sequence[dict[str, Any]], constraints: Sequ
         max_new_tokens=train.max_new_tokens,
         temperature=train.temperature,
         columns=further_columns(rows),
+        engine=subject.engine,
     )
     training = trl_arguments(iteration=train.iterations, iterations=train.iterations)
     return responses, responses.rewards(constraints, subject.model, training)

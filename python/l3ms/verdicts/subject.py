@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from l3ms.config.rollout import RolloutConfig
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
+from l3ms.rollouts.engines import Engine, name_of
 from l3ms.runs.constraints import build_constraints
 from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
+from l3ms.runs.engines import build_engine
 from l3ms.runs.loading import check_code
 from l3ms.runs.models import context_room, load_model
 from l3ms.verdicts.options import FOLDERS, CertifyOptions
@@ -31,6 +34,7 @@ class Subject:
     constraints: list[Constraint]
     held_out: Encoded
     notes: list[str]
+    engine: Engine | None = None  # what samples; None: the model itself
 
 
 def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subject:
@@ -44,6 +48,8 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     if all(item.monitor for item in config.constraints):
         what = "monitors alone" if config.constraints else "none"
         raise ConfigError("constraints", f"{run} has {what}, so there is nothing to certify")
+    if options.engine is not None:
+        config = config.model_copy(update={"rollout": RolloutConfig(engine=options.engine)})
     names = {item.name for item in config.constraints}
     for name in options.ranges or {}:
         if name not in names:
@@ -66,7 +72,12 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     if not encoded.rows:
         raise ConfigError(field, encoded.nothing(room))
     notes += encoded.notes("held-out prompts") + _overlap(train, held_out)
-    return Subject(config, folder, model, tokenizer, constraints, encoded, notes)
+    engine = build_engine(config.rollout, console)
+    if engine is not None:
+        notes.append(
+            f"responses are sampled by {name_of(engine)}, in its precision; --engine transformers samples the model itself"
+        )
+    return Subject(config, folder, model, tokenizer, constraints, encoded, notes, engine)
 
 
 def _rows(config: RunConfig, options: CertifyOptions) -> tuple[list[str], list[Example], list[Example]]:

@@ -144,6 +144,19 @@ BAD = [
     ("data.evaluation_share", 1.0, "data.evaluation_share", "less than 1"),
     ("train.lora", 3, "train.lora", "section"),
     ("trust_remote_code", "yes", "trust_remote_code", "boolean"),
+    ("rollout.engine", "vlm", "rollout.engine", "must be transformers, vllm,"),
+    ("rollout.engine", "engine.py:my engine", "rollout.engine", "file.py:name"),
+    ("rollout.server", "http://a:8000", "rollout.server", "is of the engine vllm"),
+    ("rollout", {"engine": "vllm", "server": "a:8000"}, "rollout.server", "must begin with http://"),
+    ("rollout", {"engine": "vllm", "folder": "w"}, "rollout.folder", "is of a server"),
+    ("rollout.options", {"max_model_len": 64}, "rollout.options", "leave them out"),
+    (
+        "rollout",
+        {"engine": "vllm", "server": "http://a", "options": {"x": 1}},
+        "rollout.options",
+        "a server has its own",
+    ),
+    ("rollout", {"engine": "vllm", "options": {"x": [1]}}, "rollout.options.x", "valid"),
 ]
 
 
@@ -217,6 +230,17 @@ def test_frozen_and_code_is_listed(write):
         config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
     assert len(config.runs_code) == 2
     assert RunConfig.model_validate(config.model_dump()) == config
+
+
+def test_an_engine_of_ones_own_is_code_and_stands_beside_the_file(write, tmp_path):
+    config = load_config(write(GOOD | {"rollout": {"engine": "mine.py:Engine"}}))
+    assert config.rollout.engine == f"{tmp_path / 'mine.py'}:Engine"
+    assert config.runs_code["rollout.engine"] == config.rollout.engine
+    config = load_config(write(GOOD | {"rollout": {"engine": "vllm", "server": "http://a:8000", "folder": "./w"}}))
+    assert config.rollout.folder == str(tmp_path / "w")
+    assert "rollout.engine" not in config.runs_code
+    flags = [parse_override("--rollout.engine", "vllm"), parse_override("--rollout.options.max-model-len", "64")]
+    assert load_config(write(GOOD), flags).rollout.options == {"max_model_len": 64}
 
 
 def test_all_wrong_fields_are_named_at_once(write):
