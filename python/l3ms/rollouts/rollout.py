@@ -52,6 +52,8 @@ class Rollout:
     temperature: float = 1.0  # of the sampling
     training: Mapping[str, Any] = field(default_factory=dict)  # what reward functions get of the training that asks
     raw_completions: list[str] = field(default_factory=list)  # texts with their special tokens
+    # of the engine that sampled, for each response and token, at the temperature; None where it gave none
+    engine_log_likelihood: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
         check_columns("Rollout", self.columns, len(self.prompts))

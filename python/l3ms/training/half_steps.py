@@ -1,0 +1,36 @@
+"""When the constraints' half-step is taken in an iteration of transformers' Trainer, and what is looked at after each half-step."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from l3ms.training.weight_checks import WeightChecks
+
+
+class HalfSteps(TrainerCallback):
+    """The constraints: after the optimizer's step on the task and before the scheduler's, or in the same step."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_watching()
+        optimizer = self.trainer.l3m_optimizer
+        self._checks = WeightChecks(self.trainer.policy, None if optimizer is None else optimizer.base)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
+            self.trainer.add_constraint_gradient()
+        groups: list[dict[str, Any]] = self.trainer.optimizer.param_groups
+        self._checks.before_step(max(float(group["lr"]) for group in groups))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._checks.after_step()
+        self._checks.finite(state.global_step + 1, "task")
+        self.trainer.average_weights()
+        if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
+            if self.trainer.fewer_samples.leaves_out(self.trainer, state.global_step + 1):
+                self.trainer.l3m_optimizer.leave_out()
+                return
+            self.trainer.constraint_half_step()
+            self._checks.finite(state.global_step + 1, "constraint")
