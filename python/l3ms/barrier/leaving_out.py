@@ -81,6 +81,7 @@ class LeavingOut:
     estimates: Any
     schedule: MuSchedule
     _progress: Progress
+    _norms: dict[str, Tensor]
 
     @property
     def left_out(self) -> int:
@@ -103,6 +104,7 @@ class LeavingOut:
         estimates, mu = self.estimates, self._progress.mu
         foretold = estimates.foretell(mu)
         estimates.skip(foretold)
+        self._norms.pop("constraint", None)  # there was no such gradient
         noise = estimates.noise(foretold).max()
         self._progress.mu = torch.as_tensor(self.schedule(self.passed, mu, noise)).to(mu)
 

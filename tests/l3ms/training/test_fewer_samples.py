@@ -128,9 +128,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_resumed_is_the_one_that_was_not_interrupted(make_model, train, case):
-    options = {"constraints": [EASY], "max_steps": 14, "save_strategy": "steps", "save_steps": 7, "rng": None} | CASES[
-        case
-    ]
+    options = {"constraints": [EASY], "max_steps": 14, "save_strategy": "steps", "save_steps": 7, **CASES[case]}
     whole, _ = train(make_model(), **options)
     resumed, _ = train(make_model(), resume=f"{whole.args.output_dir}/checkpoint-7", **options)
     assert_same_weights(resumed.model, dict(whole.model.named_parameters()), 0.0)
