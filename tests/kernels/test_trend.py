@@ -38,6 +38,7 @@ def by_matrices(batches):
     for batch in batches:
         n, mean = (SIZE, math.nan) if batch is None else (len(batch), math.fsum(batch) / len(batch))
         if models is None:
+            assert batch is not None
             squares, dof = trend.POOLING * math.fsum((x - mean) ** 2 for x in batch), trend.POOLING * (n - 1)
             unit = 1.0 / n  # covariances in units of the variance within a batch, which is known better and better
             models = [

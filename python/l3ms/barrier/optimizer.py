@@ -296,7 +296,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         return self._reports.conflicts
 
     def metrics(self) -> dict[str, float]:
-        """Of the last applied constraint step, as floats: for each constraint `constraints/<name>/`
+        """Of the last applied constraint step, or foretold since (`leave_out`), as floats: for each constraint `constraints/<name>/`
 
         * `estimate`, `stderr`, and `batch_mean`, of this step's values alone, over all ranks (none: no such key): native units;
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;
