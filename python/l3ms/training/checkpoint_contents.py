@@ -130,7 +130,7 @@ def _check_progress(values: Any, folder: Path, step: int, taken: int) -> None:
             if name in place and not _counts(place[name]):
                 raise CheckpointError(f"l3m.json: {name} is {place[name]!r:.40}")
     for name, count in values.get("sampling", {}).items():
-        if not _counts(count) or (name == "left_out" and count > step):
+        if not _counts(count) or count > (step if name == "left_out" else 1 << 53):
             raise CheckpointError(f"l3m.json: {name} is {count!r:.40}, after {step} iterations")
     averaged = values["averaged"]
     if not _counts(averaged) or averaged > step:

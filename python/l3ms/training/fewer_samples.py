@@ -41,8 +41,9 @@ class Kept:
         return {**tensors, "rewards": self.rewards, "log_likelihood": self.log_likelihood, "uses": self.uses}
 
     @classmethod
-    def of(cls, state: dict[str, Any], temperature: float, device: torch.device) -> Kept:
-        """Texts and columns are not in the `state`: rewards have been computed."""
+    def of(cls, state: dict[str, Any], temperature: float, device: torch.device, vocabulary: int) -> Kept:
+        """Texts and columns are not in the `state`: rewards have been computed. Raises `ValueError` for what is no rollout."""
+        _check(state, vocabulary)
         tensors = {name: state[name].to(device) for name in _TENSORS}
         nothing = [""] * len(state["lengths"])
         responses = Rollout(prompts=nothing, completions=nothing, temperature=temperature, **tensors)
@@ -97,6 +98,22 @@ class FewerSamples:
         if self.kept is not None:
             save_tree(folder, f"rollout{suffix}", self.kept.state())
 
-    def load_rollout(self, folder: Path, suffix: str, temperature: float, device: torch.device) -> None:
+    def load_rollout(self, folder: Path, suffix: str, temperature: float, model: Any) -> None:
         there = (folder / f"rollout{suffix}.json").exists()
-        self.kept = Kept.of(load_tree(folder, f"rollout{suffix}"), temperature, device) if there else None
+        vocabulary = model.get_input_embeddings().num_embeddings
+        tree = load_tree(folder, f"rollout{suffix}") if there else None
+        self.kept = None if tree is None else Kept.of(tree, temperature, model.device, vocabulary)
+
+
+def _check(state: dict[str, Any], vocabulary: int) -> None:
+    ids, labels = state["input_ids"], state["labels"]
+    count = len(ids)
+    wanted = {"input_ids": 2, "attention_mask": 2, "labels": 2, "lengths": 1, "ended": 1, "log_likelihood": 1}
+    shapes = [tuple(state[name].shape) == tuple(ids.shape[:dimensions]) for name, dimensions in wanted.items()]
+    tokens = [ids, torch.where(labels == -100, 0, labels)]
+    known = all(not t.is_floating_point() and bool(((t >= 0) & (t < vocabulary)).all()) for t in tokens)
+    lengths = torch.equal(state["lengths"], (labels != -100).sum(1))
+    rewards = all(isinstance(values, list) and len(values) == count for values in state["rewards"].values())
+    uses = type(state["uses"]) is int and state["uses"] >= 1
+    if not (count and all(shapes) and known and lengths and rewards and uses):
+        raise ValueError("rollout: is no rollout of this model")

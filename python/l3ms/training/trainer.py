@@ -326,7 +326,7 @@ class L3MTrainer(EvaluatingTrainer):
             self.average, counts = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
             self.fewer_samples.restore_counts(counts)
             temperature: float = self.args.temperature  # type: ignore[attr-defined]
-            self.fewer_samples.load_rollout(Path(checkpoint), self.rank_suffix, temperature, model.device)
+            self.fewer_samples.load_rollout(Path(checkpoint), self.rank_suffix, temperature, model)
             if (Path(checkpoint) / f"watch{self.rank_suffix}.json").exists():
                 self._watched_before = load_tree(Path(checkpoint), f"watch{self.rank_suffix}")
 

@@ -11,6 +11,7 @@ import l3ms
 from l3ms.barrier.importance import LEAST_SHARE
 from l3ms.training import constraint_step
 from l3ms.training.fewer_samples import MOST_LEFT_OUT
+from l3ms.training.state_trees import load_tree, save_tree
 
 EASY = l3ms.Length(max=16)  # no response is longer
 
@@ -145,10 +146,26 @@ def test_a_checkpoint_holds_the_rollout_that_is_to_be_used_again(make_model, tra
     )
     folder = Path(trainer.args.output_dir) / "checkpoint-1"
     assert (folder / "rollout.safetensors").exists()
-    (folder / "rollout.json").write_text("[]")
+    kept = load_tree(folder, "rollout")
+    assert (kept["uses"], kept["rewards"].keys()) == (1, {"length"})
     (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="refused"):
-        train(make_model(), max_steps=2, learning_rate=1e-4, rollout_reuse=2, resume=str(folder))
+    for wrong in ({"uses": 0}, {"rewards": {"length": [1.0]}}, {"input_ids": kept["input_ids"] + 17}, {"lengths": kept["lengths"] + 1},
+                  {"log_likelihood": kept["log_likelihood"][1:]}):  # fmt: skip
+        save_tree(folder, "rollout", {**kept, **wrong})
+        with pytest.raises(ValueError, match="refused: ValueError: rollout: is no rollout of this model"):
+            train(make_model(), max_steps=2, learning_rate=1e-4, rollout_reuse=2, resume=str(folder))
+
+
+def test_the_watch_sees_each_rollout_once(make_model, train, monkeypatch):
+    """Its statistics are of responses that were sampled, and gradients are looked at in the next iteration that samples."""
+    watch, looked = l3ms.Watch(every=2, held_out_every=0), []
+    monkeypatch.setattr(watch, "_look_at_gradients", lambda trainer, seen: looked.append(trainer.state.global_step))
+    trainer, recorder = train(make_model(), start=False, max_steps=7, learning_rate=1e-4, rollout_reuse=3)
+    trainer.add_callback(watch)
+    trainer.train()
+    seen = [row["step"] for row in trainer.state.log_history if "watch/ended" in row]
+    assert [i + 1 for i, tokens in enumerate(sampled(recorder)) if tokens] == seen == [1, 4, 7]
+    assert looked == [4, 7], "for iterations 2 and 6"
 
 
 def drawn_otherwise(monkeypatch, by=0.0, there=True):
