@@ -1,4 +1,6 @@
-"""When the constraints' half-step is taken in an iteration of transformers' Trainer, and what is looked at after each half-step."""
+"""Where the constraints come into transformers' training loop."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -8,7 +10,7 @@ from l3ms.training.weight_checks import WeightChecks
 
 
 class HalfSteps(TrainerCallback):
-    """The constraints: after the optimizer's step on the task and before the scheduler's, or in the same step."""
+    """The constraints of an `L3MTrainer`: after the optimizer's step on the task and before the scheduler's, or in the same step."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -21,7 +23,7 @@ class HalfSteps(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
             self.trainer.add_constraint_gradient()
-        groups: list[dict[str, Any]] = self.trainer.optimizer.param_groups
+        groups: list[dict[str, Any]] = self.trainer.optimizer.param_groups  # type: ignore[union-attr]
         self._checks.before_step(max(float(group["lr"]) for group in groups))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
