@@ -41,9 +41,9 @@ demo-real-results: dev ## the same anew, and what came of it into docs/ and the 
 	$(BIN)/l3ms demo --model real --yes --output out/demo-real --overwrite $(ARGS)
 	$(BIN)/python docs/publish_demo.py out/demo-real
 
-experiments: experiment-length experiment-far experiment-forgetting experiment-ablations experiment-harmlessness ## all experiments, one after the other
+experiments: experiment-length experiment-far experiment-forgetting experiment-ablations experiment-fewer experiment-harmlessness ## all experiments, one after the other
 
-experiment-%: dev ## (length, far, forgetting, ablations, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
+experiment-%: dev ## (length, far, forgetting, ablations, fewer, harmlessness): table and picture in out/experiments; ARGS="--seeds 0 --publish"
 	$(BIN)/python experiments/run.py $* --jobs $(JOBS) $(ARGS)
 
 experiment-real-%: $(VENV)/experiments ## (length, tone, harmlessness, forgetting) on SmolLM2-135M: an hour or two each; ARGS="--yes" lets it be downloaded

@@ -53,9 +53,11 @@ class Result:
 
     @property
     def sampled_tokens(self) -> float | None:
-        """Of all responses that the training sampled; None where no constraint or monitor `length` has counted them."""
+        """Of all responses that the training sampled; None where neither the run nor a constraint or monitor `length` has counted them."""
         if self.solver == "none":
             return 0.0
+        if self.metrics and (counted := self.metrics[-1].get("l3m/sampled_tokens")) is not None:
+            return counted
         means = [mean for row in self.metrics if (mean := row.get("constraints/length/batch_mean")) is not None]
         return self.responses * math.fsum(means) if means and len(means) == len(self.metrics) else None
 

@@ -11,6 +11,7 @@ from l3m_kernels.barrier import (
     initial_state,
     multiplier_weights,
     relaxed_log_barrier,
+    unobserved,
 )
 from l3m_kernels.device_flags import check_targets
 from l3m_kernels.ops import LogLikelihood, log_likelihood, weighted_log_likelihood
@@ -33,5 +34,6 @@ __all__ = [
     "release_workspace",
     "reward_sums",
     "set_workspace",
+    "unobserved",
     "weighted_log_likelihood",
 ]

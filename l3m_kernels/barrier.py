@@ -149,6 +149,27 @@ def multiplier_weights(
     return BarrierWeights(*reference.multiplier_weights(*tensors, rule, _number(smoothing), leave_one_out))
 
 
+def unobserved(state: Tensor, count: Tensor) -> Tensor:
+    """The state of a filter one step later, where the step had no sample and time has passed: its band is wider, see `trend.unobserved`.
+
+    `barrier_weights` leaves the state of a reward without a sample as it is: there a batch of other rewards was observed in its place. A
+    moving average knows no time between its batches, and has no such step.
+
+    Args:
+        state: (R, 23) float64, of smoothing="trend".
+        count: (R,) float64, values in a batch as it is when there is one.
+
+    Raises:
+        ValueError: a shape or dtype is wrong (named).
+    """
+    wanted = {"state": (state, (len(count), _width("trend"))), "count": (count, (len(count),))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape or tensor.dtype != torch.float64:
+            got = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f'unobserved: {name} must be {shape} float64 (of smoothing="trend"), got {got}')
+    return trend.unobserved(state, count)
+
+
 def _check_smoothing(op: str, smoothing: Smoothing) -> None:
     """ValueError where it is neither "trend" nor in (0, 1]."""
     if smoothing != "trend" and (isinstance(smoothing, str) or not 0 < smoothing <= 1):

@@ -51,6 +51,25 @@ def advance(state: Tensor, sums: Tensor) -> Tensor:
     return torch.where((count > 0.0)[:, None], advanced, state)
 
 
+def unobserved(state: Tensor, count: Tensor) -> Tensor:
+    """One step in which nothing was observed, (R, 23) -> (R, 23): each model foretells, and no batch corrects it.
+
+    The level goes on along its trend, the band widens by what the models allow in a step and by what they disagree about, probabilities
+    change as models take over from each other; the variance within a batch stays. `count` (R,) is the size of the batches, whose mean's
+    variance is the unit of the steps. A reward that was never observed keeps its state. Plain torch on every device: no kernel has it.
+    """
+    noise = torch.ones_like(count) / count.clamp(min=1.0)
+    _, _, squares, dof, _ = state[:, :5].unbind(1)
+    pooled = squares / dof.clamp(min=SMALLEST)
+    models = [model.unbind(1) for model in state[:, 5:].reshape(len(state), MODELS, len(MODEL)).unbind(1)]
+    foretold = [_foretell(models, model, pooled, noise) for model in range(MODELS)]
+    estimate, spread = _mixed(foretold, [model[0] for model in foretold], pooled)
+    columns = [torch.ones_like(estimate), estimate, squares, dof, spread]
+    for model in foretold:
+        columns += model
+    return torch.where(state[:, :1] > 0.0, torch.stack(columns, 1), state)
+
+
 def _within(count: Tensor, mean: Tensor, total: Tensor, total_squares: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of squares about the batch's mean, and its degrees of freedom."""
     squares = (total_squares - total * mean).clamp(min=0.0)
@@ -85,18 +104,24 @@ def _next(state: Tensor, count: Tensor, n: Tensor, mean: Tensor, total: Tensor, 
     updated = [_update(model, e, pooled, noise) for model, e in zip(foretold, surprise, strict=True)]
     likelihood = updated[0][0] + updated[1][0] + updated[2][0]
     probabilities = [model[0] / likelihood for model in updated]
-    first = updated[0][1]
-    estimate = first
-    for probability, (_, level, *_) in zip(probabilities[1:], updated[1:], strict=True):
-        estimate = estimate + probability * (level - first)
-    spread = torch.zeros_like(mean)
-    for probability, (_, level, _, variance, _, _) in zip(probabilities, updated, strict=True):
-        distance = level - estimate
-        spread = spread + probability * (variance + _relative(distance * distance, pooled))
+    estimate, spread = _mixed(updated, probabilities, pooled)
     columns = [torch.ones_like(mean), estimate, squares, dof, spread]
     for probability, (_, *rest) in zip(probabilities, updated, strict=True):
         columns += [probability, *rest]
     return torch.stack(columns, 1)
+
+
+def _mixed(models: list[tuple[Tensor, ...]], probabilities: list[Tensor], pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """Level of all models together, and its variance, in which is what they disagree by."""
+    first = models[0][1]
+    estimate = first
+    for probability, (_, level, *_) in zip(probabilities[1:], models[1:], strict=True):
+        estimate = estimate + probability * (level - first)
+    spread = torch.zeros_like(first)
+    for probability, (_, level, _, variance, _, _) in zip(probabilities, models, strict=True):
+        distance = level - estimate
+        spread = spread + probability * (variance + _relative(distance * distance, pooled))
+    return estimate, spread
 
 
 def _relative(square: Tensor, variance: Tensor) -> Tensor:

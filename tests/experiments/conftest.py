@@ -19,8 +19,9 @@ def leave_run(
     name="length",
     verdict=None,
     initial=False,
+    sampled=None,
 ):
-    """Write report.json, metrics.jsonl and, with a verdict, certificate.json."""
+    """Write report.json, metrics.jsonl and, with a verdict, certificate.json. `sampled`: response tokens by iteration."""
     folder.mkdir(parents=True, exist_ok=True)
     reward = {} if name == "length" else {name: {"mean": mean, "ci95": [mean - 0.1, mean + 0.1], "samples": 8}}
     lengths = [round(14.0 if reward else mean) + step for step in (-2, -1, 0, 1, 2)]
@@ -47,6 +48,9 @@ def leave_run(
                 f"constraints/{name}/stderr": 0.4,
                 f"constraints/{name}/lambda": 1 / step,
             }
+        if sampled is not None:  # tokens of the iterations, over and over; one of 0 is left out
+            row |= {"l3m/sampled_tokens": sum(sampled[i % len(sampled)] for i in range(step))}
+            row |= {"l3m/constraint_step": float(sampled[(step - 1) % len(sampled)] > 0)}
         rows.append(row)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     if verdict is not None:

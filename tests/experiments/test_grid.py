@@ -99,7 +99,7 @@ def test_wrong_file_is_named(tmp_path):
         read_experiment(path)
 
 
-@pytest.mark.parametrize("name", ["length", "far", "forgetting", "ablations"])
+@pytest.mark.parametrize("name", ["length", "far", "forgetting", "ablations", "fewer"])
 def test_the_experiments_are_configurations_of_l3ms_train(name, tmp_path):
     for cell in expand(read_experiment(EXPERIMENTS / name / "experiment.yaml")):
         filled = fill(cell.config, {"model": "/m", "here": str(EXPERIMENTS / name), **VALUES}) | {"output": "out"}

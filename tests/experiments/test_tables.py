@@ -85,6 +85,19 @@ def test_ablations(tmp_path, finished):
     assert is_picture(module("ablations").figure(results), tmp_path / "figure.png")
 
 
+def test_fewer(tmp_path, finished):
+    full, auto = cells = [
+        cell("every-1_12-16", ("every-1", "12-16")), cell("every-auto_12-16", ("every-auto", "12-16")),
+    ]  # fmt: skip
+    finished(tmp_path, full, verdict="SATISFIED", sampled=(100,))
+    finished(tmp_path, auto, verdict="SATISFIED", perplexity=11.11, sampled=(100, 0))
+    lines = module("fewer").table(results := read_results(cells, tmp_path)).splitlines()
+    assert lines[2].endswith("| 11.00 | 1.000 | SATISFIED 1 of 1 | 2,000 | 0% | 1.00 | - |")
+    assert lines[3].startswith("| every: auto | [12, 16] | 14.00 (13.50 to 14.50) | 14.0 |")
+    assert lines[3].endswith("| 11.11 | 1.010 | SATISFIED 1 of 1 | 1,000 | 50% | 0.50 | - |")
+    assert is_picture(module("fewer").figure(results), tmp_path / "figure.png")
+
+
 def test_far(tmp_path, finished):
     sft, default, separate = cells = [
         cell("sft", certify=None),

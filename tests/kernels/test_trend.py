@@ -10,9 +10,10 @@ import torch
 from barrier_problems import bits
 from head_cases import backends_of
 
-from l3m_kernels import Bounds, barrier_weights, initial_state, trend
+from l3m_kernels import Bounds, barrier_weights, initial_state, trend, unobserved
 
 BOUND = Bounds.of([(0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)])
+SIZE = 8  # of the batches, where some are left out
 backends = pytest.mark.parametrize("backend", backends_of("barrier_weights"))
 
 
@@ -20,7 +21,9 @@ def followed(batches, backend=None):
     """Estimates and standard errors, batch after batch: lists of rewards, or of nothing."""
     state, found = initial_state(1, smoothing="trend"), []
     for batch in batches:
-        rewards = torch.tensor(batch, dtype=torch.float64).reshape(-1, 1)
+        if batch is None:  # time passes, and nothing is observed
+            state = unobserved(state, torch.tensor([float(SIZE)], dtype=torch.float64))
+        rewards = torch.tensor(batch or [], dtype=torch.float64).reshape(-1, 1)
         out = barrier_weights(rewards, state, BOUND, 0.1, smoothing="trend", backend=backend)
         state = out.state
         found.append((float(out.estimate[0]), float(out.stderr[0])))
@@ -33,8 +36,9 @@ def by_matrices(batches):
     squares = dof = 0.0
     models = None
     for batch in batches:
-        n, mean = len(batch), math.fsum(batch) / len(batch)
+        n, mean = (SIZE, math.nan) if batch is None else (len(batch), math.fsum(batch) / len(batch))
         if models is None:
+            assert batch is not None
             squares, dof = trend.POOLING * math.fsum((x - mean) ** 2 for x in batch), trend.POOLING * (n - 1)
             unit = 1.0 / n  # covariances in units of the variance within a batch, which is known better and better
             models = [
@@ -55,6 +59,12 @@ def by_matrices(batches):
                     x, P = x * [1, 0], P * [[1, 0], [0, 0]]
                 noise = np.diag([trend.LEVEL_NOISE[to], trend.TREND_NOISE[to]]) / n
                 foretold.append((flow.sum(), step @ x, step @ P @ step.T + noise))
+            if batch is None:
+                models = foretold
+                estimate = sum(p * x[0] for p, x, _ in models)
+                spread = sum(p * (P[0, 0] + (x[0] - estimate) ** 2 / variance) for p, x, P in models)
+                seen.append((estimate, math.sqrt(variance * spread)))
+                continue
             within, freedom = math.fsum((x - mean) ** 2 for x in batch), n - 1.0
             if n == 1:
                 within, freedom = sum(p * (mean - x[0]) ** 2 / (P[0, 0] + 1.0) for p, x, P in foretold), 1.0
@@ -83,6 +93,32 @@ def test_the_textbook_filter(seed, backend):
     sizes[0] = max(sizes[0], 2)
     batches = [draw.normal(level + speed * i * (i > 8), 5.0, n).tolist() for i, n in enumerate(sizes)]
     np.testing.assert_allclose(followed(batches, backend), by_matrices(batches), rtol=1e-9)
+
+
+@backends
+@pytest.mark.parametrize("seed", range(6))
+def test_the_textbook_filter_where_batches_are_left_out(seed, backend):
+    draw = np.random.default_rng(seed)
+    level, speed = draw.normal(0, 30), draw.choice([0.0, 0.3, 2.0])
+    batches = [
+        draw.normal(level + speed * i, 5.0, SIZE).tolist() if i in (0, 1, 2, 3, 7, 8, 13) else None for i in range(17)
+    ]
+    found = followed(batches, backend)
+    np.testing.assert_allclose(found, by_matrices(batches), rtol=1e-9)
+    bands = [error for _, error in found]
+    assert all(
+        before < after for before, after, batch in zip(bands, bands[1:], batches[1:], strict=False) if batch is None
+    )
+
+
+def test_time_that_passes_moves_a_level_along_its_trend_and_nothing_before_the_first_batch():
+    count = torch.tensor([8.0], dtype=torch.float64)
+    empty = initial_state(1, smoothing="trend")
+    assert torch.equal(unobserved(empty, count), empty)
+    found = followed([[float(i)] * 7 + [i + 1.0] for i in range(40)] + [None] * 3)
+    assert np.diff([estimate for estimate, _ in found[-4:]]) == pytest.approx(1.0, abs=0.1)
+    with pytest.raises(ValueError, match=r'state must be \(1, 23\) float64 \(of smoothing="trend"\), got \(1, 5\)'):
+        unobserved(initial_state(1), count)
 
 
 @backends

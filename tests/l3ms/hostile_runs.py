@@ -193,7 +193,16 @@ def of_checkpoints() -> Iterator[Case]:
             if (key, value) == ("best_metric", None):
                 continue
             yield changed("trainer_state.json", key, value)
-    for key in ("prompts", "prompts.taken", "prompts.rows", "averaged", "data"):
+    for key in (
+        "prompts",
+        "prompts.taken",
+        "prompts.rows",
+        "averaged",
+        "data",
+        "sampling",
+        "sampling.left_out",
+        "sampling.sampled_tokens",
+    ):
         for value in (None, "x", -1, 10**18, 10**400, [1]):
             yield changed("l3m.json", key, value)
     for name in ("optimizer.json", "scheduler.json", "random.json", "watch.json"):

@@ -1,8 +1,10 @@
 """One rank of `test_trainer_ranks.py`: a trainer with a `Watch`, started as torchrun does, by variables of the environment.
 
-python trainer_ranks.py MODEL FOLDER ON_TRIP [STEPS CHECKPOINT]; writes FOLDER/RANK.pt, and resumes at a checkpoint that is there
+python trainer_ranks.py MODEL FOLDER ON_TRIP [STEPS CHECKPOINT [ROLLOUT]]; writes FOLDER/RANK.pt, and resumes at a checkpoint that is
+there. ROLLOUT: options of sampling in JSON, with a constraint that is easily met.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -28,12 +30,13 @@ def watch(on_trip):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model, folder, on_trip, *rest = sys.argv[1:]
-    steps, save_steps = map(int, rest) if rest else (STEPS, STEPS)
+    steps, save_steps = map(int, rest[:2]) if rest else (STEPS, STEPS)
+    rollout = json.loads(rest[2]) if rest[2:] else {}
     watching = watch(on_trip)
     trainer, recorder = run(
         Path(folder) / "run", AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
-        constraints=[NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
-        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01},
+        constraints=[l3ms.Length(max=16)] if rollout else [NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
+        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01, **rollout},
         save_strategy="steps", save_steps=save_steps, average_fraction=0.5,
     )  # fmt: skip
     trainer.add_callback(watching)
@@ -43,6 +46,7 @@ if __name__ == "__main__":
         "average": [parameter.detach() for parameter in trainer.averaged_model().parameters()],
         "taken": len(recorder.rollouts),
         "tripped": watching.tripped,
+        "tokens": sum(rollout.scored for rollout in {id(item): item for item in recorder.rollouts}.values()),
         "step": trainer.state.global_step,
         "completions": recorder.rollouts[0].completions,
         "log": trainer.state.log_history,

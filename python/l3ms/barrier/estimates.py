@@ -14,19 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l3m_kernels import BarrierWeights, Bounds, barrier_weights, initial_state, multiplier_weights, reward_sums
+from l3m_kernels import (
+    BarrierWeights,
+    Bounds,
+    barrier_weights,
+    initial_state,
+    multiplier_weights,
+    reward_sums,
+)
 from l3ms.barrier import shifts
+from l3ms.barrier.importance import check_importance, counted_sums
+from l3ms.barrier.leaving_out import Foretelling
+from l3ms.barrier.reward_tables import RewardTables, Values
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
-from l3ms.constraints.reward_values import numbers
-
-Values = Mapping[str, Sequence[float | None] | Tensor]
 
 # A later part of a half-step is weighted by lambda / S with the S of the first. Past this ratio it drowns the first, and fp32 overflows.
 LARGEST_RATIO = 1e8
 
 
-class Estimates:
+class Estimates(RewardTables, Foretelling):
     """Running estimates of R rewards, K one-sided bounds on them, and the half-step that is being prepared."""
 
     def __init__(
@@ -60,7 +67,9 @@ class Estimates:
         self.missing = torch.zeros(len(self.constraints), dtype=torch.int64, device=device)  # steps without a sample
         self.dropped = torch.zeros_like(self.missing)  # values that were not finite
         self.steps = torch.zeros((), dtype=torch.int64, device=device)  # applied constraint steps
+        self.left_out = torch.zeros_like(self.steps)  # iterations without a constraint step
         self.batch_mean = torch.full_like(self._per_unit, math.nan)  # (R,) of the last applied step, over all ranks
+        self.counts = torch.zeros_like(self._per_unit)  # (R,) values in the last step that had some, over all ranks
         self._last: BarrierWeights | None = None
         self.discard()
 
@@ -85,7 +94,11 @@ class Estimates:
         self.pending: BarrierWeights | None = None
         self.total: Tensor | None = None  # S of this half-step, fixed by its first part
         self._responses = 0
+        self._begun: Tensor | None = None  # the state that it goes on from, where that is not `state`
+        # Over all ranks and parts: what the estimates see, and what the responses' own values are. Row R: responses, their tokens.
         self._sums = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
+        self._drawn = self._sums
+        self._apart = False  # whether these differ
 
     def commit(self, applied: Tensor) -> None:
         """The step was `applied` () bool: the estimates advance, once. Or it was not, and what was observed is forgotten."""
@@ -96,21 +109,38 @@ class Estimates:
             *(torch.where(applied, after, before) for after, before in zip(new, old, strict=True))
         )
         self.state = torch.where(applied, new.state, self.state)
-        self.batch_mean = torch.where(applied, self._sums[:-1, 1] / self._sums[:-1, 0], self.batch_mean)
+        count, total, _ = self._sums[:-1].unbind(1)
+        self.batch_mean = torch.where(applied, total / count, self.batch_mean)
+        self.counts = torch.where(applied & (count > 0), count, self.counts)
         if self.solver is not None:
             advanced = self.solver.advance(self._batch_violation(), self.memory)
             self.memory = torch.where(applied, advanced, self.memory)
         self.steps = self.steps + applied
-        self.missing += (self._sums[:-1, 0] == 0) & applied
+        self.missing += (self._drawn[:-1, 0] == 0) & applied
         self.discard()
 
-    def observe(self, values: Values, lengths: Tensor | None, normalisation: str, mu: Tensor) -> Tensor:
-        """Rewards of n responses -> (n,) fp32 weights; `lengths` (n,) are the responses' tokens, for the normalisation."""
+    def observe(
+        self,
+        values: Values,
+        lengths: Tensor | None,
+        normalisation: str,
+        mu: Tensor,
+        importance: Tensor | None = None,
+        fresh: bool = True,
+    ) -> Tensor:
+        """Rewards of n responses -> (n,) fp32 weights; `lengths` (n,) are the responses' tokens, for the normalisation.
+
+        `importance` (n,) are ratios of probabilities, see `importance`; of responses that are not `fresh` the estimates know already.
+        """
         with self.errors_on_all_ranks():
             rewards = self._table(values)
             count = len(rewards)
             if lengths is not None and lengths.shape != (count,):
                 raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+            if importance is not None:
+                importance = check_importance(importance, count, self.device)
+            if not self.leave_one_out and not (fresh and importance is None):
+                raise ValueError('observe: importance and fresh=False need baseline="leave_one_out"')
             if self.leave_one_out and (self._responses + count) * self._world == 1:
                 raise ValueError(
                     "observe: the leave-one-out baseline needs at least 2 responses in a batch, got 1; "
@@ -122,20 +152,32 @@ class Estimates:
             tokens = lengths.to(self.device, torch.float64)
         responses = torch.stack([tokens.new_tensor(count), tokens.sum(), tokens.new_zeros(())])
         local = torch.cat([reward_sums(rewards), (responses * bool(bounded))[None]])  # nothing is weighed for monitors
-        part, sums = self._add(local)
+        part = counted = self._of_all_ranks(local)
+        self._apart |= not fresh or importance is not None
+        if not fresh:
+            counted = torch.zeros_like(part)
+            self._pass_time(list(values))
+        elif importance is not None:
+            sums = counted_sums(rewards, importance, part[:-1])
+            counted = self._of_all_ranks(torch.cat([sums, torch.zeros_like(local[-1:])]))
+        self._sums, self._drawn = self._sums + counted, self._drawn + part
+        drawn = self._drawn
         self._responses += count * bool(bounded)
         norm = torch.ones_like(tokens)
         if lengths is not None and normalisation == "mean":
-            norm = norm * (sums[-1, 1] / sums[-1, 0].clamp(min=1)).clamp(min=1)
+            norm = norm * (drawn[-1, 1] / drawn[-1, 0].clamp(min=1)).clamp(min=1)
         elif lengths is not None and normalisation == "sequence":
             norm = tokens.clamp(min=1)
-        weights = self._weights(rewards, norm, sums, mu, bool(bounded))
+        weights = self._weights(rewards, norm, self._sums, mu, bool(bounded))
         if not bounded:
             return weights.seq_weight.float()  # 0
+        seq_weight = self._drawn_weights(rewards, norm, weights) if self._apart else weights.seq_weight
+        if importance is not None:
+            seq_weight = seq_weight * importance
         # The op divides by the values of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
-        all_values, own = (torch.stack([table[i, 0] for i in bounded]).sum() for table in (sums, part))
+        all_values, own = (torch.stack([table[i, 0] for i in bounded]).sum() for table in (drawn, part))
         own_mean = all_values / own.clamp(min=1)
-        return (weights.seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
+        return (seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
 
     def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
         """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
@@ -145,9 +187,10 @@ class Estimates:
             for name, value in values.items():
                 column = self._finite(name, value.detach().reshape(-1))
                 local[self.index[name]] = reward_sums(column[:, None])[0]
-        part, sums = self._add(local)
+        part = self._of_all_ranks(local)
+        self._sums, self._drawn = self._sums + part, self._drawn + part
         empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
-        weights = self._weights(empty, empty[:, 0], sums, mu, bool(self._bounded(values)))
+        weights = self._weights(empty, empty[:, 0], self._sums, mu, bool(self._bounded(values)))
         share = weights.multiplier / weights.total * self._ratio(weights)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for k, (owner, row) in enumerate(zip(self.owner, self.bounds.table, strict=True)):
@@ -198,6 +241,8 @@ class Estimates:
             "missing": self.missing.clone(),
             "dropped": self.dropped.clone(),
             "batch_mean": self.batch_mean.clone(),
+            "counts": self.counts.clone(),
+            "left_out": int(self.left_out),
             "last": [tensor.clone() for tensor in self.last or ()],
             "constraint_steps": int(self.steps),
         }
@@ -216,7 +261,9 @@ class Estimates:
         self.missing, self.dropped = kept["missing"].to(self.missing).clone(), kept["dropped"].to(self.dropped).clone()
         unknown = torch.full_like(self.batch_mean, math.nan)  # 0.1.0 did not keep it
         self.batch_mean = kept.get("batch_mean", unknown).to(self.state).clone()
+        self.counts = kept.get("counts", torch.zeros_like(self.counts)).to(self.state).clone()
         self.steps = torch.full_like(self.steps, kept["constraint_steps"])
+        self.left_out = torch.full_like(self.steps, kept.get("left_out", 0))
         self._last = BarrierWeights(*(tensor.to(self.device) for tensor in kept["last"])) if kept["last"] else None
         self.discard()
 
@@ -228,18 +275,27 @@ class Estimates:
 
     def _weights(self, rewards: Tensor, norm: Tensor, sums: Tensor, mu: Tensor, bounded: bool) -> BarrierWeights:
         """`bounded`: this part is of constraints, and the first of those fixes S; monitors do not."""
+        state = self.state if self._begun is None else self._begun
         options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
         options["sums"] = sums[:-1].contiguous()
         if self.solver is None:
             moved = self.bounds._replace(table=shifts.shifted(self.bounds.table, self.integral.shift))
-            weights = barrier_weights(rewards, self.state, moved, mu, backend=self.backend, **options)
+            weights = barrier_weights(rewards, state, moved, mu, backend=self.backend, **options)
             weights = weights._replace(violation=weights.violation - self.integral.shift)
         else:
             rule = partial(self.solver.multipliers, memory=self.memory)
-            weights = multiplier_weights(rewards, self.state, self.bounds, rule, **options)
+            weights = multiplier_weights(rewards, state, self.bounds, rule, **options)
         self.pending = weights
         self.total = weights.total if self.total is None and bounded else self.total
         return weights
+
+    def _drawn_weights(self, rewards: Tensor, norm: Tensor, weights: BarrierWeights) -> Tensor:
+        """(n,) weights by the multipliers of `weights`, whose sums are not those of the responses: the baselines are of these."""
+        options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
+        sums = self._drawn[:-1].contiguous()
+        return multiplier_weights(
+            rewards, weights.state, self.bounds, lambda _: weights.multiplier, sums=sums, **options
+        ).seq_weight
 
     def integrate(self, weights: BarrierWeights, applied: Tensor) -> None:
         """The shifts of the bounds after a step that was `applied` () bool, see `shifts`."""
@@ -273,8 +329,8 @@ class Estimates:
                 dist.all_reduce(failed, group=self.process_group)
             raise
 
-    def _add(self, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of this part over all ranks, and those of the half-step so far. Row R holds responses, their tokens, ranks that failed."""
+    def _of_all_ranks(self, local: Tensor) -> Tensor:
+        """Sums of a part over all ranks. Row R holds responses, their tokens, ranks that failed."""
         part = local.clone()
         if self.process_group is not None:
             dist.all_reduce(part, group=self.process_group)
@@ -282,55 +338,9 @@ class Estimates:
                 raise ValueError(
                     "observe: another rank refused its values or could not compute them; its error says why"
                 )
-        self._sums = self._sums + part
-        return part, self._sums
+        return part
 
     @property
     def _world(self) -> int:
         """Data-parallel wrappers average gradients over the ranks; the weights already divide by the responses of all of them."""
         return dist.get_world_size(self.process_group) if self.process_group is not None else 1
-
-    def _check_names(self, values: Mapping[str, Any]) -> None:
-        unknown = sorted(set(values) - set(self.index))
-        if unknown or not values:
-            raise ValueError(
-                f"observe: wanted values for constraints among {sorted(self.index)}, got {unknown or 'none'}"
-            )
-
-    def _table(self, values: Values) -> Tensor:
-        """(n, R) float64, NaN where missing."""
-        self._check_names(values)
-        columns: dict[str, Tensor] = {}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                columns[name] = self._finite(name, value.detach())
-            else:
-                listed = numbers(f"observe: {self.constraints[self.index[name]].where}", value)
-                given = torch.tensor([math.nan if v is None else v for v in listed], dtype=torch.float64)
-                absent = torch.tensor([v is None for v in listed], dtype=torch.bool)
-                columns[name] = self._finite(name, given, absent)
-        sizes = {name: len(column) for name, column in columns.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"observe: every constraint needs one value per response, got {sizes}")
-        missing = torch.full((next(iter(sizes.values())),), math.nan, dtype=torch.float64, device=self.device)
-        return torch.stack([columns.get(constraint.name, missing) for constraint in self.constraints], dim=1)
-
-    def _finite(self, name: str, column: Tensor, absent: Tensor | None = None) -> Tensor:
-        """(n,) float64 on the estimates' device; a NaN or inf is an error, or dropped and counted where that was asked for."""
-        if column.is_complex():
-            raise ValueError(f"observe: values of constraint {name!r} must be real numbers, got {column.dtype}")
-        if column.ndim != 1:
-            raise ValueError(
-                f"observe: values of constraint {name!r} must be (n,), one per response, got {tuple(column.shape)}"
-            )
-        bad = ~column.isfinite() if absent is None else ~column.isfinite() & ~absent
-        if self.drop_nonfinite:
-            self.dropped[self.index[name]] += bad.sum().to(self.device)
-            column = column.double().masked_fill(bad, math.nan)
-        elif bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            raise ValueError(
-                f"observe: {self.constraints[self.index[name]].where}: row {row} is {column[row].item()}; "
-                'pass None to exclude a response, or use L3MOptimizer(nonfinite="drop")'
-            )
-        return column.to(self.device, torch.float64)

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
 from l3ms.barrier import packed_state, shifts
+from l3ms.barrier.choices import check_choices
 from l3ms.barrier.clipping import apply, clip, gradients
 from l3ms.barrier.conflicts import ConflictWatch
-from l3ms.barrier.estimates import Estimates, Values
+from l3ms.barrier.estimates import Estimates
+from l3ms.barrier.leaving_out import LeavingOut
+from l3ms.barrier.reward_tables import Values
 from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.barrier.solvers import Solver, as_solver
 from l3ms.barrier.step_reports import Progress, StepNumbers, StepReports
@@ -39,7 +42,7 @@ class ConstraintLoss(NamedTuple):
     seq_weight: Tensor  # (N,) fp32
 
 
-class L3MOptimizer(Modes, torch.optim.Optimizer):
+class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
     """Adds constraints to an optimizer: `observe`, `constraint_loss` or `barrier_loss`, then backward and `step()` as usual.
 
     A `step()` after one of these is the constraint half-step, any other the task half-step. Shares `param_groups` and `state`
@@ -94,14 +97,7 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         smoothing = 0.1 if smoothing == "ema" else smoothing
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        for name, value, allowed in (
-            ("clipping", clipping, ("adaptive", "separate")),
-            ("length_norm", length_norm, ("mean", "sequence", "none")),
-            ("baseline", baseline, ("leave_one_out", "estimate")),
-            ("nonfinite", nonfinite, ("raise", "drop")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_choices(clipping=clipping, length_norm=length_norm, baseline=baseline, nonfinite=nonfinite)
         self.base = base
         super().__init__(base.param_groups, base.defaults)
         self._share()
@@ -158,7 +154,9 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
 
     # ---- the constraint half-step ----
 
-    def observe(self, rewards: Values, lengths: Tensor | None = None) -> Tensor:
+    def observe(
+        self, rewards: Values, lengths: Tensor | None = None, *, importance: Tensor | None = None, fresh: bool = True
+    ) -> Tensor:
         """Rewards of n responses -> (n,) fp32 weights on the model's device, for a loss -sum_n weight_n log pi(y_n).
 
         The next `step()` is the constraint half-step. Give the whole batch of the half-step at once and slice the weights for its
@@ -168,11 +166,13 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         Args:
             rewards: by constraint name, n values each in native units: a list (None excludes a response) or an (n,) tensor.
             lengths: (n,) response tokens, for `length_norm`; without them weights are not normalised.
+            importance: (n,) probability of each response under the policy over the one it was drawn with, see `importance`.
+            fresh: False for responses that were observed before, which the estimates are not told again; needs smoothing="trend".
 
         Raises:
             ValueError: an unknown name, unequal numbers of values, NaN or inf, or a single response under the leave-one-out baseline.
         """
-        return self.estimates.observe(rewards, lengths, self.length_norm, self.mu)
+        return self.estimates.observe(rewards, lengths, self.length_norm, self.mu, importance, fresh)
 
     def constraint_loss(
         self,
@@ -273,7 +273,7 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         assert pending is not None
         self.estimates.commit(applied)
         noise = self.estimates.noise(pending)
-        advanced = torch.as_tensor(self.schedule(self.estimates.steps, self.mu, noise.max())).to(self.mu)
+        advanced = torch.as_tensor(self.schedule(self.passed, self.mu, noise.max())).to(self.mu)
         self._progress.mu = torch.where(applied, advanced, self.mu)
         if isinstance(self.schedule, NoiseFloorDecay) and self.estimates.solver is None:
             self.estimates.integrate(pending, applied)
@@ -296,7 +296,7 @@ class L3MOptimizer(Modes, torch.optim.Optimizer):
         return self._reports.conflicts
 
     def metrics(self) -> dict[str, float]:
-        """Of the last applied constraint step, as floats: for each constraint `constraints/<name>/`
+        """Of the last applied constraint step, or foretold since (`leave_out`), as floats: for each constraint `constraints/<name>/`
 
         * `estimate`, `stderr`, and `batch_mean`, of this step's values alone, over all ranks (none: no such key): native units;
         * `slack`: -C, dimensionless, margin included; of the nearer bound where there are two. Negative is violated;

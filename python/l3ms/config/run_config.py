@@ -16,11 +16,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from l3ms.config.constraints import ConstraintConfig, FunctionConfig, LengthConfig
+from l3ms.config.constraints import ConstraintConfig, DataNLLConfig, FunctionConfig, LengthConfig
 from l3ms.config.data import DataConfig
 from l3ms.config.errors import explain, models_in, together, type_of
 from l3ms.config.evaluate import EvaluateConfig, LoggingConfig
-from l3ms.config.rollout import RolloutConfig
+from l3ms.config.rollout import RolloutConfig, wrong_rollout
 from l3ms.config.sections import Section, Text
 from l3ms.config.train import TrainConfig
 from l3ms.config.watch import WatchConfig
@@ -123,6 +123,11 @@ def _wrong_across(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "train.warmup", f"must be below train.iterations ({config.train.iterations}), got {config.train.warmup}"
         )
+    train = config.train
+    settings = {"solver": train.solver, "half_steps": train.half_steps, "smoothing": train.smoothing}
+    wrong = wrong_rollout(config.rollout, **settings) or _nothing_sampled(config)
+    if wrong is not None:
+        yield ConfigError(f"rollout.{wrong[0]}", wrong[1])
     seen: set[str] = set()
     for index, item in enumerate(config.constraints):
         if item.name in seen:
@@ -139,6 +144,18 @@ def _wrong_across(config: RunConfig) -> Iterator[ConfigError]:
                     f"constraints.{index}.{option}",
                     f"must be {wanted} train.max_new_tokens ({longest}), got {value:g}: no response can be that long",
                 )
+
+
+def _nothing_sampled(config: RunConfig) -> tuple[str, str] | None:
+    """What is said of responses where no constraint that is trained on has any."""
+    if config.train.solver == "none" or any(
+        not isinstance(c, DataNLLConfig) and not c.monitor for c in config.constraints
+    ):
+        return None
+    for name, default in (("reuse", 1), ("importance", "none")):
+        if (value := getattr(config.rollout, name)) != default:
+            return name, f"is about sampled responses, and no constraint is on any, got {value!r}"
+    return None
 
 
 def _assign(values: dict[str, Any], field: str, value: Any) -> None:

@@ -46,7 +46,7 @@ class TimedTrainer(L3MTrainer):
         """An iteration of the mean, by phase."""
         names = self.iterations[0] if self.iterations else {}
         count = len(self.iterations)
-        return {name: round(sum(found[name] for found in self.iterations) / count, 4) for name in names}
+        return {name: round(sum(found.get(name, 0.0) for found in self.iterations) / count, 4) for name in names}
 
 
 def peak_memory() -> float | None:

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from l3m_kernels import initial_state
 from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
+from l3ms.config.errors import explain
+from l3ms.config.rollout import RolloutConfig, wrong_rollout
 
 
 @dataclass
@@ -30,6 +34,15 @@ class L3MConfig(TrainingArguments):
         metadata={
             "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
         },
+    )
+    rollout_every: str = field(  # the number 1 is right too
+        default="1",
+        metadata={"help": "1, or auto: constraint half-steps are left out while all constraints are comfortably met"},
+    )
+    rollout_reuse: int = field(default=1, metadata={"help": "constraint half-steps from one rollout, at most"})
+    rollout_importance: str = field(
+        default="none",
+        metadata={"help": "truncate: importance weights where an engine's probabilities are not the model's; or none"},
     )
     clipping: str = field(default="adaptive", metadata={"help": "adaptive or separate, see L3MOptimizer"})
     length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
@@ -68,6 +81,19 @@ class L3MConfig(TrainingArguments):
             )
         if not 0 <= self.average_fraction <= 1:
             raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
+        self._check_rollout()
+
+    def _check_rollout(self) -> None:
+        every: Any = 1 if self.rollout_every in (1, "1") else self.rollout_every
+        self.rollout_every = str(self.rollout_every)
+        try:
+            rollout = RolloutConfig(every=every, reuse=self.rollout_reuse, importance=self.rollout_importance)  # type: ignore[arg-type]
+        except ValidationError as error:
+            wrong = explain(error, RolloutConfig)
+            raise ValueError(f"rollout_{wrong.field} {wrong.message}") from None
+        options = {"solver": self.solver, "half_steps": self.half_steps, "smoothing": self.smoothing}
+        if (found := wrong_rollout(rollout, **options)) is not None:
+            raise ValueError(f"rollout_{found[0]} {found[1]}")
 
     def solver_object(self) -> str | Solver:
         """As `L3MOptimizer` takes it, with its settings."""

@@ -16,7 +16,7 @@ from transformers import TrainerState
 from l3ms.regular_files import read_regular
 from l3ms.training.state_trees import load_tree
 
-TREES = ("optimizer", "scheduler", "scaler", "random*", "watch*")  # names of `save_tree`
+TREES = ("optimizer", "scheduler", "scaler", "random*", "watch*", "rollout*")  # names of `save_tree`
 MOMENTS = (
     "exp_avg",
     "exp_avg_sq",
@@ -129,6 +129,9 @@ def _check_progress(values: Any, folder: Path, step: int, taken: int) -> None:
         for name in PLACE:
             if name in place and not _counts(place[name]):
                 raise CheckpointError(f"l3m.json: {name} is {place[name]!r:.40}")
+    for name, count in values.get("sampling", {}).items():
+        if not _counts(count) or count > (step if name == "left_out" else 1 << 53):
+            raise CheckpointError(f"l3m.json: {name} is {count!r:.40}, after {step} iterations")
     averaged = values["averaged"]
     if not _counts(averaged) or averaged > step:
         raise CheckpointError(f"l3m.json: averaged is {averaged!r:.40}, after {step} iterations")

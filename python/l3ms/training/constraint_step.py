@@ -4,13 +4,14 @@ half-step. All of them are observed before the one step and share its S."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from l3ms.barrier.importance import LEAST_SHARE, truncated
 from l3ms.constraints.data_nll import Batches, sequence_nll
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
@@ -19,6 +20,13 @@ from l3ms.rollouts.engines import Engine
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
 from l3ms.training.engine_gap import EngineGap
+from l3ms.training.fewer_samples import FewerSamples, Kept
+from l3ms.training.importance_weights import (
+    engine_log_likelihood,
+    parts_of,
+    policy_log_likelihood,
+    share_of_all_ranks,
+)
 from l3ms.watching.watched import Watched
 
 logger = logging.getLogger(__name__)
@@ -32,6 +40,7 @@ class Constrained(Watched, Protocol):
     prompts: PromptOrder | None  # rows to be answered; None where no constraint needs responses
     constraint_data: dict[str, Batches]  # by constraint
     engine: Engine | None  # what samples; None: the policy itself
+    fewer_samples: FewerSamples
 
     def compute_loss_context_manager(self) -> Any: ...
 
@@ -41,7 +50,7 @@ class Constrained(Watched, Protocol):
 
 
 def constraint_backward(trainer: Constrained) -> Rollout | None:
-    """Backpropagate every constraint; gradients add up. -> the responses, None where no constraint needs any."""
+    """Backpropagate every constraint; gradients add up. -> the responses that were sampled, None where none were."""
     sampling = [constraint for constraint in trainer.constraints if constraint.samples]
     looking_on = all(constraint.monitor for constraint in sampling)
     with undrawn(trainer.policy.device, when=looking_on and bool(sampling)):
@@ -103,17 +112,68 @@ def _stream_of_rank(trainer: Constrained) -> Iterator[None]:
         yield
 
 
-def _sampled(trainer: Constrained) -> Rollout:
-    """Sample responses to fresh prompts, weigh them by their rewards, backpropagate in micro-batches."""
-    optimizer, args = trainer.l3m_optimizer, trainer.args
-    model: Any = trainer.model_wrapped
+def _sampled(trainer: Constrained) -> Rollout | None:
+    """Responses to fresh prompts, or those of before once more; weigh them by their rewards, backpropagate in micro-batches.
+
+    -> the responses, None where they are those of before.
+    """
+    args, optimizer, fewer = trainer.args, trainer.l3m_optimizer, trainer.fewer_samples
     assert optimizer is not None
+    looking_on = all(constraint.monitor for constraint in trainer.constraints if constraint.samples)
+    again, kept = _again(trainer), fewer.kept
+    if again is not None and kept is not None:
+        kept.uses += 1
+        weights = optimizer.observe(kept.rewards, kept.responses.lengths, importance=truncated(again), fresh=False)
+        _backward(trainer, kept.responses, weights, fresh=False)
+        return None
+    fewer.kept = None
+    responses = _answers(trainer)
+    fewer.sampled = True
+    fewer.sampled_tokens += _of_all_ranks(trainer, responses.scored)
+    with optimizer.estimates.errors_on_all_ranks():
+        rewards = trainer.last_rewards = _rewards(trainer, responses)
+    importance = policy = drawn = None
+    if not looking_on and (args.rollout_importance == "truncate" or fewer.reuse > 1):
+        policy = drawn = policy_log_likelihood(trainer, responses)
+        if args.rollout_importance == "truncate":
+            with optimizer.estimates.errors_on_all_ranks():
+                drawn = engine_log_likelihood(responses)
+            importance = truncated(policy - drawn)
+        if fewer.reuse > 1:
+            fewer.kept = Kept(responses, rewards, drawn, uses=1)
+    weights = optimizer.observe(rewards, responses.lengths, importance=importance)
+    if policy is not None and drawn is not None and importance is not None:
+        fewer.ess = share_of_all_ranks(trainer, policy - drawn)
+    if not looking_on:
+        _backward(trainer, responses, weights, fresh=True)
+    return responses
+
+
+def _again(trainer: Constrained) -> Tensor | None:
+    """(N,) log-ratios of the rollout of before to the policy of now, where it is to be used again."""
+    fewer = trainer.fewer_samples
+    kept = fewer.kept
+    if kept is None or kept.uses >= fewer.reuse:
+        return None
+    log_ratio = policy_log_likelihood(trainer, kept.responses) - kept.log_likelihood
+    fewer.ess = share_of_all_ranks(trainer, log_ratio)
+    return log_ratio if fewer.ess >= LEAST_SHARE else None
+
+
+def _of_all_ranks(trainer: Constrained, count: int) -> int:
+    if trainer.args.world_size == 1:
+        return count
+    return int(trainer.accelerator.reduce(torch.tensor(count, device=trainer.policy.device), reduction="sum"))
+
+
+def _answers(trainer: Constrained) -> Rollout:
+    """The policy's, to the next prompts."""
+    args = trainer.args
     assert trainer.prompts is not None
-    policy = trainer.policy
     rows = trainer.prompts.take(args.constraint_batch_size)
     with _stream_of_rank(trainer):
         responses = rollout(
-            policy,
+            trainer.policy,
             trainer.processing_class,
             [row["prompt"] for row in rows],
             prompt_ids=[prompt_part(row) for row in rows],
@@ -128,16 +188,18 @@ def _sampled(trainer: Constrained) -> Rollout:
             "has no gradient until one ends by itself; raise max_new_tokens, or begin with a model that ends its responses",
             len(responses), args.max_new_tokens,
         )  # fmt: skip
-    with optimizer.estimates.errors_on_all_ranks():
-        rewards = trainer.last_rewards = _rewards(trainer, responses)
-    weights = optimizer.observe(rewards, responses.lengths)
-    if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
-        return responses
+    return responses
+
+
+def _backward(trainer: Constrained, responses: Rollout, weights: Tensor, *, fresh: bool) -> None:
+    """`fresh`: the policy of now has drawn them, and what its engine said of them can be compared."""
+    args = trainer.args
+    model: Any = trainer.model_wrapped
     # Of all parts before the first: between them the host would wait for the device.
     widths = responses.attention_mask.sum(1).tolist()
     model.train()
-    gap = EngineGap(responses)
-    for part in _parts(widths, _counted(trainer, weights), args.per_device_train_batch_size):
+    gap = EngineGap(responses) if fresh else None
+    for part in parts_of(widths, _counted(trainer, weights), args.per_device_train_batch_size):
         width = widths[part[0]]
         with trainer.compute_loss_context_manager():
             output = model(
@@ -151,12 +213,13 @@ def _sampled(trainer: Constrained) -> Rollout:
                 scored=None if isinstance(model, nn.DataParallel) else sum(responses.host_lengths[row] for row in part),
                 use_cache=False,
             )
-        gap.add(part, output.token)
+        if gap is not None:
+            gap.add(part, output.token)
         loss = output.loss.sum()  # nn.DataParallel gives that of each part
         # accelerate divides by the accumulation steps of the task; these parts already add up to the whole
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
-    trainer.watched |= gap.log()
-    return responses
+    if gap is not None:
+        trainer.watched |= gap.log()
 
 
 def _counted(trainer: Constrained, weights: Tensor) -> list[int]:
@@ -165,9 +228,3 @@ def _counted(trainer: Constrained, weights: Tensor) -> list[int]:
     if trainer.args.world_size > 1:
         return list(range(len(weights)))
     return weights.ne(0).nonzero()[:, 0].tolist() or [0]
-
-
-def _parts(widths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of like widths together, `size` at a time, the widest first."""
-    ordered = sorted(rows, key=lambda row: -widths[row])
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

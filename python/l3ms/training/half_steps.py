@@ -31,5 +31,8 @@ class HalfSteps(TrainerCallback):
         self._checks.finite(state.global_step + 1, "task")
         self.trainer.average_weights()
         if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
+            if self.trainer.fewer_samples.leaves_out(self.trainer, state.global_step + 1):
+                self.trainer.l3m_optimizer.leave_out()
+                return
             self.trainer.constraint_half_step()
             self._checks.finite(state.global_step + 1, "constraint")

@@ -71,6 +71,15 @@ def needs_responses(args: L3MConfig, constraints: Sequence[Constraint]) -> bool:
     return args.solver != "none" and any(constraint.samples for constraint in constraints)
 
 
+def check_rollout(args: L3MConfig, constraints: Sequence[Constraint]) -> None:
+    """Raises `ValueError` for what is asked of sampled responses where none are trained on."""
+    if args.solver == "none" or any(item.samples and not item.monitor for item in constraints):
+        return
+    for name, default in (("rollout_reuse", 1), ("rollout_importance", "none")):
+        if (value := getattr(args, name)) != default:
+            raise ValueError(f"{name} is about sampled responses, and no constraint is on any, got {value!r}")
+
+
 def check_sampling(constraints: Sequence[Constraint], tokenizer: Any, rows: Any) -> None:
     """Where responses are sampled: there is a tokenizer, and `rows` have prompts and can be looked up."""
     name = next(constraint.name for constraint in constraints if constraint.samples)

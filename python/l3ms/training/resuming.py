@@ -16,13 +16,19 @@ from torch import nn
 from l3ms.model.averaging import WeightAverage
 from l3ms.model.orders import Order, PromptOrder
 
+NO_COUNTS = {"left_out": 0, "sampled_tokens": 0}  # 0.1.0 did not keep them
+
 logger = logging.getLogger(__name__)
 
 
 def save_progress(
-    folder: Path, prompts: PromptOrder | None, average: WeightAverage | None, data: Mapping[str, Order] | None = None
+    folder: Path,
+    prompts: PromptOrder | None,
+    average: WeightAverage | None,
+    data: Mapping[str, Order] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> None:
-    """`data`: by constraint, where the run is in its data."""
+    """`data`: by constraint, where the run is in its data. `counts`: of sampling, see `fewer_samples`."""
     if average is not None:
         weights = {name: mean.contiguous() for name, mean in average.weights.items()}
         save_file(weights, folder / "l3m_average.safetensors")
@@ -30,19 +36,20 @@ def save_progress(
         "prompts": None if prompts is None else prompts.state(),
         "averaged": 0 if average is None else average.n_averaged,
         "data": {name: order.state() for name, order in (data or {}).items()},
+        "sampling": dict(counts or NO_COUNTS),
     }
     (folder / "l3m.json").write_text(json.dumps(state), encoding="utf-8")
 
 
 def load_progress(
     folder: Path, prompts: PromptOrder | None, model: nn.Module, data: Mapping[str, Order] | None = None
-) -> WeightAverage | None:
-    """-> the average as it was, of `model` as it is now; None where there was none yet."""
+) -> tuple[WeightAverage | None, dict[str, int]]:
+    """-> the average as it was, of `model` as it is now, None where there was none yet; and the counts of sampling."""
     if not (folder / "l3m.json").is_file():
         logger.warning("%s has no l3m.json: the prompts and the average of the weights begin anew", folder)
         if prompts is not None:
             prompts.go_to(0)
-        return None
+        return None, dict(NO_COUNTS)
     state = json.loads((folder / "l3m.json").read_text(encoding="utf-8"))
     if prompts is not None and state["prompts"] is not None:
         prompts.restore(state["prompts"])
@@ -51,6 +58,7 @@ def load_progress(
             order.restore(state["data"][name])
         else:
             logger.warning("the checkpoint does not know the data of constraint %r: beginning it anew", name)
+    counts = {**NO_COUNTS, **state.get("sampling", {})}
     if not state["averaged"]:
-        return None
-    return WeightAverage.of(state["averaged"], load_file(folder / "l3m_average.safetensors"), model)
+        return None, counts
+    return WeightAverage.of(state["averaged"], load_file(folder / "l3m_average.safetensors"), model), counts

@@ -30,8 +30,16 @@ from l3ms.rollouts.rollout import Rollout
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.constraint_step import constraint_backward
 from l3ms.training.evaluating import EvaluatingTrainer
+from l3ms.training.fewer_samples import FewerSamples
 from l3ms.training.half_steps import HalfSteps
-from l3ms.training.honoured import check_options, check_parallelism, check_rows, check_sampling, needs_responses
+from l3ms.training.honoured import (
+    check_options,
+    check_parallelism,
+    check_rollout,
+    check_rows,
+    check_sampling,
+    needs_responses,
+)
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
 from l3ms.watching.watch import Watch
@@ -49,8 +57,9 @@ class L3MTrainer(EvaluatingTrainer):
 
     Attributes:
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
-        last_rollout, last_rewards: the responses of the last constraint half-step, and their rewards by constraint; None and empty where no
+        last_rollout, last_rewards: the responses that were sampled last, and their rewards by constraint; None and empty where no
             constraint needs any.
+        fewer_samples: which iterations sample, and what is kept of a rollout.
         last_extra: what reward functions gave to TRL's `log_extra` in it, by column; what they give to `log_metric` is in the log, as
             `rewards/<name>`, the mean over the calls since the last line.
         constraint_data: of each data constraint the batches, in the order in which they are taken.
@@ -83,6 +92,7 @@ class L3MTrainer(EvaluatingTrainer):
             for constraint in self.constraints:
                 if not constraint.samples and not constraint.data:
                     raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")
+        check_rollout(args, self.constraints)
         tokenizer, rows = kwargs.get("processing_class"), kwargs.get("train_dataset") if prompts is None else prompts
         if rows is not None and needs_responses(args, self.constraints):
             check_sampling(self.constraints, tokenizer, rows)
@@ -101,6 +111,7 @@ class L3MTrainer(EvaluatingTrainer):
         self.last_rewards: dict[str, list[float | None]] = {}
         self.reward_log = RewardLog()
         self.watched: dict[str, float] = {}
+        self.fewer_samples = FewerSamples(args.rollout_every, args.rollout_reuse)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = {"seed": seed, "rank": self.args.process_index, "world": self.args.world_size}
         self.prompts = PromptOrder(rows, **order) if hasattr(rows, "__len__") else None
@@ -117,6 +128,11 @@ class L3MTrainer(EvaluatingTrainer):
     def policy(self) -> Any:
         """The model without what wraps it for several processes."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the responses are of this iteration."""
+        return self.fewer_samples.sampled
 
     @property
     def sharded(self) -> bool:
@@ -239,9 +255,13 @@ class L3MTrainer(EvaluatingTrainer):
         """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        self.last_rollout = constraint_backward(self)
+        self._backpropagate_constraints()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _backpropagate_constraints(self) -> None:
+        responses = constraint_backward(self)
+        self.last_rollout = self.last_rollout if responses is None else responses
 
     def add_constraint_gradient(self) -> None:
         """For a joint step: the task's gradient in `.grad` becomes that of (task + barrier) / S. Holds a second gradient meanwhile."""
@@ -251,7 +271,7 @@ class L3MTrainer(EvaluatingTrainer):
         task = [(p, p.grad) for p in parameters if p.grad is not None]
         for p, _ in task:
             p.grad = None
-        self.last_rollout = constraint_backward(self)
+        self._backpropagate_constraints()
         weight = optimizer.task_weight
         for p, grad in task:
             grad = grad * weight.to(grad)
@@ -298,7 +318,9 @@ class L3MTrainer(EvaluatingTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_progress(Path(output_dir), self.prompts, self.average, self.constraint_data)
+            counts = self.fewer_samples.counts()
+            save_progress(Path(output_dir), self.prompts, self.average, self.constraint_data, counts)
+        self.fewer_samples.save_rollout(Path(output_dir), self.rank_suffix)
         if self.watches:
             save_tree(Path(output_dir), f"watch{self.rank_suffix}", [watch.state() for watch in self.watches])
 
@@ -306,7 +328,10 @@ class L3MTrainer(EvaluatingTrainer):
         super()._load_states(checkpoint)
         if checkpoint is not None:
             model = self.policy
-            self.average = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
+            self.average, counts = load_progress(Path(checkpoint), self.prompts, model, self.constraint_data)
+            self.fewer_samples.restore_counts(counts)
+            temperature: float = self.args.temperature  # type: ignore[attr-defined]
+            self.fewer_samples.load_rollout(Path(checkpoint), self.rank_suffix, temperature, model)
             if (Path(checkpoint) / f"watch{self.rank_suffix}.json").exists():
                 self._watched_before = load_tree(Path(checkpoint), f"watch{self.rank_suffix}")
 
@@ -315,7 +340,8 @@ class L3MTrainer(EvaluatingTrainer):
             metrics = self.l3m_optimizer.metrics()
             own = "task" if self.args.half_steps == "alternating" else "constraint"  # type: ignore[attr-defined]
             logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
-            if self.last_rollout is not None:
+            logs.update(self.fewer_samples.metrics())
+            if self.last_rollout is not None and self.fewer_samples.sampled:
                 logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
             means = self.reward_log.means(self.args.world_size)
             logs.update({f"rewards/{name}": value for name, value in means.items()})

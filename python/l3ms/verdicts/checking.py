@@ -206,11 +206,12 @@ def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], c
 
 
 def _trainer(run: Run, folder: str) -> L3MTrainer:
-    """As that of the run, for two iterations, its folder elsewhere."""
+    """As that of the run, for two iterations, its folder elsewhere; both sample."""
     short = run.config.train.model_copy(update={"iterations": 2, "warmup": 0, "save_steps": None})
+    each = run.config.rollout.model_copy(update={"every": 1, "reuse": 1})
     trainer = L3MTrainer(
         model=run.model,
-        args=training_arguments(run.config.model_copy(update={"output": folder, "train": short})),
+        args=training_arguments(run.config.model_copy(update={"output": folder, "train": short, "rollout": each})),
         train_dataset=run.train.rows,
         constraints=run.constraints,
         engine=run.engine,
@@ -290,10 +291,12 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
     for line in result["advice"]:
         say(console, line)
     length = result["length"]
+    fewer = config.rollout.every != 1 or config.rollout.reuse > 1
+    each, most = (" that samples", "at most") if fewer else ("", "about")
     lines = [
         f"Responses: {length['mean']:.1f} tokens on average, {100 * result['ended']:.0f}% end by themselves, "
         f"{100 * result['truncated']:.0f}% are cut at {config.train.max_new_tokens} tokens; task perplexity {result['perplexity']:.2f}",
-        f"Time: {cost.iteration:.2g} s per iteration, about {duration(cost.training)} for {config.train.iterations}, and "
+        f"Time: {cost.iteration:.2g} s per iteration{each}, {most} {duration(cost.training)} for {config.train.iterations}, and "
         f"{duration(cost.evaluation)} of evaluation; with responses as long as now",
         f"Memory: {size(cost.memory)} so far, {size(cost.optimizer)} of it for the optimizer's state"
         if cost.device_memory is None

@@ -46,6 +46,7 @@ class Snapshot(NamedTuple):
         _copy(self.weights, model)
         rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
         counted = {"constraint_steps": optimizer.constraint_steps, "skipped_steps": optimizer.skipped_steps}
+        counted["left_out"] = optimizer.left_out
         state = _on_cpu(self.optimizer)  # a copy: load_state_dict keeps what it is given, and steps are in place
         state["l3m"].update(counted, skipped_in_a_row=0)
         optimizer.load_state_dict(state)

@@ -80,6 +80,7 @@ class Watch(TrainerCallback):
         self._batches: deque[dict[str, list[float | None]]] = deque(maxlen=HELD_OUT_BATCHES)
         self._warned: set[str] = set()
         self._cosines: PairCosines | None = None
+        self._looked = 0  # at the gradients, in units of `every`; where an iteration has not sampled it is later
         self._ranks = trainer.args.world_size
         self._sharded = trainer.sharded
         self._rows = self._held_out_rows()
@@ -103,6 +104,7 @@ class Watch(TrainerCallback):
             "rules": self._rules.state(),
             "held_out": self._held_out.state(),
             "batches": list(self._batches),
+            "looked": self._looked,
             "cosines": [] if self._cosines is None else self._cosines.grams,
         }
 
@@ -110,6 +112,8 @@ class Watch(TrainerCallback):
         """After `begin`: it goes on as the one whose `state` this is; the first weights to go back to are those of now."""
         self.tripped, self.conflicts = state["tripped"], state["conflicts"]
         self.rollbacks, self._warned = state["rollbacks"], set(state["warned"])
+        iteration = 0 if self.trainer is None else self.trainer.state.global_step
+        self._looked = state.get("looked", iteration // max(self.config.every, 1))
         self._rules.restore(state["rules"])
         self._held_out.restore(state["held_out"])
         self._batches.extend(state["batches"])
@@ -119,17 +123,20 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if trainer is None or trainer.l3m_optimizer is None or trainer.last_rollout is None:
+        if trainer is None or trainer.l3m_optimizer is None or not any(c.samples for c in trainer.constraints):
             return
         config, iteration, seen = self.config, state.global_step, trainer.watched
-        responses = self._of_all_ranks(response_tokens(trainer.last_rollout))
-        values = response_statistics(responses, self._floor)
-        self._batches.append(trainer.last_rewards)
-        trips = self._rules.update(values)
-        seen.update({f"watch/{name}": value for name, value in values.items() if name != "length/spread"})
+        trips: list[Trip] = []
+        if trainer.sampled and trainer.last_rollout is not None:
+            responses = self._of_all_ranks(response_tokens(trainer.last_rollout))
+            values = response_statistics(responses, self._floor)
+            self._batches.append(trainer.last_rewards)
+            trips = self._rules.update(values)
+            seen.update({f"watch/{name}": value for name, value in values.items() if name != "length/spread"})
         if config.held_out_every and self._rows and iteration % config.held_out_every == 0:
             trips += self._look_at_held_out(trainer, seen)
-        if config.every and iteration % config.every == 0 and not self._sharded:
+        if config.every and iteration // config.every > self._looked and trainer.sampled and not self._sharded:
+            self._looked = iteration // config.every
             self._look_at_gradients(trainer, seen)
         if trips:
             self._act(trainer, trips, control)

@@ -25,6 +25,11 @@ class Watched(Protocol):
     average: WeightAverage | None  # of the weights, from the iteration on where it begins
 
     @property
+    def sampled(self) -> bool:
+        """Whether `last_rollout` is of this iteration; another one may have left sampling out."""
+        ...
+
+    @property
     def policy(self) -> Any:
         """The model without what wraps it for several processes."""
         ...

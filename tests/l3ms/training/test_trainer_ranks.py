@@ -1,6 +1,7 @@
 """The trainer and its watch on two processes, started as torchrun starts them: both act alike and end with the same weights."""
 
 import functools
+import json
 import os
 import shutil
 import socket
@@ -77,4 +78,24 @@ def test_both_ranks_go_on_from_a_checkpoint(two_ranks, tmp_path):
         # What a rank logs is of its own responses in part, and the checkpoint has the first one's
         logs = [[row for row in run["log"] if "loss" in row and row["step"] > 3] for run in (ours, theirs)]
         assert len(logs[0]) == 3
+        assert logs[0] == logs[1]
+
+
+def test_both_ranks_leave_the_same_out_and_use_the_same_again(two_ranks, tmp_path):
+    """And go on so from a checkpoint: with what each of them has kept of its rollout, and with the tokens of both counted."""
+    rollout = json.dumps({"rollout_every": "auto", "rollout_reuse": 3, "warmup_steps": 2})
+    expected = two_ranks("warn", 10, 5, rollout)
+    keys = ("l3m/constraint_step", "l3m/sampled_tokens", "l3m/ess", "constraints/length/estimate")
+    seen = [[[row.get(key) for key in keys] for row in run["log"] if "loss" in row] for run in expected]
+    assert seen[0] == seen[1]
+    steps, tokens, shares, _ = zip(*seen[0], strict=True)
+    assert set(steps) == {0.0, 1.0}
+    assert any(share is not None for share in shares)
+    assert tokens[-1] == sum(run["tokens"] for run in expected)
+    assert all(torch.equal(a, b) for a, b in zip(expected[0]["final"], expected[1]["final"], strict=True))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    found = two_ranks("warn", 10, 5, rollout)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours["final"], theirs["final"], strict=True))
+        logs = [[row for row in run["log"] if "loss" in row and row["step"] > 5] for run in (ours, theirs)]
         assert logs[0] == logs[1]
