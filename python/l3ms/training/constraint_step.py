@@ -17,6 +17,7 @@ from l3ms.model.orders import PromptOrder
 from l3ms.model.random_numbers import stream, undrawn
 from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
+from l3ms.training.phases import Phases
 from l3ms.watching.watched import Watched
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Constrained(Watched, Protocol):
     model_wrapped: Any
     prompts: PromptOrder | None  # rows to be answered; None where no constraint needs responses
     constraint_data: dict[str, Batches]  # by constraint
+    phases: Phases
 
     def compute_loss_context_manager(self) -> Any: ...
 
@@ -108,7 +110,7 @@ def _sampled(trainer: Constrained) -> Rollout:
     assert trainer.prompts is not None
     policy = trainer.policy
     rows = trainer.prompts.take(args.constraint_batch_size)
-    with _stream_of_rank(trainer):
+    with trainer.phases.inside("sampling"), _stream_of_rank(trainer):
         responses = rollout(
             policy,
             trainer.processing_class,
@@ -118,13 +120,14 @@ def _sampled(trainer: Constrained) -> Rollout:
             temperature=args.temperature,
             columns=further_columns(rows),
         )
+    trainer.phases.sampled(responses.scored)
     if not trainer.state.global_step and not bool(responses.ended.any()):
         logger.warning(
             "iteration 1: all %d responses are cut at max_new_tokens=%d, so their lengths are those of cuts, and a bound on the length "
             "has no gradient until one ends by itself; raise max_new_tokens, or begin with a model that ends its responses",
             len(responses), args.max_new_tokens,
         )  # fmt: skip
-    with optimizer.estimates.errors_on_all_ranks():
+    with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
         rewards = trainer.last_rewards = _rewards(trainer, responses)
     weights = optimizer.observe(rewards, responses.lengths)
     if all(constraint.monitor for constraint in trainer.constraints if constraint.samples):
