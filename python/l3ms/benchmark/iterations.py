@@ -11,6 +11,7 @@ import ctypes
 import gc
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,10 +248,12 @@ def measure(
         if "trl" in measured:
             try:
                 measured["trl"].title = f"TRL {metadata.version('trl')}, SFT step and GRPO step"
-                trl = TrlSteps(
-                    own_model(work.model, lora).to(args.device), tokenizer, batch=work.batch, max_new_tokens=work.max_new_tokens,
-                    phases=clock, folder=Path(folder), cpu=device == "cpu",
-                )  # fmt: skip
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of theirs
+                    trl = TrlSteps(
+                        own_model(work.model, lora).to(args.device), tokenizer, batch=work.batch, max_new_tokens=work.max_new_tokens,
+                        phases=clock, folder=Path(folder), cpu=device == "cpu",
+                    )  # fmt: skip
                 turns.others["trl"] = lambda: trl.iteration(trainer.task_batch, trainer.last_rollout.prompts)  # type: ignore[union-attr]
             except ImportError as error:
                 measured["trl"].reason = f"not installed: pip install {WANTED} ({error})"

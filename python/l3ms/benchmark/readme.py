@@ -14,7 +14,7 @@ BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 NOT_MEASURED = "*Not measured yet.*"
 ITERATION_NOT_MEASURED = (
     "A whole iteration (task and constraint, beside a plain loop and TRL's SFT and GRPO steps): *not measured yet*; "
-    "`l3ms bench --op iteration --output bench/results --add && python bench/update_readme.py` fills this in."
+    "`make bench-iteration` fills this in."
 )
 
 
@@ -71,7 +71,7 @@ def _of_machine(results: Results) -> str:
 
 
 def _link(results: Results) -> str:
-    name = f"bench/results/{results.environment.device}.md"
+    name = f"bench/results/{results.name}.md"
     return f"[{name}]({name})"
 
 

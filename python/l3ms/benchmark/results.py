@@ -130,6 +130,11 @@ class Results:
     parts: list[Part] = field(default_factory=list)
     iterations: list[IterationResult] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """Of its files: whole iterations are apart from the head's ops, since they are measured in another environment."""
+        return f"{self.environment.device}{'-iteration' if self.iterations and not self.cases else ''}"
+
     def add(self, case: CaseResult) -> None:
         """Enter a case, in place of an earlier measurement of the same one."""
         self.cases = [old for old in self.cases if old.case != case.case] + [case]

@@ -72,8 +72,8 @@ class Plan:
         return [known[name] for name in known if not self.contestants or name in self.contestants]
 
 
-def begin(plan: Plan) -> tuple[Results, Path | None]:
-    """What there is before anything was measured, and the file of `--output`."""
+def begin(plan: Plan, suffix: str = "") -> tuple[Results, Path | None]:
+    """What there is before anything was measured, and the file of `--output`: the device's name and `suffix`."""
     if plan.threads:
         torch.set_num_threads(plan.threads)
     environment = describe(plan.device)
@@ -84,7 +84,7 @@ def begin(plan: Plan) -> tuple[Results, Path | None]:
         seed=plan.seed,
         budget=plan.budget,
     )
-    target = plan.output / f"{environment.device}.json" if plan.output else None
+    target = plan.output / f"{environment.device}{suffix}.json" if plan.output else None
     if plan.add and target and target.exists():
         results = _continued(results, target)
     return results, target

@@ -235,15 +235,17 @@ def machine(results: Results) -> str:
 def report(results: Results) -> str:
     """The Markdown file beside the JSON."""
     environment = results.environment
-    device = environment.device
     where, unit = ("by the allocator", "TFLOP/s") if environment.gpu else ("in a fresh process", "GFLOP/s")
+    of_the_head = (
+        f"; memory is the peak beyond inputs and what is returned, {where}; error is the distance of the gradients (without gradients: of "
+        f"the log-likelihoods) from float64, relative; {unit} counts what the op needs on the scored rows"
+    )
+    rounds = f"Median of up to {results.rounds} interleaved rounds, seed {results.seed}"
     parts = [
         f"# Benchmark: {environment.gpu or environment.cpu}",
         f"{machine(results)}.",
-        f"Median of up to {results.rounds} interleaved rounds, seed {results.seed}; memory is the peak beyond inputs and what is "
-        f"returned, {where}; error is the distance of the gradients (without gradients: of the log-likelihoods) "
-        f"from float64, relative; {unit} counts what the op needs on the scored rows. "
-        f"Every round is in [{device}.json]({device}.json).",
+        f"{rounds}{of_the_head if results.cases or results.scaling else ''}. "
+        f"Every round is in [{results.name}.json]({results.name}.json).",
     ]
     for grid in grids(results):
         parts += [f"## {grid.title}", markdown(grid)]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from l3ms.benchmark.plain_loop import trained
 from l3ms.config.train import LoraConfig
+from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.pretrained import load_whole
 from l3ms.training.phases import Phases
 
@@ -42,7 +43,7 @@ class TrlSteps:
         self, model: Any, tokenizer: Any, *, batch: int, max_new_tokens: int, phases: Phases, folder: Path, cpu: bool
     ):
         """ImportError where TRL is not installed."""
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
         from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
         self.model, self.phases, self.group = model, phases, GROUP if batch % GROUP == 0 else batch
@@ -50,15 +51,20 @@ class TrlSteps:
             "per_device_train_batch_size": batch, "max_steps": 1, "learning_rate": 0.0, "bf16": False, "gradient_checkpointing": False,
             "use_cpu": cpu, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
         }  # fmt: skip
+        disable_progress_bars()
         unused = Dataset.from_list([{"prompt": "a", "completion": "b"}] * batch)
         sft = SFTConfig(output_dir=str(folder / "sft"), completion_only_loss=True, **common)
+        self.inner = inside_adapters(model)
+        self.forwards: dict[Any, Any] = {}  # each trainer gives the model one of its own, and the last one stays
         self.sft = SFTTrainer(model, sft, train_dataset=unused, processing_class=tokenizer)
+        self.forwards[self.sft] = self.inner.forward
         grpo = GRPOConfig(
             output_dir=str(folder / "grpo"), num_generations=self.group, max_completion_length=max_new_tokens, beta=0.0, **common
         )  # fmt: skip
         self.grpo = GRPOTrainer(
             model, self._lengths, args=grpo, train_dataset=unused.remove_columns("completion"), processing_class=tokenizer
         )  # fmt: skip
+        self.forwards[self.grpo] = self.inner.forward
         for trainer in (self.sft, self.grpo):  # what train() sets before its loop
             trainer.current_gradient_accumulation_steps = 1
         self.grpo._generate = self._in_phase("sampling", self.grpo._generate)
@@ -73,12 +79,16 @@ class TrlSteps:
             prompts: of ours' responses.
         """
         with self.phases.inside("task"):
-            self.sft.training_step(self.model, dict(task), None)
+            self._train(self.sft, dict(task))
         self._step()
         groups = [{"prompt": prompt} for prompt in prompts[: len(prompts) // self.group] for _ in range(self.group)]
         with self.phases.inside("constraint"):
-            self.grpo.training_step(self.model, groups, None)
+            self._train(self.grpo, groups)
         self._step()
+
+    def _train(self, trainer: Any, batch: Any) -> None:
+        self.inner.forward = self.forwards[trainer]
+        trainer.training_step(self.model, batch, None)
 
     def _lengths(self, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
         self.phases.sampled(sum(map(len, completion_ids)))

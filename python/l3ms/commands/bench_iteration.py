@@ -34,7 +34,7 @@ def execute(plan: Plan, model: str, yes: bool, console: Console) -> None:
     """Measure, show the table, write what the plan asks for."""
     from l3ms.benchmark import iterations, run, tables
 
-    results, target = run.begin(plan)
+    results, target = run.begin(plan, "-iteration")
     with tempfile.TemporaryDirectory() as folder:
         work = _work(model, yes, Path(folder), console)
         names = plan.contestants or tuple(iterations.TITLES)

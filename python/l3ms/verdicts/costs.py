@@ -2,11 +2,13 @@
 
 Sampling is most of the time, and goes with the lengths. A batch takes `a * longest + b * tokens` seconds: so many steps, and in each the
 rows that have not ended. a and b are fitted to the batches that were sampled. Where the lengths go is known: to those of the data, moved
-to the nearer bound on their mean. They are taken to get there in the first third of the run, in a straight line.
+to the nearer bound on their mean. They are taken to get there in the first third of the run, in a straight line, and to keep a longer tail
+than the data have, which is what the longest of a batch comes from.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import tempfile
@@ -111,7 +113,7 @@ def measure(
     rates = sampling_rates([*sampled, evaluated])
 
     most, train = config.train.max_new_tokens, config.train
-    wanted = expected_lengths(rows, trainer.constraints, most)
+    wanted = with_tail(expected_lengths(rows, trainer.constraints, most), most)
     settled = mean["iteration"]
     if sampled:
         prompt = statistics.fmean(sum(label == -100 for label in row["labels"]) for row in rows)
@@ -176,6 +178,13 @@ def expected_lengths(rows: Sequence[dict[str, Any]], constraints: Sequence[Const
         low, high = (-np.inf if item.low is None else item.low), (np.inf if item.high is None else item.high)
         wanted = float(np.clip(wanted, low, high))
     return [min(max(round(length * wanted / mean), 1), most) for length in lengths]
+
+
+def with_tail(lengths: Sequence[int], most: int) -> list[int]:
+    """And as many of an exponential distribution of the same mean: what a model writes that has learned how often it ends, and not when."""
+    mean, count = statistics.fmean(lengths), len(lengths)
+    tail = [-mean * math.log(1 - (index + 0.5) / count) for index in range(count)]
+    return [*lengths, *(min(max(round(length), 1), most) for length in tail)]
 
 
 def batches(lengths: Sequence[int], size: int, count: int = 64) -> list[list[int]]:

@@ -154,4 +154,5 @@ def test_the_command(work, without_trl, monkeypatch, tmp_path, capsys):
     assert "tokens/s" in shown
     [path] = out.glob("*.json")
     assert [item.contestant for item in read(path).iterations[0].measurements] == ["l3ms", "plain"]
+    assert path.stem == f"{describe().device}-iteration"
     assert out.joinpath(f"{path.stem}.md").read_text().count("An iteration, tiny") == 1
