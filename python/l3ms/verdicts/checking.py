@@ -208,7 +208,8 @@ def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], c
 
 def _trainer(run: Run, folder: str) -> L3MTrainer:
     """As that of the run, for a few iterations, its folder elsewhere."""
-    short = run.config.train.model_copy(update={"iterations": 1 + costs.ITERATIONS, "warmup": 0, "save_steps": None})
+    iterations = 1 + max(costs.LEAST, min(costs.ITERATIONS, run.config.train.iterations))
+    short = run.config.train.model_copy(update={"iterations": iterations, "warmup": 0, "save_steps": None})
     trainer = L3MTrainer(
         model=run.model,
         args=training_arguments(run.config.model_copy(update={"output": folder, "train": short})),

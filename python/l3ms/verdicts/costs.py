@@ -95,7 +95,7 @@ def measure(
     """Train for a few iterations and reckon.
 
     Args:
-        trainer: as that of the run, for `ITERATIONS` + 1 iterations, saving nothing.
+        trainer: as that of the run, for `ITERATIONS` + 1 iterations at most, saving nothing.
         rows: that are trained on.
         evaluated: a batch of responses sampled for an evaluation, and the seconds of its sampling.
         response: seconds to sample and measure one of those.
