@@ -85,7 +85,7 @@ class Phases:
         self._forget()
 
     def _forget(self) -> None:
-        self._sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)  # pyright: ignore[reportAttributeAccessIssue]
+        self._sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._sampled = self._count = 0
 
     @property
