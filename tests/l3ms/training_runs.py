@@ -118,6 +118,12 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def timeless(entries):
+    """Lines of a log without what differs from run to run: the time that it took, and the memory."""
+    clocked = ("time/", "memory/", "seconds")
+    return [{key: value for key, value in entry.items() if not key.startswith(clocked)} for entry in entries]
+
+
 def log_likelihood(model, batch, temperature=1.0):
     """(N,) log pi of the labels and their (N,) counts, from the logits that the model returns."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits

@@ -6,31 +6,73 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from l3ms.benchmark.iteration_results import IterationResult
 from l3ms.benchmark.results import CaseResult, Results
 from l3ms.benchmark.tables import Grid, absences, bytes_text, machine, markdown, seconds_text
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 NOT_MEASURED = "*Not measured yet.*"
+ITERATION_NOT_MEASURED = (
+    "A whole iteration (task and constraint, beside a plain loop and TRL's SFT and GRPO steps): *not measured yet*; "
+    "`make bench-iteration` fills this in."
+)
 
 
 def section(measured: Sequence[Results]) -> str:
     """What stands between the README's two marks: a table per machine."""
-    return "\n\n".join(_of_machine(results) for results in measured if results.cases) or NOT_MEASURED
+    tables = [_of_machine(results) for results in measured if results.cases]
+    if not measured:
+        return NOT_MEASURED
+    return "\n\n".join([*tables, *(_iterations(measured) or [ITERATION_NOT_MEASURED])])
+
+
+def _iterations(measured: Sequence[Results]) -> list[str]:
+    """A table per machine: what a user waits for."""
+    found = []
+    for results in measured:
+        if results.iterations:
+            header = [
+                "a whole iteration",
+                *(f"{item.model}, {item.responses} responses" for item in results.iterations),
+            ]
+            names = dict.fromkeys(m.contestant for item in results.iterations for m in item.measurements if m.phases)
+            rows = [_iteration_row(name, results.iterations) for name in names]
+            best = list(names).index("l3ms") if "l3ms" in names else None
+            found += [markdown(Grid("", header, rows, [], best)), f"{machine(results)}. By phase: {_link(results)}."]
+    return found
+
+
+def _iteration_row(name: str, iterations: Sequence[IterationResult]) -> list[str]:
+    row = [""]
+    for result in iterations:
+        item = next((item for item in result.measurements if item.contestant == name and item.phases), None)
+        if item is None:
+            row.append("-")
+            continue
+        row[0] = item.title
+        row.append(
+            f"{seconds_text(item.seconds)} ({result.ratio(item) or 1:.2f}), {item.rate or 0:.0f} tokens/s, {bytes_text(item.memory)}"
+        )
+    return row
 
 
 def _of_machine(results: Results) -> str:
     cases = _shown(results)
     first = cases[0]
-    device = results.environment.device
     grid = _summary(cases)
     lines = [
         f"`weighted_log_likelihood`, forward and backward, n={first.rows}, D={first.hidden}, V={first.vocabulary}; "
         "in parentheses: as a multiple of ours. Memory is the peak beyond inputs and returned gradients, all rows scored.",
         markdown(grid),
         "\n".join(f"- {note}" for note in [*grid.notes, *_limits(cases)]),
-        f"{machine(results)}. All cases: [bench/results/{device}.md](bench/results/{device}.md).",
+        f"{machine(results)}. All cases: {_link(results)}.",
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _link(results: Results) -> str:
+    name = f"bench/results/{results.name}.md"
+    return f"[{name}]({name})"
 
 
 def _shown(results: Results) -> list[CaseResult]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from l3ms.benchmark.environment import Environment
+from l3ms.benchmark.iteration_results import IterationResult
 from l3ms.benchmark.race import Race
 from l3ms.benchmark.records import of_json
 from l3ms.benchmark.shapes import Case, Shape
@@ -127,10 +128,19 @@ class Results:
     cases: list[CaseResult] = field(default_factory=list)
     scaling: list[Scaling] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    iterations: list[IterationResult] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of its files: whole iterations are apart from the head's ops, since they are measured in another environment."""
+        return f"{self.environment.device}{'-iteration' if self.iterations and not self.cases else ''}"
 
     def add(self, case: CaseResult) -> None:
         """Enter a case, in place of an earlier measurement of the same one."""
         self.cases = [old for old in self.cases if old.case != case.case] + [case]
+
+    def add_iteration(self, found: IterationResult) -> None:
+        self.iterations = [old for old in self.iterations if old.key != found.key] + [found]
 
 
 def gather(race: Race, ours: str | None) -> CaseResult:

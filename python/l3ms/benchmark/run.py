@@ -52,7 +52,7 @@ class Plan:
 
     def __post_init__(self):
         known = contestants(self.device)
-        for name in self.contestants:
+        for name in self.contestants if self.cases or self.scaling else ():
             if name not in known:
                 raise ConfigError("--contestants", f"must be one of {', '.join(known)}, got {name!r}")
         if self.backend is None:
@@ -72,8 +72,8 @@ class Plan:
         return [known[name] for name in known if not self.contestants or name in self.contestants]
 
 
-def execute(plan: Plan, console: Console) -> Results:
-    """Measure, print a table after each case, and write what the plan asks for."""
+def begin(plan: Plan, suffix: str = "") -> tuple[Results, Path | None]:
+    """What there is before anything was measured, and the file of `--output`: the device's name and `suffix`."""
     if plan.threads:
         torch.set_num_threads(plan.threads)
     environment = describe(plan.device)
@@ -84,12 +84,18 @@ def execute(plan: Plan, console: Console) -> Results:
         seed=plan.seed,
         budget=plan.budget,
     )
-    target = plan.output / f"{environment.device}.json" if plan.output else None
+    target = plan.output / f"{environment.device}{suffix}.json" if plan.output else None
     if plan.add and target and target.exists():
         results = _continued(results, target)
+    return results, target
+
+
+def execute(plan: Plan, console: Console) -> Results:
+    """Measure, print a table after each case, and write what the plan asks for."""
+    results, target = begin(plan)
     steps = len(plan.cases) * len(plan.entrants) * (1 + plan.rounds + plan.memory)
     try:
-        with _progress(console, steps) as said:
+        with progress(console, steps) as said:
             _measure_all(plan, results, target, console, said)
     except KeyboardInterrupt:
         if results.cases and (kept := [str(path) for path in (plan.json, target) if path]):
@@ -114,11 +120,11 @@ def _measure_all(
             break
         share = GENEROUS / (len(plan.cases) - index)
         results.add(measure(case, plan, said, now + min(1, share) * (end - now)))
-        _save(results, plan, target)
+        save(results, plan, target)
         console.print(tables.terminal(tables.case_grid(results.cases[-1])))
     if plan.scaling:
         results.scaling = _scaling(plan.scaling, plan, said)
-        _save(results, plan, target)
+        save(results, plan, target)
         for found in results.scaling:
             console.print(tables.terminal(tables.scaling_grid(found)))
 
@@ -198,7 +204,7 @@ def _scaling(like: Case, plan: Plan, said: Callable[[str], None]) -> list:
     ]
 
 
-def _save(results: Results, plan: Plan, target: Path | None) -> None:
+def save(results: Results, plan: Plan, target: Path | None) -> None:
     for path in (plan.json, target):
         if path:
             write(results, path)
@@ -207,15 +213,15 @@ def _save(results: Results, plan: Plan, target: Path | None) -> None:
 
 
 def _draw(results: Results, plan: Plan, target: Path | None) -> None:
-    from l3ms.benchmark.figure import save
+    from l3ms.benchmark import figure
 
     for path in (plan.plot, target.with_suffix(".png") if target else None):
         if path and results.cases:
-            save(results, path)
+            figure.save(results, path)
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """A bar in a terminal; elsewhere a line for each case and phase on standard error."""
     if not console.is_terminal:
         plain, last = Console(stderr=True), ""

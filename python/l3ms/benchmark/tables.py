@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from l3ms.benchmark.iteration_results import SHOWN, IterationResult
 from l3ms.benchmark.results import CaseResult, Measurement, Part, Results, Scaling
 from l3ms.benchmark.shapes import OP_TITLES
 
@@ -133,6 +134,33 @@ def scaling_grid(scaling: Scaling) -> Grid:
     return Grid(title, header, rows, [f"not run: {title}: {why}" for title, why in absent.items()])
 
 
+def iteration_grid(result: IterationResult) -> Grid:
+    """A line per contestant: the iteration, its phases, tokens sampled per second, memory."""
+    header = ["", "iteration", "time / ours", *SHOWN, "tokens/s", "memory", "error"]
+    ran = [item for item in result.measurements if item.phases]
+    rows = [
+        [
+            item.title,
+            seconds_text(item.seconds),
+            _number(result.ratio(item), ".2f"),
+            *(seconds_text(item.phase(name)) for name in SHOWN),
+            _number(item.rate, ".0f"),
+            bytes_text(item.memory),
+            _number(item.error, ".0e"),
+        ]
+        for item in ran
+    ]
+    notes = [f"not run: {item.title}: {item.reason}" for item in result.measurements if item.reason]
+    notes.append(
+        f"tokens sampled in an iteration: {', '.join(f'{item.title} {sum(item.tokens) / len(item.tokens):.0f}' for item in ran)}"
+    )
+    notes.append(
+        "memory: the peak beyond what was there before the iteration; error: of the gradients, relative to ours"
+    )
+    best = next((index for index, item in enumerate(ran) if item.kind == "ours"), None)
+    return Grid(result.title, header, rows, notes, best)
+
+
 def part_grid(group: str, parts: Sequence[Part]) -> Grid:
     """Parts of the work that were timed by themselves: a line each, in the order measured."""
     ran = [part for part in parts if part.seconds]
@@ -154,7 +182,8 @@ def part_grid(group: str, parts: Sequence[Part]) -> Grid:
 
 def grids(results: Results) -> list[Grid]:
     groups = dict.fromkeys(part.group for part in results.parts)
-    found = [case_grid(case) for case in results.cases] + [scaling_grid(scaling) for scaling in results.scaling]
+    found = [*map(iteration_grid, results.iterations), *map(case_grid, results.cases)]
+    found += [scaling_grid(scaling) for scaling in results.scaling]
     return found + [part_grid(name, [part for part in results.parts if part.group == name]) for name in groups]
 
 
@@ -206,15 +235,17 @@ def machine(results: Results) -> str:
 def report(results: Results) -> str:
     """The Markdown file beside the JSON."""
     environment = results.environment
-    device = environment.device
     where, unit = ("by the allocator", "TFLOP/s") if environment.gpu else ("in a fresh process", "GFLOP/s")
+    of_the_head = (
+        f"; memory is the peak beyond inputs and what is returned, {where}; error is the distance of the gradients (without gradients: of "
+        f"the log-likelihoods) from float64, relative; {unit} counts what the op needs on the scored rows"
+    )
+    rounds = f"Median of up to {results.rounds} interleaved rounds, seed {results.seed}"
     parts = [
         f"# Benchmark: {environment.gpu or environment.cpu}",
         f"{machine(results)}.",
-        f"Median of up to {results.rounds} interleaved rounds, seed {results.seed}; memory is the peak beyond inputs and what is "
-        f"returned, {where}; error is the distance of the gradients (without gradients: of the log-likelihoods) "
-        f"from float64, relative; {unit} counts what the op needs on the scored rows. "
-        f"Every round is in [{device}.json]({device}.json).",
+        f"{rounds}{of_the_head if results.cases or results.scaling else ''}. "
+        f"Every round is in [{results.name}.json]({results.name}.json).",
     ]
     for grid in grids(results):
         parts += [f"## {grid.title}", markdown(grid)]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from l3ms.commands import bench_iteration
 from l3ms.commands.options import Debug, wide_console
 
 HELP = """Measure the fused head against what else there is, on the same tensors: time, memory, error.
@@ -21,14 +22,18 @@ in a process of its own. Peers that are not installed, or need a GPU, are listed
     l3ms bench --scaling                        # time over rows, and over constraints
     l3ms bench --full --output bench/results    # everything: hours
     l3ms bench --device cuda --full             # on a GPU: in 8 minutes
+    l3ms bench --op iteration                   # a whole iteration: ours, a plain loop, TRL's SFT and GRPO steps
+    l3ms bench --op iteration --model real --yes --rounds 3
 
-[bold]Peers[/bold]: pip install --no-deps liger-kernel cut-cross-entropy (they need nothing that is not here already).
+[bold]Peers[/bold]: pip install --no-deps liger-kernel cut-cross-entropy (they need nothing that is not here already); \
+of iteration: pip install trl==1.16.0.
 """
 
 
 def bench(
     op: Annotated[
-        list[str] | None, typer.Option(help="weighted, log-likelihood, no-grad or frozen; may be repeated.")
+        list[str] | None,
+        typer.Option(help="weighted, log-likelihood, no-grad or frozen; may be repeated. Or iteration, by itself."),
     ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="n,D,V", help="Rows, hidden size, vocabulary; may be repeated.")
@@ -65,6 +70,15 @@ def bench(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write results, versions and machine.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw time and memory.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for <device>.json, .md and .png.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="demo|real|NAME",
+            help="Of iteration: the demos' (default: demo), a folder or a hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Of --model real: download it without asking.")] = False,
     add: Annotated[bool, typer.Option("--add", help="Keep the other cases of the file in --output.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -85,8 +99,17 @@ def bench(
         raise ConfigError("--device", f"must be cpu or cuda, got {device!r}")
     if device == "cuda" and (why := missing()):
         raise ConfigError("--device", f"cuda cannot be measured here: {why}")
+    names = tuple(name for name in (contestants or "").replace(" ", "").split(",") if name)
+    iteration = "iteration" in (op or [])
+    if iteration:
+        of_the_head = {key: value for key, value in named.items() if key != "--op"}
+        of_the_head |= {"--backend": backend, "--plot": plot, "--budget": budget, "--no-memory": not memory}
+        bench_iteration.check_options(op or [], of_the_head, names)
+    elif model or yes:
+        raise ConfigError("--model" if model else "--yes", "is of --op iteration")
     everything = FULL if device == "cpu" else GPU_FULL
-    cases = everything if full else select_cases(op or [], shape or [], dtype or [], masked or [], device)
+    chosen = [] if iteration else op or []
+    cases = everything if full else select_cases(chosen, shape or [], dtype or [], masked or [], device)
     for option, path, ending in (("--plot", plot, ".png"), ("--json", json, ".json")):
         if path is not None and path.suffix.lower() != ending:
             raise ConfigError(option, f"must be a {ending} file, got {path}")
@@ -97,9 +120,8 @@ def bench(
 
     from l3ms.benchmark.run import Plan, execute, scaling_case
 
-    names = tuple(name for name in (contestants or "").replace(" ", "").split(",") if name)
     plan = Plan(
-        cases=() if scaling else cases,
+        cases=() if scaling or iteration else cases,
         contestants=names,
         backend=backend,
         rounds=rounds,
@@ -115,6 +137,9 @@ def bench(
         device=device,
         budget=GPU_BUDGET if budget is None and full and device == "cuda" else budget,
     )
+    if iteration:
+        bench_iteration.execute(plan, model or "demo", yes, wide_console())
+        return
     execute(plan, wide_console())
 
 

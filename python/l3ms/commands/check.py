@@ -9,10 +9,11 @@ import typer
 
 from l3ms.commands.options import AllowCode, Debug, wide_console
 
-HELP = """Try CONFIG without training: load everything, sample a few responses, time one iteration. Nothing is written.
+HELP = """Try CONFIG without training: load everything, sample a few responses, time a few iterations. Nothing is kept.
 
 For each constraint: the range of its rewards, values that are missing or not finite, where the untrained model stands, the probability \
-that it is feasible already, and the share of responses that are within the bounds singly. Then the time and memory that the run will take.
+that it is feasible already, and the share of responses that are within the bounds singly. Then the time and memory that the run will \
+take, if its responses become as long as those of the data, within the bounds on their mean length.
 
 \b
     l3ms check short.yaml

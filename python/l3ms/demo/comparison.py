@@ -6,6 +6,7 @@ is that of a run (config.yaml, metrics.jsonl, model/, average/, report.json, rep
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from rich.console import Console
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo.corpus import Pair
-from l3ms.demo.timed import TimedTrainer, peak_memory
 from l3ms.runs.arguments import training_arguments
 from l3ms.runs.constraints import build_constraints
 from l3ms.runs.data import Example, encode
@@ -30,6 +30,9 @@ from l3ms.runs.models import context_of, load_model
 from l3ms.runs.progress import ProgressCallback
 from l3ms.runs.report import examples_table, summary_table, write_report
 from l3ms.runs.terminal import say
+from l3ms.training.phase_summary import PHASES, seconds_of, summary
+from l3ms.training.phases import peak_memory
+from l3ms.training.trainer import L3MTrainer
 
 HELD_OUT = 4096  # pairs that are kept for certificates, at most
 FOLDERS = {"sft": "sft", "last": "model", "average": "average"}
@@ -75,7 +78,7 @@ def compare(demo: Demo, *, started: float, console: Console) -> dict[str, Any]:
     before = {"initial": _sampled(demo, config, plain, "initial", demo.shown, console)} if demo.costly else {}
     plain.train()
     found["sft"] = _sampled(demo, config, plain, "sft", config.evaluate.samples, console)
-    seconds = {"sft": plain.mean_seconds}
+    seconds = {"sft": _seconds_of(plain)}
     del plain  # its weights, before the next one's
     ours = _trainer(demo, config, "barrier", console)
     ours.train()
@@ -84,12 +87,13 @@ def compare(demo: Demo, *, started: float, console: Console) -> dict[str, Any]:
     else:
         found["last"] = _sampled(demo, config, ours, "last", config.evaluate.samples, console)
     found["average"] = _sampled(demo, config, ours, "average", config.evaluate.samples, console)
-    seconds["l3m"] = ours.mean_seconds
+    seconds["l3m"] = _seconds_of(ours)
     report = _report(demo, config, ours, found, before) | {
         "seconds": round(time.monotonic() - started, 1),
         "seconds_per_iteration": seconds,
         "threads": torch.get_num_threads(),
-        "peak_memory_mib": peak_memory(),
+        "peak_memory_mib": None if (peak := peak_memory()) is None else round(peak / (1 << 20), 1),
+        "time": summary(ours.state.log_history),
     }
     picture = write_report(demo.folder, report, {key: samples.lengths for key, samples in found.items()})
     console.print(summary_table(report), examples_table(report["examples"], report))
@@ -133,7 +137,7 @@ def _rows(demo: Demo, pairs: Sequence[Pair], tokenizer: Any, model: Any, limit: 
     return [row for row in encoded.rows if len(row["input_ids"]) <= demo.max_length][:limit]
 
 
-def _trainer(demo: Demo, config: RunConfig, solver: str, console: Console) -> TimedTrainer:
+def _trainer(demo: Demo, config: RunConfig, solver: str, console: Console) -> L3MTrainer:
     train = config.train.model_copy(update={"solver": solver})
     config = config.model_copy(update={"train": train})
     transformers.set_seed(config.seed)  # of adapters
@@ -143,7 +147,7 @@ def _trainer(demo: Demo, config: RunConfig, solver: str, console: Console) -> Ti
     constrained = solver != "none"
     metrics = MetricsWriter(demo.folder / ("metrics.jsonl" if constrained else "sft.jsonl"))
     shown = bounds(config) if constrained else []
-    trainer = TimedTrainer(
+    trainer = L3MTrainer(
         model,
         arguments,
         constraints=build_constraints(config, console, tokenizer, model),
@@ -155,7 +159,7 @@ def _trainer(demo: Demo, config: RunConfig, solver: str, console: Console) -> Ti
     return trainer
 
 
-def _sampled(demo: Demo, config: RunConfig, trainer: TimedTrainer, key: str, count: int, console: Console) -> Samples:
+def _sampled(demo: Demo, config: RunConfig, trainer: L3MTrainer, key: str, count: int, console: Console) -> Samples:
     """Responses to the first `count` held-out rows; a model that was trained is kept first."""
     model: Any = trainer.averaged_model() if key == "average" else trainer.model
     tokenizer = trainer.processing_class
@@ -166,8 +170,15 @@ def _sampled(demo: Demo, config: RunConfig, trainer: TimedTrainer, key: str, cou
     return sample(model, f"sampling {len(rows)} responses to held-out prompts: {key}")
 
 
+def _seconds_of(trainer: L3MTrainer) -> dict[str, float]:
+    """An iteration of the mean, by the phases that it has."""
+    seconds = seconds_of(trainer.state.log_history)
+    means = {name: round(statistics.fmean(seconds[name]), 4) for name in PHASES}
+    return {name: mean for name, mean in means.items() if mean}
+
+
 def _report(
-    demo: Demo, config: RunConfig, ours: TimedTrainer, found: Mapping[str, Samples], before: Mapping[str, Samples]
+    demo: Demo, config: RunConfig, ours: L3MTrainer, found: Mapping[str, Samples], before: Mapping[str, Samples]
 ) -> dict[str, Any]:
     assert ours.l3m_optimizer is not None
     shown = examples({**before, **found}, demo.shown)

@@ -27,6 +27,7 @@ from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import remove
 from l3ms.training import checkpoints
 from l3ms.training.checkpoint_contents import CheckpointError
+from l3ms.training.phase_summary import summary
 from l3ms.training.trainer import L3MTrainer
 from l3ms.watching.watch import Watch
 
@@ -189,6 +190,7 @@ def _report(run: Run, trainer: L3MTrainer, metrics: MetricsWriter, samples: dict
         "skipped_steps": int(logs[-1]["l3m/skipped_steps"]) if logs else 0,
         "mu_end": logs[-1].get("l3m/mu") if logs else None,
         "average_from": trainer.average_from,
+        "time": summary(trainer.state.log_history),
         **{key: found.summary for key, found in samples.items()},
     }
     for watch in trainer.watches:

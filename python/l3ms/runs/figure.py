@@ -1,4 +1,4 @@
-"""The picture of a run: estimates against their bounds, multipliers, mu, task loss, and the lengths that came out."""
+"""The picture of a run: estimates against their bounds, multipliers, mu, task loss, the lengths that came out, and where the time went."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from l3ms.constraints.shares import bounds_of, event_of, quantile_text
 from l3ms.runs.labels import bounds_text, is_mean_length, model_label, solver_label
+from l3ms.training.phase_summary import in_words, summary
 
 BLUE, GREY, GREEN, RED = "#1f5fbf", "#8a8f98", "#2f9e5b", "#c2452d"
 CURVES = (BLUE, "#b5651d", "#6b4fa3", RED, "#1f8a8a", "#8a7a1f", "#c05a94", "#555b66")
@@ -42,6 +43,8 @@ def draw(metrics: Rows, report: Mapping[str, Any], baseline: Rows = ()) -> Figur
     strength = _mu if any(row.get("l3m/mu") is not None for row in metrics) else _gradient_norms
     strength(figure.add_subplot(grid[panels, 2:4]), metrics)
     _loss(figure.add_subplot(grid[panels, 4:]), metrics, baseline, report)
+    if (time := summary(metrics)) is not None:
+        figure.supxlabel(in_words(time), x=0.008, ha="left", fontsize=8, color=GREY)
     return figure
 
 

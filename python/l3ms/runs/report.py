@@ -1,7 +1,7 @@
 """What a run leaves to look at: `report.json`, `report.png`, and the tables in the terminal.
 
 A report holds `seed`, `seconds`, `bounds {min, max}` of the length, `constraints [{name, type, min, max, threshold, quantile}]`,
-`skipped_steps`, `mu_end`, and per model (`sft` or `initial`, `last`, `average`) a summary
+`skipped_steps`, `mu_end`, `time` (see `training.phase_summary.summary`), and per model (`sft` or `initial`, `last`, `average`) a summary
 `{"length": {"mean", "ci95", "p5", "p50", "p95"}, "ended", "perplexity", "samples", "constraints": {name: {"mean", "ci95", "samples"}}}`,
 the constraint on the mean length with `"single_answers": {"below", "short", "cut"}`. The picture is drawn from
 `metrics.jsonl` (one object per iteration) and `report.json` alone, so `l3ms plot` can draw it again at any time.

@@ -27,6 +27,7 @@ from l3ms.training.importance_weights import (
     policy_log_likelihood,
     share_of_all_ranks,
 )
+from l3ms.training.phases import Phases
 from l3ms.watching.watched import Watched
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Constrained(Watched, Protocol):
     constraint_data: dict[str, Batches]  # by constraint
     engine: Engine | None  # what samples; None: the policy itself
     fewer_samples: FewerSamples
+    phases: Phases
 
     def compute_loss_context_manager(self) -> Any: ...
 
@@ -130,7 +132,7 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     responses = _answers(trainer)
     fewer.sampled = True
     fewer.sampled_tokens += _of_all_ranks(trainer, responses.scored)
-    with optimizer.estimates.errors_on_all_ranks():
+    with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
         rewards = trainer.last_rewards = _rewards(trainer, responses)
     importance = policy = drawn = None
     if not looking_on and (args.rollout_importance == "truncate" or fewer.reuse > 1):
@@ -171,7 +173,7 @@ def _answers(trainer: Constrained) -> Rollout:
     args = trainer.args
     assert trainer.prompts is not None
     rows = trainer.prompts.take(args.constraint_batch_size)
-    with _stream_of_rank(trainer):
+    with trainer.phases.inside("sampling"), _stream_of_rank(trainer):
         responses = rollout(
             trainer.policy,
             trainer.processing_class,
@@ -182,6 +184,7 @@ def _answers(trainer: Constrained) -> Rollout:
             columns=further_columns(rows),
             engine=trainer.engine,
         )
+    trainer.phases.sampled(responses.scored)
     if not trainer.state.global_step and not bool(responses.ended.any()):
         logger.warning(
             "iteration 1: all %d responses are cut at max_new_tokens=%d, so their lengths are those of cuts, and a bound on the length "

@@ -29,7 +29,6 @@ from l3ms.rollouts.engines import as_engine
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.constraint_step import constraint_backward
-from l3ms.training.evaluating import EvaluatingTrainer
 from l3ms.training.fewer_samples import FewerSamples
 from l3ms.training.half_steps import HalfSteps
 from l3ms.training.honoured import (
@@ -42,10 +41,11 @@ from l3ms.training.honoured import (
 )
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
+from l3ms.training.timing import TimingTrainer
 from l3ms.watching.watch import Watch
 
 
-class L3MTrainer(EvaluatingTrainer):
+class L3MTrainer(TimingTrainer):
     """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
 
     Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
@@ -64,6 +64,7 @@ class L3MTrainer(EvaluatingTrainer):
             `rewards/<name>`, the mean over the calls since the last line.
         constraint_data: of each data constraint the batches, in the order in which they are taken.
         watched: what callbacks add to the next line of the log.
+        phases: the clock of the iteration.
         average: of the weights, with how many they are; None before `average_from`.
         prompts: the rows to be answered, in the order in which they are taken.
 
@@ -254,10 +255,12 @@ class L3MTrainer(EvaluatingTrainer):
     def constraint_half_step(self) -> None:
         """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
         assert self.optimizer is not None
-        self.optimizer.zero_grad()
-        self._backpropagate_constraints()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.phases.inside("constraint"):
+            self.optimizer.zero_grad()
+            self._backpropagate_constraints()
+            with self.phases.inside("optimizer"):
+                self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def _backpropagate_constraints(self) -> None:
         responses = constraint_backward(self)
@@ -271,7 +274,8 @@ class L3MTrainer(EvaluatingTrainer):
         task = [(p, p.grad) for p in parameters if p.grad is not None]
         for p, _ in task:
             p.grad = None
-        self._backpropagate_constraints()
+        with self.phases.inside("constraint"):
+            self._backpropagate_constraints()
         weight = optimizer.task_weight
         for p, grad in task:
             grad = grad * weight.to(grad)

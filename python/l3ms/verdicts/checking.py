@@ -1,11 +1,9 @@
-"""`l3ms check CONFIG`: all that a run loads and tries, a few responses of the untrained model, one timed iteration. Nothing is kept."""
+"""`l3ms check CONFIG`: all that a run loads and tries, a few responses of the untrained model, a few timed iterations. Nothing is kept."""
 
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,11 +28,14 @@ from l3ms.measuring.evaluation import Evaluation, evaluate
 from l3ms.runs.arguments import training_arguments
 from l3ms.runs.labels import constraint_label, wanted_text
 from l3ms.runs.loading import Run, load_run
+from l3ms.runs.models import try_model
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.training.trainer import L3MTrainer
+from l3ms.verdicts import costs
 from l3ms.verdicts.certificate_table import number
+from l3ms.verdicts.costs import Cost, Sampled
 from l3ms.verdicts.quantiles import normal_cdf
 
 AT_REST = 20  # batches that an estimate is made of where nothing moves
@@ -96,19 +97,6 @@ class Start:
         return lines
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of the run, from one iteration after one that warms up. Responses become longer or shorter in training, and time with them."""
-
-    iteration: float  # seconds
-    response: float  # seconds to sample and measure one, in the evaluations
-    training: float  # seconds, all iterations
-    evaluation: float
-    memory: int  # bytes, the largest resident size of the process so far: model, optimizer, one iteration
-    optimizer: int  # bytes of its state, part of `memory` on a CPU
-    device_memory: int | None  # bytes, the most that was allocated on the GPU
-
-
 def check(
     config: RunConfig,
     *,
@@ -121,13 +109,22 @@ def check(
     """Load, sample, time; print what was found and return it. Raises `ConfigError` naming the field for what would stop a run."""
     console = console or Console()
     run = load_run(config, overwrite=overwrite, allow_code=allow_code, console=console)
+    loading = time.monotonic() - run.started
     tokenizer, constraints, train = run.tokenizer, run.constraints, run.train
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(run, folder)
         order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         rows = [train.rows[order[n % len(order)]] for n in range(samples)]
-        start = time.monotonic()
-        with progress_bar(console, f"sampling {samples} responses to training prompts") as advance:
+        # The first responses of a model take longer: how it is sampled is found out
+        try_model(trainer.model, tokenizer, rows[0], config.train.temperature)
+        start, sampling = time.monotonic(), 0.0
+        with progress_bar(console, f"sampling {samples} responses to training prompts") as show:
+
+            def advance(done: int, total: int) -> None:
+                nonlocal sampling
+                sampling = time.monotonic() - start
+                show(done, total)
+
             found = evaluate(
                 trainer.model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
@@ -136,7 +133,11 @@ def check(
         response = (time.monotonic() - start) / samples
         starts = [Start.of(item, found.rewards.get(item.name, [])) for item in constraints]
         _refuse_nonfinite(config, starts)
-        cost = _cost(config, trainer, response)
+        size = min(config.evaluate.batch_size, samples)
+        cost = costs.measure(
+            config, trainer, train.rows, loading=loading, response=response, folder=Path(folder),
+            evaluated=Sampled(found.lengths[:size], sampling * size / samples),
+        )  # fmt: skip
     result = {
         "constraints": [asdict(item) for item in starts],
         "samples": samples,
@@ -206,8 +207,9 @@ def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], c
 
 
 def _trainer(run: Run, folder: str) -> L3MTrainer:
-    """As that of the run, for two iterations, its folder elsewhere; both sample."""
-    short = run.config.train.model_copy(update={"iterations": 2, "warmup": 0, "save_steps": None})
+    """As that of the run, for a few iterations, its folder elsewhere; all sample."""
+    iterations = 1 + max(costs.LEAST, min(costs.ITERATIONS, run.config.train.iterations))
+    short = run.config.train.model_copy(update={"iterations": iterations, "warmup": 0, "save_steps": None})
     each = run.config.rollout.model_copy(update={"every": 1, "reuse": 1})
     trainer = L3MTrainer(
         model=run.model,
@@ -220,45 +222,6 @@ def _trainer(run: Run, folder: str) -> L3MTrainer:
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
-
-
-class _Clock(transformers.TrainerCallback):
-    """Seconds of each iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._start = _now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(_now() - self._start)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic()
-
-
-def _cost(config: RunConfig, trainer: L3MTrainer, response: float) -> Cost:
-    clock = _Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    state = trainer.optimizer.state if trainer.optimizer is not None else {}
-    tensors = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
-    evaluations = 3 if config.evaluate.initial else 2
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Cost(
-        iteration=clock.seconds[-1],
-        response=response,
-        training=clock.seconds[-1] * config.train.iterations,
-        evaluation=response * evaluations * config.evaluate.samples,
-        memory=used if sys.platform == "darwin" else used * 1024,  # KiB elsewhere
-        optimizer=sum(tensor.nbytes for tensor in tensors),
-        device_memory=torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
-    )
 
 
 def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: RunConfig, console: Console) -> None:
@@ -292,12 +255,14 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
         say(console, line)
     length = result["length"]
     fewer = config.rollout.every != 1 or config.rollout.reuse > 1
-    each, most = (" that samples", "at most") if fewer else ("", "about")
+    most = "at most" if fewer else "about"
     lines = [
         f"Responses: {length['mean']:.1f} tokens on average, {100 * result['ended']:.0f}% end by themselves, "
         f"{100 * result['truncated']:.0f}% are cut at {config.train.max_new_tokens} tokens; task perplexity {result['perplexity']:.2f}",
-        f"Time: {cost.iteration:.2g} s per iteration{each}, {most} {duration(cost.training)} for {config.train.iterations}, and "
-        f"{duration(cost.evaluation)} of evaluation; with responses as long as now",
+        f"Time: {most} {duration(cost.loading + cost.training + cost.evaluation + cost.saving)}: {duration(cost.training)} for "
+        f"{config.train.iterations} iterations, {duration(cost.evaluation)} of evaluation, {duration(cost.loading + cost.saving)} to load "
+        "and save",
+        _of_an_iteration(cost, length["mean"]),
         f"Memory: {size(cost.memory)} so far, {size(cost.optimizer)} of it for the optimizer's state"
         if cost.device_memory is None
         else f"Memory: {size(cost.device_memory)} on the GPU, {size(cost.optimizer)} of it for the optimizer's state; "
@@ -305,6 +270,20 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
     ]
     for line in lines:
         say(console, line)
+
+
+def _of_an_iteration(cost: Cost, now: float) -> str:
+    shares = {name: value / cost.iteration for name, value in cost.phases.items() if name != "iteration"}
+    parts = ", ".join(
+        f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0.005
+    )
+    text = f"An iteration: {cost.iteration:.2g} s now ({parts})"
+    if cost.phases["sampling"]:
+        text += (
+            f", {cost.settled:.2g} s when responses have gone from {now:.0f} to {cost.tokens:.0f} tokens, as data and bounds have it; "
+            f"if they stay as long as now the iterations take {duration(cost.training_as_now)}"
+        )
+    return text
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from l3ms.commands.command_line import main
 from l3ms.runs import executing as run
 from l3ms.runs import folder as run_folder
+from l3ms.training.phase_summary import summary
 
 
 def test_train_writes_the_whole_run_and_can_be_repeated(project, checkpoint, capsys):
@@ -34,6 +35,7 @@ def test_train_writes_the_whole_run_and_can_be_repeated(project, checkpoint, cap
     report = json.loads((out / "report.json").read_text())
     assert report["bounds"] == {"min": 4, "max": 9}
     assert report["skipped_steps"] == 0
+    assert report["time"] == summary(rows)
     for name in ("initial", "last", "average"):
         length = report[name]["length"]
         assert report[name]["samples"] == sum(length["histogram"]) == 16

@@ -14,6 +14,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo import base, real, real_model
 from l3ms.demo.corpus import Pair
 from l3ms.runs.report import plot_run
+from l3ms.training.phase_summary import summary
 from l3ms.verdicts.certifying import certify
 from l3ms.verdicts.options import CertifyOptions
 
@@ -58,13 +59,14 @@ def test_report_and_folder(tiny, tmp_path):
     assert all(re.fullmatch(r"def \w+\(a\):", row["prompt"]) for row in report["examples"])
     seconds = report["seconds_per_iteration"]
     assert {name: sorted(phases) for name, phases in seconds.items()} == {
-        "sft": ["task"], "l3m": ["constraint", "sampling", "task"]
+        "sft": ["optimizer", "other", "task"], "l3m": ["constraint", "optimizer", "other", "rewards", "sampling", "task"]
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == SETTINGS.iterations
-    spent = sum(row[f"seconds/{phase}"] for row in rows for phase in seconds["l3m"])
+    spent = sum(row[f"time/{phase}"] for row in rows for phase in seconds["l3m"])
     assert 0 < spent <= report["seconds"]
     assert spent == pytest.approx(3 * sum(seconds["l3m"].values()), abs=0.01)
+    assert report["time"] == summary(rows)
     assert report["peak_memory_mib"] is None or report["peak_memory_mib"] > 50
     for name in ("sft", "model", "average"):
         assert (folder / name / "adapter_model.safetensors").exists()

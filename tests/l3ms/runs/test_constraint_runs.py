@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from cli_projects import l3ms, one_line
+from training_runs import timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 
@@ -37,7 +38,7 @@ def write(project, constraints, **train):
 
 def logged(project, folder="out"):
     rows = [json.loads(line) for line in (project / folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return timeless(rows)
 
 
 SEVERAL = [

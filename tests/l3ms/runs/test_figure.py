@@ -172,3 +172,11 @@ def test_single_responses_are_a_band_behind_their_mean_alone():
     assert "single responses, 5% to 95%" not in labels(
         panel(draw(list(metrics("length")), {"constraints": mean}), "Mean")
     )
+
+
+def test_the_line_below_says_where_the_time_went():
+    report = {"constraints": items("length", max=16)}
+    timed = [row | {"time/iteration": 2.0, "time/sampling": 1.5, "time/task": 0.5} for row in metrics("length")]
+    figures: list[Any] = [draw(rows, report) for rows in (timed, list(metrics("length")))]
+    assert figures[0]._supxlabel.get_text() == "2 s per iteration: sampling 75%, task 25%"
+    assert figures[1]._supxlabel is None  # of an earlier version
