@@ -52,13 +52,11 @@ class L3MTrainer(TimingTrainer):
         constraints: what the model's responses to the rows' prompts must satisfy, or its loss on other data (`DataNLL`). Of a
             `Constraint` the function is needed.
         prompts: rows whose prompts are answered in the constraint half-steps; by default the training rows.
-        engine: what samples the responses, an `Engine` or a function with the arguments of its `sample`; by default the model itself. It is
-            given the policy's weights before each sampling.
+        engine: what samples the responses, an `Engine` or a function like its `sample`; by default the model itself.
 
     Attributes:
         l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
-        last_rollout, last_rewards: the responses that were sampled last, and their rewards by constraint; None and empty where no
-            constraint needs any.
+        last_rollout, last_rewards: the responses that were sampled last, and their rewards by constraint; None and empty before.
         fewer_samples: which iterations sample, and what is kept of a rollout.
         last_extra: what reward functions gave to TRL's `log_extra` in it, by column; what they give to `log_metric` is in the log, as
             `rewards/<name>`, the mean over the calls since the last line.
@@ -255,27 +253,25 @@ class L3MTrainer(TimingTrainer):
     def constraint_half_step(self) -> None:
         """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
         assert self.optimizer is not None
-        with self.phases.inside("constraint"):
-            self.optimizer.zero_grad()
-            self._backpropagate_constraints()
-            with self.phases.inside("optimizer"):
-                self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._backpropagate_constraints()
+        with self.phases.inside("optimizer"):
+            self.optimizer.step()
             self.optimizer.zero_grad()
 
     def _backpropagate_constraints(self) -> None:
-        responses = constraint_backward(self)
+        with self.phases.inside("constraint"):
+            responses = constraint_backward(self)
         self.last_rollout = self.last_rollout if responses is None else responses
 
     def add_constraint_gradient(self) -> None:
         """For a joint step: the task's gradient in `.grad` becomes that of (task + barrier) / S. Holds a second gradient meanwhile."""
-        optimizer = self.l3m_optimizer
-        assert optimizer is not None
+        optimizer: Any = self.l3m_optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         task = [(p, p.grad) for p in parameters if p.grad is not None]
         for p, _ in task:
             p.grad = None
-        with self.phases.inside("constraint"):
-            self._backpropagate_constraints()
+        self._backpropagate_constraints()
         weight = optimizer.task_weight
         for p, grad in task:
             grad = grad * weight.to(grad)

@@ -11,7 +11,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 import l3ms
-from l3ms.rollouts import sampling, shrinking, ways
+from l3ms.rollouts import shrinking, transformers_engine, ways
 
 SPECIAL: dict[str, Any] = {"vocab_size": 17, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -115,8 +115,8 @@ def test_responses_have_the_probabilities_that_the_forward_gives(tokenizer, kind
 
 
 def test_batches_of_one_length_keep_the_order_of_rows():
-    assert list(sampling._batches(PROMPTS, 2, equal=True)) == [[0, 4], [1, 5], [2], [3]]
-    assert list(sampling._batches(PROMPTS, 4, equal=False)) == [[0, 1, 2, 3], [4, 5]]
+    assert list(transformers_engine._batches(PROMPTS, 2, equal=True)) == [[0, 4], [1, 5], [2], [3]]
+    assert list(transformers_engine._batches(PROMPTS, 4, equal=False)) == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_ended_rows_leave_a_sampling_by_forwards(tokenizer):
@@ -135,7 +135,7 @@ def test_options_of_generate_are_refused_where_it_is_not_used(tokenizer):
 
 
 def test_ranks_with_shards_are_refused_where_their_calls_would_differ(tokenizer, make_model, monkeypatch):
-    monkeypatch.setattr(sampling, "_in_step", lambda model: True)
+    monkeypatch.setattr(transformers_engine, "_in_step", lambda model: True)
     with pytest.raises(ValueError, match=r"BartForCausalLM .* keep the whole model on each rank"):
         l3ms.rollout(small("Bart"), tokenizer, ["a"], max_new_tokens=2)
     l3ms.rollout(make_model(), tokenizer, ["a"], max_new_tokens=2)
