@@ -314,12 +314,12 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
     if not real or torch.is_grad_enabled():
         return (gradient * upstream).to(dtype)  # 0-dim fp32: a loss scale of 65536 is no fp16 number
-    if gradient.dtype == dtype and not _get_current_graph_task_keep_graph():
-        if upstream.device.type == "cpu" and upstream.item() == 1:
-            return gradient
-        if (scale := _kernel_for(gradient, upstream, backend)) is not None:
-            scale(gradient, upstream)
-            return gradient
+    last = not _get_current_graph_task_keep_graph()
+    if upstream.device.type == "cpu" and upstream.item() == 1 and (last or gradient.dtype != dtype):
+        return gradient.to(dtype)
+    if gradient.dtype == dtype and last and (scale := _kernel_for(gradient, upstream, backend)) is not None:
+        scale(gradient, upstream)
+        return gradient
     return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 

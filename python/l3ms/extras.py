@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # Top-level modules of the packages of the extra `train`, as pyproject.toml lists them.
 TRAIN = {
-    *("accelerate", "datasets", "matplotlib", "numpy", "peft", "pydantic", "rich", "safetensors", "tensorboard"),
-    *("tokenizers", "transformers", "typer", "yaml"),
+    *("accelerate", "datasets", "matplotlib", "numpy", "peft", "psutil", "pydantic", "rich", "safetensors"),
+    *("tensorboard", "tokenizers", "transformers", "typer", "yaml"),
 }
 
 

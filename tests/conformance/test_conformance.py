@@ -7,7 +7,7 @@ from architectures import ARCHITECTURES, build
 from comparison import COMPARISONS, Batch, Refused, Wrong, compare_loss, compare_sampling, own_loss, runs_by_itself
 from page import Result, written
 
-from l3ms.rollouts import sampling, ways
+from l3ms.rollouts import transformers_engine, ways
 
 # why it stands for others
 KINDS = {
@@ -68,7 +68,7 @@ def test_an_encoder_is_refused():
 
 def test_another_distribution_would_be_found(monkeypatch):
     """The comparison can fail: a model that wants prompts of one length, padded all the same."""
-    monkeypatch.setattr(sampling, "way_of", lambda *_: ways.Way("padded", shrink=True))
+    monkeypatch.setattr(transformers_engine, "way_of", lambda *_: ways.Way("padded", shrink=True))
     model = build("bart")
     compare_loss(model)
     with pytest.raises(Wrong, match="sampling: token"):

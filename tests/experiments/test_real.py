@@ -36,7 +36,7 @@ def test_every_cell_is_a_configuration_that_l3ms_takes(name, tmp_path):
     assert len({cell.config["train"]["iterations"] for cell in cells}) == 1  # compared at equal steps
     for cell in cells:
         ready = _ready(cell, experiment, values, [], None)
-        assert ready.config["train"]["max_new_tokens"] == task.MOST_TOKENS
+        assert ready.config["train"]["max_new_tokens"] >= task.MOST_TOKENS
         assert any(not item.get("monitor") for item in ready.config["constraints"])  # or there is nothing to certify
 
 

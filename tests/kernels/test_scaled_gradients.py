@@ -50,12 +50,11 @@ def test_in_place_where_nobody_else_will_read_it(dtype, kept, kernel, monkeypatc
 
 
 @pytest.mark.parametrize("kept", [False], indirect=True)
-def test_a_gradient_that_is_rounded_now_is_rounded_once(kept, kernel):
+def test_a_gradient_that_is_rounded_now_is_rounded_once(kept):
     """fp16: fp32 until the loss scale is in it."""
     gradient = torch.linspace(-3, 3, 12) * 2.0**-20
     with torch.no_grad():
         found = ops._scaled(gradient, torch.tensor(1000.0), torch.float16, "auto")
-    assert kernel.calls == 0
     assert torch.equal(found, (gradient.double() * 1000).half())
 
 

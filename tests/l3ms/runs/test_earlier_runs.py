@@ -20,6 +20,6 @@ def test_it_goes_on(tmp_path, capsys):
     assert "Resuming at iteration 6" in capsys.readouterr().out
     lines = [json.loads(line) for line in (project / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines[:6]] == pytest.approx(LOSSES[:6], abs=1e-4)  # as they were written
-    assert [line["loss"] for line in lines] == pytest.approx(LOSSES, rel=0.05)
+    assert [line["loss"] for line in lines] == pytest.approx(LOSSES, rel=0.1)  # other responses are drawn
     assert main(["certify", str(project / "out"), "--samples", "8"]) in (0, 3, 4)
     assert main(["plot", str(project / "out")]) == 0

@@ -310,8 +310,10 @@ def test_a_disk_that_gets_full_leaves_a_checkpoint_to_go_on_from(whole, tmp_path
     command = ["sh", "-c", script, "sh", *map(str, (tmp_path / "small", sys.executable, config, tmp_path, room))]
     done = subprocess.run(in_a_namespace(*command), capture_output=True, text=True, timeout=120, env=SAME_THREADS)
     assert (tmp_path / "code").read_text() == "5\n", done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "the disk is full" in done.stderr
+    (error,) = [
+        line for line in done.stderr.splitlines() if "training goes on" not in line
+    ]  # the watch may have its say
+    assert "the disk is full" in error
     out = tmp_path / "out"
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-3", "inputs.json"]
     assert train(config, "--output", out, "--resume") == 0

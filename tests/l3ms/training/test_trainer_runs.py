@@ -183,7 +183,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(make_model, train, tmp_path):
         "save_steps": 1,
         "save_total_limit": 1,
     }
-    options |= {"max_steps": 5, "load_best_model_at_end": True, "learning_rate": 0.5, "held_out": rows(8, seed=5)}
+    options |= {"max_steps": 5, "load_best_model_at_end": True, "learning_rate": 2.0, "held_out": rows(8, seed=5)}
     trainer, recorder = train(make_model(), **options)
     found = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = min(found, key=lambda step: found[step])
