@@ -40,6 +40,7 @@ def sample(
     *,
     drawn: LogitsProcessor | None = None,
     shrink: bool = True,
+    room: bool = True,
 ) -> list[list[int]]:
     """Response tokens of one batch, each up to and including its end token.
 
@@ -49,6 +50,7 @@ def sample(
         end: tokens that close a response.
         config: of generate, with `max_new_tokens`.
         drawn: draws the tokens, where generate itself does not.
+        room: give the cache room for the tokens to come, at the price of one more call of generate.
         shrink: let ended rows leave, where the model's cache can (a `DynamicCache` of plain attention) and no other rank waits.
     """
     ids, mask = left_padded(prompts, pad, model.device)
@@ -61,7 +63,7 @@ def sample(
     cache: Any = None
     while rows:
         started = ids.shape[1]
-        first = shrink and cache is None  # one token, whose cache is then given room for the others
+        first = room and shrink and cache is None  # one token, whose cache is then given room for the others
         enough = _ManyEnded(started, closing) if shrink and len(rows) >= FEWEST else None
         output = model.generate(
             input_ids=ids,

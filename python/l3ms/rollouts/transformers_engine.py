@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.rollouts.drawing import Drawn
 from l3ms.rollouts.engines import Response
-from l3ms.rollouts.packed_weights import packed_weights
+from l3ms.rollouts.packed_weights import is_large, packed_weights
 from l3ms.rollouts.shrinking import sample
 from l3ms.rollouts.stepping import sample_by_forward
 from l3ms.rollouts.ways import outside_autocast, way_of
@@ -96,6 +96,7 @@ class TransformersEngine:
                 config = GenerationConfig(repetition_penalty=1.0, **sampling, **ending, **options)
                 responses: list[list[int]] = [[] for _ in prompts]
                 batches = list(_batches(prompts, self.batch_size or len(prompts), equal=way.kind == "equal lengths"))
+                room = is_large(model)
                 with packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches)):
                     for rows in batches:
                         part = [prompts[row] for row in rows]
@@ -104,7 +105,7 @@ class TransformersEngine:
                             answers = sample_by_forward(model, part, pad, end, **stop)
                         else:
                             shrink = way.shrink and not options
-                            answers = sample(model, part, pad, end, config, drawn=drawn, shrink=shrink)
+                            answers = sample(model, part, pad, end, config, drawn=drawn, shrink=shrink, room=room)
                         for row, answer in zip(rows, answers, strict=True):
                             responses[row] = answer
         finally:

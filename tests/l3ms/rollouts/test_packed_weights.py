@@ -17,6 +17,11 @@ pytestmark = [
 mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is a build without oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def small_models_are_packed(monkeypatch):
+    monkeypatch.setattr("l3ms.rollouts.packed_weights.LEAST_WEIGHTS", 0)
+
+
 def adapted(model, seed=0, **config) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -128,6 +133,10 @@ def test_a_layer_that_others_watch_or_have_replaced_is_theirs(make_model):
 
 def test_the_model_is_left_alone_where_packing_does_not_pay(make_model, monkeypatch):
     model = make_model("Llama")
+    with monkeypatch.context() as patch:
+        patch.setattr("l3ms.rollouts.packed_weights.LEAST_WEIGHTS", 1 << 30)
+        with packed_weights(model, rows=9, steps=100):
+            assert not any("forward" in vars(module) for module in model.modules())
     for options in ({"rows": 1, "steps": 100}, {"rows": 9, "steps": 1}):
         with packed_weights(model, **options):
             assert not any("forward" in vars(module) for module in model.modules())
