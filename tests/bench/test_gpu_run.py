@@ -158,8 +158,10 @@ def test_nothing_more_is_begun_where_there_is_no_device(tmp_path, capsys):
 
 def test_a_step_that_is_ended_may_say_what_it_has(tmp_path):
     """pytest tells what failed so far when it is interrupted."""
-    code = "try: time.sleep(60)\nexcept KeyboardInterrupt: print('so far: 3 failed', flush=True)"
-    run_in(tmp_path).process("tests", python(code), 5)
+    # a process that was begun in the background may have inherited that it is not to be interrupted
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('so far: 3 failed', flush=True)"
+    run_in(tmp_path).process("tests", python(code), 2)
     assert "so far: 3 failed" in (tmp_path / "log").read_text()
 
 

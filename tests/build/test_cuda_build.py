@@ -81,7 +81,7 @@ def test_kernels_compile_and_spill_nothing(source, tmp_path):
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    "architecture", [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (80, 100, 120))]
+    "architecture", [pytest.param(number, marks=pytest.mark.slow) for number in (80, 90, 100, 120)]
 )
 def test_rows_fit_the_registers_of_a_cluster(architecture, tmp_path):
     """Nothing spills, and two blocks of 512 threads share a multiprocessor's 65536 registers where they are to."""

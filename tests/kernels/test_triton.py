@@ -50,7 +50,7 @@ def test_in_the_interpreter(suite):
     passed = re.search(r"(\d+) passed", last)
     assert passed is not None, last
     if suite == "fuzz":
-        assert int(passed[1]) >= 150
+        assert int(passed[1]) >= 100
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def test_both_ranks_go_on_from_a_checkpoint(two_ranks, tmp_path):
         assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_both_ranks_leave_the_same_out_and_use_the_same_again(two_ranks, tmp_path):
     """And go on so from a checkpoint: with what each of them has kept of its rollout, and with the tokens of both counted."""
     rollout = json.dumps({"rollout_every": "auto", "rollout_reuse": 3, "warmup_steps": 2})
