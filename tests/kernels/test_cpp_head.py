@@ -154,7 +154,9 @@ def path_of_a_process(wanted: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(probe, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.slow) if p == "avx2" else p for p in PATHS])
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.slow) if p in ("avx2", "generic") else p for p in PATHS]
+)
 def test_oracle_on_every_path_that_this_machine_runs(path):
     """The same cases on slower instructions; the path in use is tested by everything else."""
     found = path_of_a_process(path)
