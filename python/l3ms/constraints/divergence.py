@@ -98,22 +98,13 @@ class KL(Constraint):
     def _log_likelihood(self, model: Any, rollout: Rollout) -> Tensor:
         """(N,) float64, of the responses, in eval mode: as they were sampled."""
         fuse_head(model)
-        widths = rollout.attention_mask.sum(1).tolist()
         training = model.training
         model.eval()
         parts = []
         for start in range(0, len(rollout), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            width = max(widths[part])
-            out = model(
-                input_ids=rollout.input_ids[part, :width],
-                attention_mask=rollout.attention_mask[part, :width],
-                labels=rollout.labels[part, :width],
-                seq_weight=torch.zeros(len(widths[part]), device=rollout.input_ids.device),
-                temperature=rollout.temperature,
-                scored=rollout.scored_in(part),
-                use_cache=False,
-            )
+            inputs = rollout.inputs(slice(start, start + self.batch_size))
+            seq_weight = torch.zeros(len(inputs["labels"]), device=rollout.input_ids.device)
+            out = model(**inputs, seq_weight=seq_weight, temperature=rollout.temperature)
             parts.append(out.sequence.double())
         model.train(training)
         return torch.cat(parts)

@@ -47,10 +47,10 @@ def packed_weights(model: nn.Module, *, rows: int, steps: int) -> Iterator[None]
 
 
 def _pays(model: nn.Module, rows: int, steps: int) -> bool:
-    weights = list(model.parameters())
-    if not is_large(model):
+    if rows < FEWEST_ROWS or steps < FEWEST_STEPS or not is_large(model):
         return False
-    if rows < FEWEST_ROWS or steps < FEWEST_STEPS or any(weight.device.type != "cpu" for weight in weights):
+    weights = list(model.parameters())
+    if any(weight.device.type != "cpu" for weight in weights):
         return False
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False

@@ -55,11 +55,14 @@ class Rollout:
     raw_completions: list[str] = field(default_factory=list)  # texts with their special tokens
     # of the engine that sampled, for each response and token, at the temperature; None where it gave none
     engine_log_likelihood: list[list[float]] | None = None
+    host_widths: list[int] = field(default_factory=list)  # tokens of each row, as `host_lengths`: prompt and response
 
     def __post_init__(self) -> None:
         check_columns("Rollout", self.columns, len(self.prompts))
         if not self.host_lengths:
             object.__setattr__(self, "host_lengths", self.lengths.tolist())
+        if not self.host_widths:
+            object.__setattr__(self, "host_widths", self.attention_mask.sum(1).tolist())
 
     @staticmethod
     def from_tokens(
@@ -127,6 +130,7 @@ class Rollout:
             ended=torch.tensor([bool(response.ended) for response in responses], device=device),
             columns=columns or {},
             host_lengths=lengths,
+            host_widths=[len(sequence) for sequence in sequences],
             temperature=temperature,
             raw_completions=raw,
             engine_log_likelihood=known if len(known) == len(responses) else None,
@@ -140,6 +144,13 @@ class Rollout:
     def scored_in(self, part: slice) -> int:
         """Response tokens of a micro-batch."""
         return sum(self.host_lengths[part])
+
+    def inputs(self, rows: slice | Sequence[int]) -> dict[str, Any]:
+        """What a forward of a fused head takes of some rows, which are as wide as the widest of them."""
+        indices = range(len(self))[rows] if isinstance(rows, slice) else rows
+        width = max(self.host_widths[row] for row in indices)
+        tensors = {name: self[name][rows, :width] for name in ("input_ids", "attention_mask", "labels")}
+        return {**tensors, "scored": sum(self.host_lengths[row] for row in indices), "use_cache": False}
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -16,7 +16,16 @@ import torch
 
 from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.engines import Response
-from l3ms.rollouts.vllm_weights import UNFILTERED, check_temperature, prove, save_policy, scratch_folder, seeds, tied
+from l3ms.rollouts.vllm_weights import (
+    PROVEN,
+    UNFILTERED,
+    check_temperature,
+    prove,
+    save_policy,
+    scratch_folder,
+    seeds,
+    tied,
+)
 
 # What makes it sample the policy, and is no option.
 FIXED: dict[str, Any] = {
@@ -27,7 +36,6 @@ FIXED: dict[str, Any] = {
     "seed": 0,
 }
 TAKEN = {**FIXED, "model": None, "tokenizer": None, "quantization": None, "load_format": None, "hf_overrides": None}
-PROVEN = 2  # first updates, after which its numbers are compared: a start, and a reload
 
 
 class VllmEngine:

@@ -20,10 +20,18 @@ import torch
 import torch.distributed as dist
 
 from l3ms.rollouts.engines import Response
-from l3ms.rollouts.vllm_weights import UNFILTERED, check_temperature, prove, save_policy, scratch_folder, seeds, tied
+from l3ms.rollouts.vllm_weights import (
+    PROVEN,
+    UNFILTERED,
+    check_temperature,
+    prove,
+    save_policy,
+    scratch_folder,
+    seeds,
+    tied,
+)
 
 AT_ONCE = 64  # requests
-PROVEN = 2
 WARMER = 2.0  # a temperature at which log-likelihoods are others
 TRIED = 4  # prompts
 SURE, SAME = -0.01, 1e-4  # a likelihood of which nothing can be seen; a difference that is rounding

@@ -23,7 +23,7 @@ from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.engines import Engine, Response, name_of
 from l3ms.rollouts.stepping import scored_logits
-from l3ms.rollouts.ways import outside_autocast
+from l3ms.rollouts.ways import STRIDE, outside_autocast
 
 MEMORY = "/dev/shm"
 # Every filter off: what is sampled is softmax(logits / temperature), and `end` alone ends it.
@@ -38,8 +38,8 @@ UNFILTERED: dict[str, Any] = {
 }
 COLDEST = 0.01  # below, vLLM samples at this temperature, or takes the largest
 FAR = 0.5  # nats between the mean log-likelihoods per token that no precision explains
+PROVEN = 2  # first updates, after which its numbers are compared: a start, and a reload
 PROBE = 8  # tokens of the responses that are compared
-STRIDE = 7919
 
 
 def check_temperature(engine: Engine, temperature: float) -> None:

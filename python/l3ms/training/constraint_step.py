@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l3ms.barrier.importance import LEAST_SHARE, truncated
 from l3ms.constraints.data_nll import Batches, sequence_nll
@@ -21,13 +21,9 @@ from l3ms.rollouts.rollout import Rollout
 from l3ms.rollouts.sampling import rollout
 from l3ms.training.engine_gap import EngineGap
 from l3ms.training.fewer_samples import FewerSamples, Kept
-from l3ms.training.importance_weights import (
-    engine_log_likelihood,
-    parts_of,
-    policy_log_likelihood,
-    share_of_all_ranks,
-)
+from l3ms.training.importance_weights import engine_log_likelihood, policy_log_likelihood, share_of_all_ranks
 from l3ms.training.phases import Phases
+from l3ms.training.response_forwards import forward_of, parts_of
 from l3ms.watching.watched import Watched
 
 logger = logging.getLogger(__name__)
@@ -196,26 +192,10 @@ def _answers(trainer: Constrained) -> Rollout:
 
 def _backward(trainer: Constrained, responses: Rollout, weights: Tensor, *, fresh: bool) -> None:
     """`fresh`: the policy of now has drawn them, and what its engine said of them can be compared."""
-    args = trainer.args
-    model: Any = trainer.model_wrapped
-    # Of all parts before the first: between them the host would wait for the device.
-    widths = responses.attention_mask.sum(1).tolist()
-    model.train()
+    trainer.model_wrapped.train()
     gap = EngineGap(responses) if fresh else None
-    for part in parts_of(widths, _counted(trainer, weights), args.per_device_train_batch_size):
-        width = widths[part[0]]
-        with trainer.compute_loss_context_manager():
-            output = model(
-                input_ids=responses.input_ids[part, :width],
-                attention_mask=responses.attention_mask[part, :width],
-                labels=responses.labels[part, :width],
-                seq_weight=weights[part],
-                temperature=args.temperature,
-                auxiliary=False,  # of the task, once per task half-step
-                # nn.DataParallel gives each replica some of the rows, and the whole count
-                scored=None if isinstance(model, nn.DataParallel) else sum(responses.host_lengths[row] for row in part),
-                use_cache=False,
-            )
+    for part in parts_of(responses, _counted(trainer, weights), trainer.args.per_device_train_batch_size):
+        output: Any = forward_of(trainer, responses, part, weights[part])
         if gap is not None:
             gap.add(part, output.token)
         loss = output.loss.sum()  # nn.DataParallel gives that of each part

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l3ms.barrier.importance import effective_share, power_sums
 from l3ms.rollouts.rollout import Rollout
-
-
-def parts_of(widths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of like widths together, `size` at a time, the widest first."""
-    ordered = sorted(rows, key=lambda row: -widths[row])
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+from l3ms.training.response_forwards import forward_of, parts_of
 
 
 @torch.no_grad()
@@ -23,22 +17,12 @@ def policy_log_likelihood(trainer: Any, responses: Rollout) -> Tensor:
     """(N,) log pi of whole responses at the temperature of the sampling, without dropout, as they are sampled. As many forwards on each
     rank as on the others."""
     model: Any = trainer.model_wrapped
-    widths = responses.attention_mask.sum(1).tolist()
     found = responses.lengths.new_empty(len(responses), dtype=torch.float64)
     model.eval()
-    for part in parts_of(widths, range(len(responses)), trainer.args.per_device_train_batch_size):
-        width = widths[part[0]]
-        with trainer.compute_loss_context_manager():
-            found[part] = model(
-                input_ids=responses.input_ids[part, :width],
-                attention_mask=responses.attention_mask[part, :width],
-                labels=responses.labels[part, :width],
-                seq_weight=torch.zeros(len(part), device=found.device),
-                temperature=responses.temperature,
-                auxiliary=False,
-                scored=None if isinstance(model, nn.DataParallel) else sum(responses.host_lengths[row] for row in part),
-                use_cache=False,
-            ).sequence.to(found)
+    for part in parts_of(responses, range(len(responses)), trainer.args.per_device_train_batch_size):
+        seq_weight = torch.zeros(len(part), device=found.device)
+        sequence: Any = forward_of(trainer, responses, part, seq_weight).sequence
+        found[part] = sequence.to(found)
     return found
 
 

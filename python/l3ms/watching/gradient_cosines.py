@@ -89,7 +89,6 @@ def reward_gradients(
         return None
     trained = [p for p in model.parameters() if p.requires_grad]
     shapes = [p.shape for p in trained]
-    widths = rollout.attention_mask.sum(1).tolist()
     training = model.training
     model.eval()  # no dropout
     try:
@@ -99,18 +98,13 @@ def reward_gradients(
                 total = torch.zeros(SKETCH, device=rollout.labels.device)
                 for start in range(part.start, part.stop, batch_size):
                     piece = slice(start, min(start + batch_size, part.stop))
-                    width = max(widths[piece])
                     loss = model(
-                        input_ids=rollout.input_ids[piece, :width],
-                        attention_mask=rollout.attention_mask[piece, :width],
-                        labels=rollout.labels[piece, :width],
+                        **rollout.inputs(piece),
                         seq_weight=weights[piece.start - part.start : piece.stop - part.start].to(
                             rollout.labels.device
                         ),
                         temperature=temperature,
                         auxiliary=False,
-                        scored=rollout.scored_in(piece),
-                        use_cache=False,
                     ).loss
                     total -= sketch(torch.autograd.grad(loss, trained, allow_unused=True), shapes)
                 found.append(total)

@@ -136,7 +136,14 @@ def test_the_count_of_scored_tokens_is_known_on_the_host(responses):
     assert out.host_lengths == out.lengths.tolist()
     assert out.scored == int((out.labels[:, 1:] != -100).sum())
     assert out.scored_in(slice(1, 3)) == int(out.lengths[1:3].sum())
-    made = {name: value for name, value in vars(out).items() if name != "host_lengths"}
+    for rows in (slice(1, 3), [2, 0]):
+        inputs = out.inputs(rows)
+        width = int(out.attention_mask[rows].sum(1).max())
+        for name in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(inputs[name], out[name][rows][:, :width])
+        assert inputs["scored"] == int(out.lengths[rows].sum())
+    made = {name: value for name, value in vars(out).items() if name not in ("host_lengths", "host_widths")}
+    assert l3ms.Rollout(**made).host_widths == out.host_widths
     assert l3ms.Rollout(**made).host_lengths == out.host_lengths  # by hand, from samples of one's own
 
 
