@@ -1,22 +1,29 @@
-"""Time of sampling with and without letting ended rows leave the batch: `python bench/rollouts.py MODEL PROMPTS.jsonl`.
+"""Tokens per second of sampling: `python bench/rollouts.py MODEL PROMPTS.jsonl`, one more argument `--lora 8` for adapters.
 
-Takes turns, on the same prompts and seeds; prints the median time of each, their ratio, and the mean lengths, which must agree.
+Three ways take turns on the same prompts and seeds: plain `generate`; a batch that ended rows leave (`rollouts.shrinking`); and what a
+training does, which on a CPU also multiplies by packed weights, keeps room in its cache and draws one number a row. Prints a row
+of a table for each: median seconds, tokens per second, and the mean lengths, which must agree. bench/results/rollouts.md keeps some.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from l3ms.rollouts.prompts import encode_prompt
+from l3ms.rollouts.prompts import as_turns, encode_prompt
 from l3ms.rollouts.shrinking import sample
+from l3ms.rollouts.transformers_engine import TransformersEngine
+
+Rows = list[list[int]]
 
 
 def main() -> None:
@@ -26,34 +33,60 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters on all linear layers")
     given = parser.parse_args()
-    model: Any = AutoModelForCausalLM.from_pretrained(given.model).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(given.model)
+    if given.lora:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=given.lora, target_modules="all-linear"))
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     prompts = [json.loads(line)["prompt"] for line in given.prompts.read_text(encoding="utf-8").splitlines()]
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[: given.batch_size * given.rounds]]
+    rows = [encode_prompt(tokenizer, as_turns(tokenizer, p)) for p in prompts[: given.batch_size * given.rounds]]
+    found = race(ways(model, tokenizer, given.max_new_tokens), rows, given.batch_size)
+    setting = f"{given.batch_size} x {given.max_new_tokens}" + (f", LoRA r = {given.lora}" * bool(given.lora))
+    print("| responses x tokens | way | seconds | tokens per second | mean length |\n|---|---|---:|---:|---:|")
+    for name, measured in found.items():
+        seconds, lengths = zip(*measured, strict=True)
+        each = [length for batch in lengths for length in batch]
+        error = statistics.stdev(each) / math.sqrt(len(each))
+        print(
+            f"| {setting} | {name} | {statistics.median(seconds):.2f} | {sum(each) / sum(seconds):.0f} | "
+            f"{statistics.fmean(each):.1f} ± {error:.1f} |"
+        )
+
+
+def ways(model: Any, tokenizer: Any, most: int) -> dict[str, Callable[[Rows], Rows]]:
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=given.max_new_tokens, eos_token_id=end, pad_token_id=pad
-    )
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    lengths: dict[bool, list[int]] = {False: [], True: []}
-    with torch.no_grad():
-        for start in range(0, len(rows), given.batch_size):
-            for shrink in (False, True):
-                torch.manual_seed(start)
-                began = time.perf_counter()
-                responses = sample(model, rows[start : start + given.batch_size], pad, [end], config, shrink=shrink)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[shrink].append(time.perf_counter() - began)
-                lengths[shrink] += map(len, responses)
-    times = {shrink: statistics.median(values) for shrink, values in seconds.items()}
-    for shrink, words in ((False, "all rows to the end"), (True, "ended rows leave")):
-        mean = statistics.fmean(lengths[shrink])
-        error = statistics.stdev(lengths[shrink]) / len(lengths[shrink]) ** 0.5
-        print(f"{words:20} {1e3 * times[shrink]:8.0f} ms   mean length {mean:.2f} ± {error:.2f}")
-    print(f"{times[True] / times[False]:.2f} of the time")
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=most, eos_token_id=end, pad_token_id=pad)
+    engine, generator = TransformersEngine(model, tokenizer), torch.default_generator
+    options: dict[str, Any] = {"max_new_tokens": most, "temperature": 1.0, "end": [end], "generator": generator}
+    return {
+        "generate": lambda rows: sample(model, rows, pad, [end], config, shrink=False),
+        "ended rows leave": lambda rows: sample(model, rows, pad, [end], config, room=False),
+        "as in training": lambda rows: [response.tokens for response in engine.sample(rows, **options)],
+    }
+
+
+@torch.no_grad()
+def race(
+    contestants: dict[str, Callable[[Rows], Rows]], rows: Rows, size: int
+) -> dict[str, list[tuple[float, list[int]]]]:
+    """(seconds, lengths) of each batch, by way."""
+    found: dict[str, list[tuple[float, list[int]]]] = {name: [] for name in contestants}
+    for way in contestants.values():
+        way(rows[:2])  # the first sampling of a model tries what it needs
+    for start in range(0, len(rows), size):
+        for name, way in contestants.items():
+            torch.manual_seed(start)
+            began = time.perf_counter()
+            responses = way(rows[start : start + size])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found[name].append((time.perf_counter() - began, [len(response) for response in responses]))
+    return found
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A decode step multiplies a few rows by every weight. `F.linear` arranges the weights anew at each call, which is most of its time there:
 for 8 rows of SmolLM2-135M on one AVX-512 core 78 of the 112 ms of a step are products, and packed beforehand they take 41 (float32) or 23
-(bfloat16). To pack all of them costs about two steps and a copy of the weights.
+(bfloat16). To pack all of them costs about two steps and a copy of the weights. Whole responses: bench/results/rollouts.md.
 
 Adapters of LoRA in float32 are added to the packed copy; the model's own weights are not touched. In 16 bits the sum would round away
 what an adapter has learnt, so there the layers below the adapters are packed, and the adapters go on beside them.
