@@ -43,21 +43,23 @@ def clip(grads: list[Tensor], total: Tensor, max_norm: float | None, scale: Tens
 
 def apply(base: torch.optim.Optimizer, grads: list[Tensor], factor: Tensor, idle: Tensor) -> None:
     """Step `base` on the gradients times `factor` () float64, or leave it as it is where `idle` () bool."""
-    if not _folds(base, grads):
+    parts: list[torch.optim.Optimizer] = getattr(base, "parts", [base])
+    if not all(_folds(part, grads) for part in parts):
         still, by = torch.stack([idle.double(), factor]).tolist()
         if not still:
             if by != 1.0:
                 torch._foreach_mul_(grads, by)  # pyright: ignore[reportPrivateImportUsage]
             base.step()
         return
-    _start_momentum(base)
-    fused: Any = base
-    fused.found_inf = idle.float()
-    fused.grad_scale = None if _is_one(factor) else (1.0 / factor).float()
-    try:
-        base.step()
-    finally:
-        del fused.grad_scale, fused.found_inf
+    scale = None if _is_one(factor) else (1.0 / factor).float()
+    for part in parts:
+        _start_momentum(part)
+        fused: Any = part
+        fused.found_inf, fused.grad_scale = idle.float(), scale
+        try:
+            part.step()
+        finally:
+            del fused.grad_scale, fused.found_inf
 
 
 def _folds(base: torch.optim.Optimizer, grads: list[Tensor]) -> bool:

@@ -7,7 +7,7 @@ max_norm / norm would multiply the step by 0 exactly when it matters. So losses 
 (estimates, mu, counters) stays there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from l3ms.barrier.reward_tables import Values
 from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.barrier.solvers import Solver, as_solver
 from l3ms.barrier.step_reports import Progress, StepNumbers, StepReports
-from l3ms.barrier.wrapped import Modes, check_base, first_parameter
+from l3ms.barrier.wrapped import Modes, as_one, call_once, first_parameter
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.model.losses import scored_lengths, shift
 
@@ -49,7 +49,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
     with `base`, so learning-rate schedulers, GradScaler and accelerate see one optimizer.
 
     Args:
-        base: the wrapped optimizer.
+        base: the wrapped optimizer, or a list of them that are stepped as one: `[Muon(matrices), AdamW(rest)]`.
         constraints: what must hold, see `Constraint`.
         mu: "auto" (a decay to the noise floor of the estimates), "paper", or a schedule.
         smoothing: of the estimates. "trend": a filter of level and trend that keeps up with a policy that moves and knows its drift, see
@@ -78,7 +78,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
+        base: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         constraints: Sequence[Constraint],
         mu: str | MuSchedule = "auto",
         smoothing: float | Literal["trend", "ema"] = "trend",
@@ -93,7 +93,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         max_skipped: int = 5,
         backend: str | None = None,
     ):
-        check_base(base)
+        base = as_one(base)
         smoothing = 0.1 if smoothing == "ema" else smoothing
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
@@ -233,7 +233,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
     # ---- the step ----
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Clip and apply the gradients: of the task, or of the constraints where something was observed since the last step.
 
         A gradient whose norm is not finite is not applied: the step is counted as skipped, and neither mu nor the estimates advance.
@@ -242,13 +242,14 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         clipping is part of its kernel and the host waits for nothing; `.grad` holds the clipped gradient afterwards. Other optimizers
         cost a multiplication of the gradients where they are clipped, and on a GPU one wait.
 
+        `closure` is called once, before all else, and its value returned: Lightning's manual optimization hands over one that does nothing.
+
         Raises:
-            ValueError: a closure was given: the two half-steps are two calls.
+            ValueError: the closure is that of Lightning's automatic optimization, which makes one step of each batch, and no constraint's.
             RuntimeError: `max_skipped` steps in a row were skipped; names the constraint with the largest multiplier. On a GPU the
                 host learns of it later, as a rule in the next step; those in between are skipped or applied each on its own.
         """
-        if closure is not None:
-            raise ValueError("L3MOptimizer.step takes no closure: call it once per half-step")
+        loss = call_once(closure)
         constrained = self.estimates.pending is not None
         grads = gradients(self)
         total = self.task_share if self.estimates.total is None else self.estimates.total
@@ -266,6 +267,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         self._reports.send(self._advance(~skipped) if constrained else StepNumbers(self._progress.in_a_row))
         if self._reports.failure is not None:
             raise RuntimeError(self._reports.failure)
+        return loss
 
     def _advance(self, applied: Tensor) -> StepNumbers:
         """After a constraint step: the estimates, then mu, where it was `applied` () bool."""

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from l3ms.barrier.several import SeveralOptimizers
+
+
+def as_one(base: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """The optimizer that is wrapped, several as one. ValueError where no half-step can be made with it, or with one of them."""
+    several = isinstance(base, Sequence)
+    one = SeveralOptimizers(base) if several else base
+    check_base(one)
+    for part in base if several else ():
+        check_base(part)
+    return one
 
 
 def check_base(base: Any) -> None:
@@ -21,6 +35,24 @@ def check_base(base: Any) -> None:
             f"base must step without a closure, which {type(base).__name__} needs: the two half-steps are two backward "
             "passes, each before its own step()"
         )
+
+
+def call_once(closure: Callable[[], Any] | None) -> Any:
+    """What a `closure` of the user's returns, made with gradients; ValueError for that of Lightning's automatic optimization."""
+    if closure is None:
+        return None
+    inner: Any = closure
+    while isinstance(
+        inner, functools.partial
+    ):  # its precision plugin binds the module, the optimizer and the closure itself
+        inner = next((value for value in reversed(inner.args) if callable(value)), inner.func)
+    if type(inner).__module__.endswith("loops.optimization.automatic"):
+        raise ValueError(
+            "Lightning's automatic optimization makes one step of each batch, and an L3MOptimizer two: set "
+            "self.automatic_optimization = False, and take both half-steps in training_step (examples/lightning_loop.py)"
+        )
+    with torch.enable_grad():
+        return closure()
 
 
 def first_parameter(base: torch.optim.Optimizer) -> nn.Parameter:

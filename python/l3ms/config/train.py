@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from l3ms.config.optimizers import wrong_optimizer
 from l3ms.config.sections import MOST, Batch, Count, NonNegative, Positive, Section, Share, Text
+
+BETAS = (0.5, 0.95)
 
 
 class LoraConfig(Section):
@@ -30,8 +33,12 @@ class TrainConfig(Section):
     gradient_accumulation: Batch = 1  # backward passes per task half-step
     constraint_batch_size: Annotated[int, Field(ge=2, le=1 << 24)] = 32  # sampled responses per constraint half-step
     learning_rate: Positive = 1e-5
-    # a momentum of 0.9 makes the constraints' pressure late, and the mean swings (experiments/ablations)
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.5, 0.95)
+    # adamw, muon (matrices; AdamW has the rest), sgd ..., or transformers' name of another package's
+    optimizer: Text = "adamw_fused"
+    # of torch's own, beside the fields here: eps: 1e-6, nesterov: true ...
+    optimizer_options: dict[str, bool | int | float | str | None] = Field({})
+    # a momentum of 0.9 makes the constraints' pressure late, and the mean swings (experiments/ablations); muon has the first alone
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = BETAS
     weight_decay: NonNegative = 0.0
     warmup: Annotated[int, Field(ge=0, le=MOST)] | None = None  # iterations; default: a tenth of the run, at most 10
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -56,3 +63,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False  # less memory, a second forward
     device: Literal["auto", "cpu"] = "auto"
     lora: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> TrainConfig:
+        if (wrong := wrong_optimizer(self.optimizer, self.optimizer_options, self.betas != BETAS)) is not None:
+            raise ValueError(" ".join(wrong))
+        return self

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from l3ms.config.errors import blame
+from l3ms.config.optimizers import TORCH
 from l3ms.config.run_config import RunConfig
+from l3ms.config.train import TrainConfig
 from l3ms.training.arguments import L3MConfig
+from l3ms.training.optimizers import torch_optimizer
 
 # Its name in the transformers that vLLM 0.32 wants is another.
 CHECKPOINTING: Any = next(
@@ -58,6 +62,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
+        **({"optim": train.optimizer} if train.optimizer not in TORCH else {}),
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         weight_decay=train.weight_decay,
@@ -76,3 +81,16 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def named_optimizer(config: RunConfig) -> tuple[Any, dict[str, Any]] | None:
+    """`train.optimizer` as the Trainer takes it where its arguments do not name it. Raises `ConfigError` for options
+    it does not have."""
+    train = config.train
+    if train.optimizer not in TORCH or (train.optimizer == "adamw_fused" and not train.optimizer_options):
+        return None
+    settings = {"learning_rate": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay}
+    try:
+        return torch_optimizer(train.optimizer, train.optimizer_options, **settings)
+    except ValueError as error:
+        raise blame("train", TrainConfig.model_fields, str(error)) from None

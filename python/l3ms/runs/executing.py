@@ -15,6 +15,7 @@ from l3ms.config.constraints import ConstraintConfig
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs import resuming
+from l3ms.runs.arguments import named_optimizer
 from l3ms.runs.engines import try_engine
 from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
@@ -136,9 +137,16 @@ def _trainer(run: Run, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
             processing_class=run.tokenizer,
             engine=run.engine,
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=named_optimizer(config),
         )
     run.arguments.output_dir = place
-    trainer.create_optimizer()
+    try:
+        trainer.create_optimizer()
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # of a package that is not installed, or is too old; nothing for it to step
+        raise ConfigError("train.optimizer", " ".join(str(error).split())) from None
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer, metrics

@@ -24,7 +24,8 @@ class WeightChecks:
     def __init__(self, model: torch.nn.Module, optimizer: Any = None):
         """An optimizer that rounds stochastically (torchao's) moves few weights in a step, and all of them in the mean."""
         self.model = model
-        stochastic = getattr(optimizer, "bf16_stochastic_round", False)
+        parts = getattr(optimizer, "parts", [optimizer])
+        stochastic = all(getattr(part, "bf16_stochastic_round", False) for part in parts)
         narrow = () if stochastic else (torch.bfloat16, torch.float16)
         self._narrow = [(name, p) for name, p in trained(model) if p.dtype in narrow]
         self._before: list[tuple[Tensor, Tensor]] = []  # sampled weights, and which of them have a gradient

@@ -274,11 +274,6 @@ def test_the_half_steps_alternate_by_what_was_observed():
         assert opt.estimates.pending is None
 
 
-def test_a_closure_is_refused():
-    with pytest.raises(ValueError, match="takes no closure"):
-        make(parameters(torch.float32)).step(lambda: 1.0)  # type: ignore[arg-type]
-
-
 def test_frozen_parameters_and_parameters_without_a_gradient_are_left_alone():
     params = parameters(torch.float32)
     params[0].requires_grad_(False)

@@ -58,6 +58,7 @@ CONFIGS = {
     },
     "adapters": {"train": {"lora": {"r": 2, "dropout": 0.1}}},
     "dual_ascent": {"train": {"solver": "dual_ascent", "schedule": "cosine"}},
+    "muon": {"train": {"optimizer": "muon", "optimizer_options": {"ns_steps": 3}}},
     "augmented_lagrangian": {"train": {"solver": "augmented_lagrangian"}},
     "penalty": {"train": {"solver": "penalty", "clipping": "separate", "mu": "paper"}},
     "none": {"constraints": [], "train": {"solver": "none"}},
