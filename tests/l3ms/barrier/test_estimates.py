@@ -302,5 +302,5 @@ def test_bad_options_are_named(options, named):
 
 
 def test_the_base_must_be_an_optimizer():
-    with pytest.raises(ValueError, match=r"base must be a torch\.optim\.Optimizer, got list"):
-        l3ms.L3MOptimizer([torch.zeros(1)], [])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"base must be a torch\.optim\.Optimizer, got Tensor"):
+        l3ms.L3MOptimizer(torch.zeros(1), [])  # type: ignore[arg-type]
