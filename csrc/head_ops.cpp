@@ -1,6 +1,7 @@
 // Registers the head's native ops with torch: tensors to the plain arrays of cpu/head.h. As in ops.cpp, what is checked
 // here is what keeps memory access in bounds.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -39,7 +40,8 @@ Tensor with_rows(const Tensor& matrix) {
   return rows && matrix.stride(0) >= matrix.size(1) ? matrix : matrix.contiguous();
 }
 
-void check(Batch& batch, HeadArguments& head) {
+// `part`: of the vocabulary. A target outside it is in another.
+void check(Batch& batch, HeadArguments& head, bool part = false) {
   const Tensor &hidden = batch.hidden, &weight = head.weight;
   TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1),
                     "head: wanted hidden (T, D) and weight (V, D), got ", hidden.sizes(), " and ", weight.sizes());
@@ -51,7 +53,7 @@ void check(Batch& batch, HeadArguments& head) {
   batch.targets = batch.targets.contiguous();
   const int64_t* target = batch.targets.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < T; ++t) {
-    TORCH_CHECK_INDEX(target[t] == batch.ignore_index || (0 <= target[t] && target[t] < V), "head: targets[", t,
+    TORCH_CHECK_INDEX(part || target[t] == batch.ignore_index || (0 <= target[t] && target[t] < V), "head: targets[", t,
                       "] = ", target[t], " is outside the vocabulary [0, ", V, ")");
   }
   TORCH_CHECK_VALUE(batch.cu_seqlens.dim() == 1 && batch.cu_seqlens.numel() >= 1, "head: cu_seqlens must be (N + 1,)");
@@ -111,9 +113,9 @@ Gradients empty_gradients(const Batch& batch, const HeadArguments& head, at::Sca
           at::empty({need_bias ? head.weight.size(0) : 0}, options)};
 }
 
-// What a call asks of the rows: u of each, empty where no gradient is wanted.
+// What a call asks of the rows: u of each, empty where no gradient is wanted. `known`: lse; token of a part's rows too.
 template <typename In, typename Out, typename Mul, typename Acc>
-void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, const Tensor& known_lse,
+void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, const Statistics& known,
          Statistics* found, Gradients* gradients) {
   cpu::HeadProblem<In, Out, Acc> problem{};
   const auto pointer = [](const Tensor& tensor) { return static_cast<const In*>(tensor.const_data_ptr()); };
@@ -135,8 +137,9 @@ void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, 
     (u && u[t] != 0 ? problem.gradient_rows : problem.forward_rows).push_back(t);
   }
   problem.upstream = u;
-  if (known_lse.defined()) {
-    problem.known_lse = known_lse.const_data_ptr<Acc>();
+  if (known.token.defined()) problem.known_token = known.token.const_data_ptr<Acc>();
+  if (known.lse.defined()) {
+    problem.known_lse = known.lse.const_data_ptr<Acc>();
     problem.forward_rows.clear();  // nothing to be found out about them
   }
   if (found) {
@@ -144,35 +147,36 @@ void run(const Batch& batch, const HeadArguments& head, const Tensor& upstream, 
     problem.lse = found->lse.defined() ? found->lse.mutable_data_ptr<Acc>() : nullptr;
   }
   if (gradients) {
-    const auto output = [](Tensor& tensor) {
-      return tensor.numel() ? static_cast<Out*>(tensor.mutable_data_ptr()) : nullptr;
-    };
-    problem.d_hidden = output(gradients->hidden);
-    problem.d_weight = output(gradients->weight);
-    problem.d_bias = output(gradients->bias);
+    const auto output = [](Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; };
+    if (known.token.defined())
+      problem.d_hidden_sums = static_cast<Acc*>(output(gradients->hidden));
+    else
+      problem.d_hidden = static_cast<Out*>(output(gradients->hidden));
+    problem.d_weight = static_cast<Out*>(output(gradients->weight));
+    problem.d_bias = static_cast<Out*>(output(gradients->bias));
   }
   cpu::run_head<In, Out, Mul, Acc>(problem);
 }
 
-void dispatch(const Batch& batch, const HeadArguments& head, const Tensor& upstream, const Tensor& known_lse,
+void dispatch(const Batch& batch, const HeadArguments& head, const Tensor& upstream, const Statistics& known,
               Statistics* found, Gradients* gradients) {
   using cpu::BFloat16, cpu::Float16;
   switch (batch.hidden.scalar_type()) {
     case at::kBFloat16:
       // Words of two numbers: an odd hidden size has a number left over.
       if (cpu::path().brgemm_bfloat16 && batch.hidden.size(1) % 2 == 0) {
-        return run<BFloat16, BFloat16, BFloat16, float>(batch, head, upstream, known_lse, found, gradients);
+        return run<BFloat16, BFloat16, BFloat16, float>(batch, head, upstream, known, found, gradients);
       }
-      return run<BFloat16, BFloat16, float, float>(batch, head, upstream, known_lse, found, gradients);
+      return run<BFloat16, BFloat16, float, float>(batch, head, upstream, known, found, gradients);
     case at::kHalf:
       if (gradients && gradients->weight.scalar_type() == at::kFloat) {
-        return run<Float16, float, float, float>(batch, head, upstream, known_lse, found, gradients);
+        return run<Float16, float, float, float>(batch, head, upstream, known, found, gradients);
       }
-      return run<Float16, Float16, float, float>(batch, head, upstream, known_lse, found, gradients);
+      return run<Float16, Float16, float, float>(batch, head, upstream, known, found, gradients);
     case at::kFloat:
-      return run<float, float, float, float>(batch, head, upstream, known_lse, found, gradients);
+      return run<float, float, float, float>(batch, head, upstream, known, found, gradients);
     case at::kDouble:
-      return run<double, double, double, double>(batch, head, upstream, known_lse, found, gradients);
+      return run<double, double, double, double>(batch, head, upstream, known, found, gradients);
     default:
       TORCH_CHECK_TYPE(false, "head: wanted float32, bfloat16, float16 or float64, got ", batch.hidden.scalar_type());
   }
@@ -272,7 +276,24 @@ std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(const Tensor& grad_se
   const Tensor upstream =
       spread(batch, per_sequence("grad_sequence", batch, grad_sequence), 1.0, per_row("grad_token", batch, grad_token));
   Gradients gradients = empty_gradients(batch, head, hidden.scalar_type(), need_hidden, need_weight, need_bias);
-  dispatch(batch, head, upstream, per_row("lse", batch, lse), nullptr, &gradients);
+  dispatch(batch, head, upstream, {{}, {}, {}, per_row("lse", batch, lse)}, nullptr, &gradients);
+  return {gradients.hidden, gradients.weight, gradients.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> part_backward(const Tensor& upstream, const Tensor& hidden, const Tensor& targets,
+                                                 const Tensor& lse, const Tensor& token, const Tensor& weight,
+                                                 const std::optional<Tensor>& bias, std::optional<double> softcap,
+                                                 double temperature, int64_t workspace, bool low_memory,
+                                                 int64_t ignore_index, bool need_hidden, bool need_weight,
+                                                 bool need_bias) {
+  const int64_t T = targets.numel();  // in one sequence: nothing here is per sequence
+  Batch batch{hidden, targets, at::arange(0, T + 1, T ? T : 1, targets.options()), ignore_index};
+  HeadArguments head{weight, bias, softcap.value_or(0), temperature, workspace, low_memory};
+  check(batch, head, true);
+  Gradients gradients = empty_gradients(batch, head, hidden.scalar_type(), false, need_weight, need_bias);
+  if (need_hidden) gradients.hidden = at::zeros(hidden.sizes(), hidden.options().dtype(compute_type(hidden)));
+  const Statistics known{{}, {}, per_row("token", batch, token), per_row("lse", batch, lse)};
+  dispatch(batch, head, per_row("upstream", batch, upstream), known, nullptr, &gradients);
   return {gradients.hidden, gradients.weight, gradients.bias};
 }
 
@@ -312,6 +333,8 @@ TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
   m.def(
       "cpp_log_likelihood_backward(Tensor grad_sequence, Tensor grad_token, Tensor hidden, Tensor targets, Tensor "
       "cu_seqlens, Tensor lse, " L3M_HEAD ", " L3M_NEEDS ") -> (Tensor, Tensor, Tensor)");
+  m.def("cpp_part_backward(Tensor upstream, Tensor hidden, Tensor targets, Tensor lse, Tensor token, " L3M_HEAD
+        ", " L3M_NEEDS ") -> (Tensor, Tensor, Tensor)");
   m.def("cpp_weighted_log_likelihood(Tensor hidden, Tensor targets, Tensor seq_weight, Tensor cu_seqlens, " L3M_HEAD
         ", " L3M_NEEDS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
@@ -319,6 +342,7 @@ TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
 TORCH_LIBRARY_IMPL(l3m_kernels, CPU, m) {
   m.impl("cpp_log_likelihood", &log_likelihood);
   m.impl("cpp_log_likelihood_backward", &log_likelihood_backward);
+  m.impl("cpp_part_backward", &part_backward);
   m.impl("cpp_weighted_log_likelihood", &weighted_log_likelihood);
 }
 

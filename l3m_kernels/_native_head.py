@@ -19,5 +19,7 @@ def _spread(op: Callable) -> Callable:
 
 
 def head_ops() -> dict[str, Callable]:
-    names = ("log_likelihood", "log_likelihood_backward", "weighted_log_likelihood")
-    return {name: _spread(getattr(ops.l3m_kernels, f"cpp_{name}")) for name in names}
+    names = ("log_likelihood", "log_likelihood_backward", "part_backward", "weighted_log_likelihood")
+    # What was compiled before an op was added lacks it.
+    found = {name: getattr(ops.l3m_kernels, f"cpp_{name}", None) for name in names}
+    return {name: _spread(op) for name, op in found.items() if op is not None}

@@ -117,6 +117,7 @@ TABLE: tuple[Backend, ...] = (
         {
             "log_likelihood": chunked.log_likelihood,
             "log_likelihood_backward": chunked.log_likelihood_backward,
+            "part_backward": chunked.part_backward,
             "weighted_log_likelihood": chunked.weighted_log_likelihood,
             "barrier_weights": reference.barrier_weights,
         },
@@ -204,9 +205,11 @@ def workspace(device: str, vocabulary: int = 0, width: int = 0, itemsize: int = 
     return chunk_sizes.default_workspace(vocabulary, width, itemsize)
 
 
-def low_memory() -> bool:
-    """Whether memory is to be saved at the price of time."""
-    return _low_memory
+def head_of(weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, temperature: float) -> chunked.Head:
+    """The last layer of the model, with the bounds in force."""
+    vocabulary, width = weight.shape
+    bound = workspace(weight.device.type, vocabulary, width, weight.itemsize)
+    return chunked.Head(weight, bias, softcap, temperature, bound, _low_memory)
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,19 @@ def packed_batch(
     bias: Tensor | None,
     softcap: float | None,
     temperature: float,
+    part: bool = False,
 ) -> Batch:
-    """Check the arguments of `op`, apply autocast, and bring a padded batch (N, L, D) into the packed layout."""
+    """Check the arguments of `op`, apply autocast, and bring a padded batch (N, L, D) into the packed layout.
+
+    `part`: `weight` and `bias` are a part of the vocabulary, which may be empty.
+    """
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     hidden, weight, bias = autocast(hidden, weight, bias)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight must be (V, D), the head's matrix, got shape {tuple(weight.shape)}")
-    if weight.shape[0] < 1:
+    if weight.shape[0] < 1 and not part:
         raise ValueError(f"{op}: weight must have at least one row (V >= 1), got shape {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype:
         raise ValueError(
@@ -88,6 +92,21 @@ def packed_batch(
             f"{op}: weight must be (V, D) with D = {hidden.shape[-1]} as in hidden, got shape {tuple(weight.shape)}"
         )
     return Batch(hidden.flatten(0, -2), weight, targets.reshape(-1).long(), cu_seqlens, bias)
+
+
+def check_seq_weight(op: str, seq_weight: Tensor, batch: Batch) -> None:
+    """(N,) constants, one for each sequence."""
+    wanted = (batch.cu_seqlens.shape[0] - 1,)
+    if seq_weight.shape != wanted or not seq_weight.is_floating_point():
+        raise ValueError(
+            f"{op}: seq_weight must be floating, {wanted}, got {tuple(seq_weight.shape)} {seq_weight.dtype}"
+        )
+    if seq_weight.device != batch.hidden.device:
+        raise ValueError(f"{op}: seq_weight must be on hidden's device {batch.hidden.device}, got {seq_weight.device}")
+    if seq_weight.requires_grad:
+        raise ValueError(
+            f"{op}: seq_weight is a constant, got one that requires a gradient; detach it, or use log_likelihood"
+        )
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -104,6 +104,32 @@ def log_likelihood_backward(
     return gradients.finish()
 
 
+def part_backward(
+    upstream: Tensor,  # (T,)
+    hidden: Tensor,  # (T, D)
+    targets: Tensor,  # (T,) int64, of the rows of `head`; one outside them is in another part of the vocabulary
+    lse: Tensor,  # (T,) over the whole vocabulary
+    token: Tensor,  # (T,) log pi(target), likewise
+    head: Head,  # a part of the vocabulary
+    ignore_index: int,
+    needs: NEEDS,
+    scored_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> d_hidden (T, D) fp32 (fp64), this part's share of the sum over all of them; d_weight, d_bias of the part."""
+    upstream = upstream.to(head.compute)
+    rows = ((targets != ignore_index) & (upstream != 0)).nonzero()[:, 0]
+    gradients = _Gradients(hidden, head, needs, part=True)
+    for chunk in _chunks(rows, head, gradients=True):
+        logits, slope, inputs, target = _logits(hidden, targets, head, chunk, gradients=True, part=True)
+        probabilities = logits.sub_(lse[chunk, None]).exp_()
+        mine = target == targets[chunk]
+        gradients.accumulate(
+            chunk, inputs, probabilities, slope, target, upstream[chunk], mine, -torch.expm1(token[chunk])
+        )
+        del logits, probabilities, slope  # or the next chunk's would be held beside them
+    return gradients.finish()
+
+
 def weighted_log_likelihood(
     hidden: Tensor,  # (T, D)
     targets: Tensor,  # (T,) int64
@@ -169,17 +195,18 @@ def _chunks(rows: Tensor, head: Head, gradients: bool) -> tuple[Tensor, ...]:
     return rows.chunk(-(-len(rows) // limit))
 
 
-def _logits(hidden: Tensor, targets: Tensor, head: Head, chunk: Tensor, gradients: bool):
+def _logits(hidden: Tensor, targets: Tensor, head: Head, chunk: Tensor, gradients: bool, part: bool = False):
     """-> logits (n, V), slope of the softcap (n, V) or None, inputs (n, D), target (n,), for the rows of one chunk.
 
+    Targets outside the vocabulary become 0; their logits NaN, unless this is a `part` of the vocabulary.
     16-bit inputs are widened before the product: rounding logits of size 20 to bf16 costs 0.06 in a log-likelihood.
     """
     inputs = hidden[chunk].to(head.compute)
     logits = torch.empty(len(chunk), len(head.weight), dtype=head.compute, device=hidden.device)
     block = _vocabulary_block(head)
     for start in range(0, len(head.weight), block):
-        part = head.weight[start : start + block].to(head.compute)
-        torch.mm(inputs, part.t(), out=logits[:, start : start + block])
+        widened = head.weight[start : start + block].to(head.compute)
+        torch.mm(inputs, widened.t(), out=logits[:, start : start + block])
     if head.bias is not None:
         logits += head.bias
     slope = None
@@ -192,7 +219,8 @@ def _logits(hidden: Tensor, targets: Tensor, head: Head, chunk: Tensor, gradient
         logits.div_(head.temperature)
     target = targets[chunk]
     invalid = (target < 0) | (target >= len(head.weight))  # refused before on a CPU; elsewhere the row is NaN
-    return logits.masked_fill_(invalid[:, None], torch.nan), slope, inputs, target.masked_fill(invalid, 0)
+    logits = logits if part else logits.masked_fill_(invalid[:, None], torch.nan)
+    return logits, slope, inputs, target.masked_fill(invalid, 0)
 
 
 def _softmax_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,20 +235,25 @@ def _softmax_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _Gradients:
     """Accumulators of the head's gradients, fp32 (fp64 for fp64) until `finish` rounds them."""
 
-    def __init__(self, hidden: Tensor, head: Head, needs: NEEDS, unscaled: bool = False):
+    def __init__(self, hidden: Tensor, head: Head, needs: NEEDS, unscaled: bool = False, part: bool = False):
         self.head, self.needs = head, needs
         self.dtype = gradient_dtype(hidden.dtype, unscaled)
-        # contiguous, whatever hidden's strides
-        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=self.dtype)
+        # contiguous, whatever hidden's strides; of a part of the vocabulary not rounded yet
+        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=head.compute if part else self.dtype)
         options = {"dtype": head.compute, "device": hidden.device}
         self.weight = torch.zeros(head.weight.shape if needs[1] else 0, **options)
         self.bias = torch.zeros(len(head.weight) if needs[2] else 0, **options)
 
-    def accumulate(self, chunk, inputs, probabilities, slope, target, upstream) -> None:
-        """Turn probabilities (n, V) into d logits = upstream * (onehot - p), in place, and multiply it out."""
-        correct = probabilities.gather(1, target[:, None])
+    def accumulate(self, chunk, inputs, probabilities, slope, target, upstream, mine=None, rest=None) -> None:
+        """Turn probabilities (n, V) into d logits = upstream * (onehot - p), in place, and multiply it out.
+
+        Of a part of the vocabulary: `mine` (n,), whether a row's target is in it, and `rest` (n,), 1 - p of the target.
+        """
+        column = target[:, None]
+        rest = 1 - probabilities.gather(1, column) if rest is None else rest[:, None]
         grad = probabilities.mul_(-upstream[:, None])
-        grad.scatter_(1, target[:, None], upstream[:, None] * (1 - correct))
+        onehot = upstream[:, None] * rest
+        grad.scatter_(1, column, onehot if mine is None else torch.where(mine[:, None], onehot, grad.gather(1, column)))
         if self.head.temperature != 1:
             grad.div_(self.head.temperature)
         if slope is not None:

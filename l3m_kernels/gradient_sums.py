@@ -31,16 +31,28 @@ class GradientSums:
     of the sums again.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, rows: Rows, needs: NEEDS, unscaled: bool, exact: Product | None):
-        """The fault of `rows`, where there is one, is added to all, 0 or NaN. `exact`: as in `products.matmul`."""
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        rows: Rows,
+        needs: NEEDS,
+        unscaled: bool,
+        exact: Product | None,
+        part: bool = False,
+    ):
+        """The fault of `rows`, where there is one, is added to all, 0 or NaN. `exact`: as in `products.matmul`. `part`: of the
+        vocabulary, whose d_hidden is added to those of others and so not rounded.
+        """
         self.head, self.rows, self.needs, self.exact = head, rows, needs, exact
         self.half = hidden.dtype == torch.float16
         self.dtype = gradient_dtype(hidden.dtype, unscaled)
+        hidden_dtype = torch.float32 if part else self.dtype
         self.device = hidden.device
         self.unscale: Tensor | None = None
         shape = hidden.shape if needs[0] else (0,)
         every = rows.all_with_gradient  # each is written, in order
-        options = {"dtype": self.dtype, "device": hidden.device}
+        options = {"dtype": hidden_dtype, "device": hidden.device}
         self.hidden = torch.empty(shape, **options) if every else self._begun(torch.zeros(shape, **options))
         # (V, D), fp32 until it is complete, unless it is complete at once: with one chunk, and in low-memory mode each block
         self.weight: Tensor | None = None
@@ -82,8 +94,9 @@ class GradientSums:
                 self.weight = inputs.new_empty(self.head.weight.shape, dtype=dtype)
             matmul(gradient.t(), inputs, self.weight, self.exact, accumulate=not first)
         if self.needs[0]:
-            rounds = self._rounds_once(*inputs.shape)
-            in_place = self.rows.all_with_gradient and self.unscale is None and (rounds or self.dtype == torch.float32)
+            rounds = self.hidden.dtype == self.dtype and self._rounds_once(*inputs.shape)
+            whole = rounds or self.hidden.dtype == torch.float32
+            in_place = self.rows.all_with_gradient and self.unscale is None and whole
             dtype = self.dtype if rounds else torch.float32
             d_inputs = self.hidden[chunk] if in_place else torch.empty_like(inputs, dtype=dtype)
             matmul(gradient, self.head.weight, d_inputs, self.exact)
@@ -112,7 +125,7 @@ class GradientSums:
         if self.rows.all_with_gradient:
             self._write(d_inputs, self.hidden[chunk])
         else:
-            self.hidden.index_copy_(0, self.rows.index[chunk], self._true(d_inputs))
+            self.hidden.index_copy_(0, self.rows.index[chunk], self._true(d_inputs, self.hidden.dtype))
 
     def _write(self, sums: Tensor, out: Tensor) -> None:
         """In one pass."""
@@ -121,11 +134,11 @@ class GradientSums:
         else:
             torch.mul(sums, self.unscale, out=out)
 
-    def _true(self, sums: Tensor) -> Tensor:
+    def _true(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Sums in the dtype of the gradient, which may be the same memory, in one pass or none."""
-        if sums.dtype == self.dtype:
+        if sums.dtype == dtype:
             return sums if self.unscale is None else sums.mul_(self.unscale)
-        found = torch.empty_like(sums, dtype=self.dtype)
+        found = torch.empty_like(sums, dtype=dtype)
         self._write(sums, found)
         return found
 
@@ -135,5 +148,5 @@ class GradientSums:
             zeros = self.hidden.new_zeros(self.head.weight.shape if self.needs[1] else 0, dtype=self.dtype)
             weight = self._begun(zeros)  # no row was added
         else:
-            weight = self.weight if self.head.low_memory else self._true(self.weight)
-        return self.hidden, weight, self._true(self.bias)
+            weight = self.weight if self.head.low_memory else self._true(self.weight, self.dtype)
+        return self.hidden, weight, self._true(self.bias, self.dtype)

@@ -7,23 +7,17 @@ and autograd see one opaque op whatever the backend. The public functions check 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from l3m_kernels.backends import low_memory, scale_in_place, select, workspace
-from l3m_kernels.checks import check_values, offsets_on, packed_batch
-from l3m_kernels.chunked import NEEDS, Head, gradient_dtype
-
-
-class LogLikelihood(NamedTuple):
-    """log pi of each sequence and token; fp32, or fp64 for fp64 inputs."""
-
-    sequence: Tensor  # (N,) sum over the sequence's scored tokens of log pi(token)
-    length: Tensor  # (N,) int64, scored tokens
-    token: Tensor  # (T,) or (N, L), log pi(token); 0 where not scored
+from l3m_kernels import parallel
+from l3m_kernels.backends import head_of, scale_in_place, select
+from l3m_kernels.checks import check_seq_weight, check_values, offsets_on, packed_batch
+from l3m_kernels.chunked import NEEDS, gradient_dtype
+from l3m_kernels.likelihoods import LogLikelihood, refuse_double
+from l3m_kernels.vocabulary_shards import is_dtensor
 
 
 def log_likelihood(
@@ -47,7 +41,8 @@ def log_likelihood(
 
     Args:
         hidden: (T, D) packed, with `cu_seqlens`, or (N, L, D) padded; fp32, bf16, fp16 or fp64.
-        weight: (V, D), the head's matrix, in hidden's dtype.
+        weight: (V, D), the head's matrix, in hidden's dtype. A DTensor whose rows are sharded is computed with where they are, see
+            `l3m_kernels.parallel`.
         targets: (T,) or (N, L) integers: targets[t] is the token that hidden[t] predicts (already shifted).
         cu_seqlens: (N + 1,) int32 or int64, starts of the sequences and T.
         bias: (V,), in weight's dtype.
@@ -68,6 +63,10 @@ def log_likelihood(
         RuntimeError: the named backend is not available here, a second derivative is asked for, or the first call on a GPU is made while
             a CUDA graph is captured.
     """
+    if is_dtensor(weight):
+        options = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index}
+        options |= {"bias": bias, "scored": scored, "backend": backend}
+        return parallel.log_likelihood(hidden, weight, targets, cu_seqlens, **options)
     batch = packed_batch("log_likelihood", hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
     sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, scored, backend or "auto")
     return LogLikelihood(sequence, length, token.view(targets.shape))
@@ -101,19 +100,13 @@ def weighted_log_likelihood(
     Raises:
         as `log_likelihood`; ValueError also where seq_weight requires a gradient: it is a constant.
     """
+    if is_dtensor(weight):
+        options = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index}
+        options |= {"bias": bias, "scored": scored, "backend": backend}
+        return parallel.weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
     op = "weighted_log_likelihood"
     batch = packed_batch(op, hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
-    if seq_weight.shape != (batch.cu_seqlens.shape[0] - 1,) or not seq_weight.is_floating_point():
-        wanted = (batch.cu_seqlens.shape[0] - 1,)
-        raise ValueError(
-            f"{op}: seq_weight must be floating, {wanted}, got {tuple(seq_weight.shape)} {seq_weight.dtype}"
-        )
-    if seq_weight.device != hidden.device:
-        raise ValueError(f"{op}: seq_weight must be on hidden's device {hidden.device}, got {seq_weight.device}")
-    if seq_weight.requires_grad:
-        raise ValueError(
-            f"{op}: seq_weight is a constant, got one that requires a gradient; detach it, or use log_likelihood"
-        )
+    check_seq_weight(op, seq_weight, batch)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (batch.hidden, batch.weight, batch.bias)
@@ -125,12 +118,6 @@ def weighted_log_likelihood(
 
 
 # ---- log_likelihood --------------------------------------------------------------------------------------------------
-
-
-def _head(weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Head:
-    vocabulary, width = weight.shape
-    bound = workspace(weight.device.type, vocabulary, width, weight.itemsize)
-    return Head(weight, bias, softcap, temperature, bound, low_memory())
 
 
 def _statistics(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,13 +143,6 @@ def _gradients(
     return d_hidden, d_weight, d_bias
 
 
-def _refuse_double(ctx, *grads):
-    raise RuntimeError(
-        "l3m_kernels: log_likelihood and weighted_log_likelihood have no second derivative (double backward); "
-        "l3m_kernels.reference.eager_log_likelihood has one, and holds the logits"
-    )
-
-
 @torch.library.custom_op("l3m_kernels::log_likelihood", mutates_args=())
 def _log_likelihood(
     hidden: Tensor,
@@ -178,7 +158,7 @@ def _log_likelihood(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_values("log_likelihood", targets, cu_seqlens, len(weight), ignore_index, scored)
     run = select("log_likelihood", backend, hidden.device.type, hidden.dtype, hidden.device.index)
-    head = _head(weight, bias, softcap, temperature)
+    head = head_of(weight, bias, softcap, temperature)
     offsets, fault = offsets_on(hidden.device, cu_seqlens, len(hidden))
     sequence, *rest = run(hidden, targets, offsets, head, ignore_index, scored)
     return sequence if fault is None else sequence + fault, *rest
@@ -210,7 +190,7 @@ def _log_likelihood_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("log_likelihood_backward", backend, hidden.device.type, hidden.dtype, hidden.device.index)
-    head = _head(weight, bias, softcap, temperature)
+    head = head_of(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
     offsets, fault = offsets_on(hidden.device, cu_seqlens, len(hidden))
     grad_sequence = grad_sequence if fault is None else grad_sequence + fault
@@ -222,7 +202,7 @@ def _(grad_sequence, grad_token, hidden, weight, targets, cu_seqlens, bias, *res
     return _gradients(hidden, weight, bias, rest[-3:])
 
 
-_log_likelihood_backward.register_autograd(_refuse_double)
+_log_likelihood_backward.register_autograd(refuse_double)
 
 
 def _setup(ctx, inputs, output):
@@ -270,7 +250,7 @@ def _weighted_log_likelihood(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_values("weighted_log_likelihood", targets, cu_seqlens, len(weight), ignore_index, scored)
     run = select("weighted_log_likelihood", backend, hidden.device.type, hidden.dtype, hidden.device.index)
-    head = _head(weight, bias, softcap, temperature)
+    head = head_of(weight, bias, softcap, temperature)
     needs = (need_hidden, need_weight, need_bias)
     offsets, fault = offsets_on(hidden.device, cu_seqlens, len(hidden))
     if fault is None:
@@ -343,4 +323,4 @@ def _once_differentiable(gradient: Tensor, hidden: Tensor, weight: Tensor, bias:
 
 
 _once_differentiable.register_fake(lambda gradient, hidden, weight, bias: torch.empty_like(gradient))
-_once_differentiable.register_autograd(_refuse_double)
+_once_differentiable.register_autograd(refuse_double)

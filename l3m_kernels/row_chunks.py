@@ -148,13 +148,15 @@ class _Batch:
         found = values.new_zeros(len(self.hidden)).index_copy_(0, self.rows.index, values)
         return found if self.rows.fault is None else found.add_(self.rows.fault)
 
-    def gradients(self, upstream: Tensor, needs: NEEDS, unscaled: bool, known_lse: bool) -> tuple[Tensor, ...]:
+    def gradients(
+        self, upstream: Tensor, needs: NEEDS, unscaled: bool, known_lse: bool, part: bool = False
+    ) -> tuple[Tensor, ...]:
         """-> d_hidden, d_weight, d_bias, empty where not needed; upstream (n,) fp32 of the rows with a gradient.
 
-        Statistics are written unless `known_lse`; `unscaled` as in `chunked.gradient_dtype`.
+        Statistics are written unless `known_lse`; `unscaled` as in `chunked.gradient_dtype`; `part` as in `GradientSums`.
         """
         fault = self.rows.fault
-        sums = GradientSums(self.hidden, self.head, self.rows, needs, unscaled, self.kernels.product)
+        sums = GradientSums(self.hidden, self.head, self.rows, needs, unscaled, self.kernels.product, part)
         upstream = sums.scaled(upstream if fault is None else upstream + fault)
         if self.head.low_memory and any(needs) and len(upstream):
             if not known_lse:
@@ -229,6 +231,20 @@ def log_likelihood_backward(
         return batch.gradients(upstream[rows.index], needs, unscaled=False, known_lse=True)
 
 
+def part_backward(
+    kernels, upstream, hidden, targets, lse, token, head, ignore_index, needs, scored_rows=None
+) -> tuple[Tensor, ...]:
+    """-> d_hidden (T, D) fp32, d_weight, d_bias. 1 - p of a target is of its p here: `token` is not looked at."""
+    with _launching(hidden):
+        scored = targets != ignore_index
+        upstream = upstream.float().where(scored, 0)
+        kept = scored & (upstream != 0) if scored_rows is None else scored
+        rows = ordered(kept, upstream != 0, scored_rows)
+        batch = _Batch(kernels, hidden, targets, head, ignore_index, rows)
+        batch.lse = lse[rows.index]
+        return batch.gradients(upstream[rows.index], needs, unscaled=False, known_lse=True, part=True)
+
+
 def weighted_log_likelihood(
     kernels, hidden, targets, seq_weight, cu_seqlens, head, ignore_index, needs, scored_rows=None
 ) -> tuple[Tensor, ...]:
@@ -255,5 +271,5 @@ def head_ops(kernels: RowKernels) -> dict[str, Callable]:
     def bound(op: Callable) -> Callable:
         return lambda *arguments: op(kernels, *arguments)
 
-    ops = (log_likelihood, log_likelihood_backward, weighted_log_likelihood)
+    ops = (log_likelihood, log_likelihood_backward, part_backward, weighted_log_likelihood)
     return {op.__name__: bound(op) for op in ops}

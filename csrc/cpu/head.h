@@ -27,17 +27,19 @@ struct HeadProblem {
   const In* weight;                 // (V, D), rows weight_stride apart
   const In* bias;                   // (V,) or null
   int64_t hidden_stride, weight_stride;
-  const int64_t* targets;              // (T,)
+  const int64_t* targets;              // (T,); with known_token, one outside [0, V) is in another part
   double softcap, temperature;         // softcap 0: none
   std::vector<int64_t> gradient_rows;  // scored rows that need a gradient
   std::vector<int64_t> forward_rows;   // scored rows that need none
   const Acc* upstream;                 // (T,) u, where there are gradient rows
   const Acc* known_lse;                // (T,) log sum exp of the logits from an earlier forward, or null
+  const Acc* known_token;              // (T,) log pi likewise, or null; given, the V rows are a part of the vocabulary
   int64_t workspace;                   // bytes
   bool low_memory;                     // recompute instead of keeping exponentials
   Acc* token;                          // (T,) log-likelihoods of the scored rows, or null
   Acc* lse;                            // (T,) or null
   Out* d_hidden;                       // (T, D) zeroed, or null
+  Acc* d_hidden_sums;                  // (T, D) zeroed, in its place where other parts are to be added, or null
   Out* d_weight;                       // (V, D), or null; written whole
   Out* d_bias;                         // (V,), or null; written whole
 };

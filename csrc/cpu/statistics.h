@@ -33,7 +33,7 @@ class Statistics {
   // Statistics and d hidden of a batch.
   void run(const Batch& batch) {
     const int64_t blocks = batch.blocks.size(), slices = batch.slices;
-    const bool need_hidden = batch.gradient && p_.d_hidden;
+    const bool need_hidden = batch.gradient && (p_.d_hidden || p_.d_hidden_sums);
     Buffer<Acc> partial;
     const int64_t part = t_.tiling.block * t_.ld_sums;
     if (need_hidden && slices > 1) partial = Buffer<Acc>(blocks * slices * part);
@@ -160,6 +160,12 @@ class Statistics {
         continue;
       }
       const int64_t row = batch.rows[block.first + m], target = p_.targets[row];
+      if (t_.elsewhere(target)) {
+        reference = p_.known_lse[row];
+        batch.state.target_logit.get()[column] = -std::numeric_limits<double>::infinity();
+        batch.state.slope.get()[column] = 0;
+        continue;
+      }
       double z = row_kernels<In>(t_.kernels).dot(t_.hidden_row(row), t_.weight_row(target), D_);
       if (p_.bias) z += *t_.bias_at(target);
       double slope = 1;
@@ -213,6 +219,12 @@ class Statistics {
       if (p_.lse) p_.lse[row] = Acc(reference + log_sum);
       if (!batch.gradient) continue;
       const double upstream = double(p_.upstream[row]) / (p_.temperature * batch.scale);
+      if (p_.known_token) {  // these rows' exponentials are a part of the sum, and 1 - p_t is of all
+        const double rest = -std::expm1(double(p_.known_token[row]));
+        batch.state.factor.get()[column] = Acc(-upstream);
+        batch.state.coefficient.get()[column] = Acc(upstream * rest * batch.state.slope.get()[column]);
+        continue;
+      }
       batch.state.factor.get()[column] = Acc(-upstream / total);
       batch.state.coefficient.get()[column] = Acc(upstream * (others / total) * batch.state.slope.get()[column]);
     }
@@ -223,9 +235,13 @@ class Statistics {
     for (int64_t m = 0; m < block.count; ++m) {
       const int64_t column = block.offset + m, index = batch.rows[block.first + m];
       row_kernels<Acc>(t_.kernels).widen(sums + m * t_.ld_sums, D_, batch.state.factor.get()[column], row);
-      row_kernels<In>(t_.kernels)
-          .add_scaled(t_.weight_row(p_.targets[index]), D_, batch.state.coefficient.get()[column], row);
-      row_kernels<Out>(t_.kernels).narrow(row, D_, batch.scale, p_.d_hidden + index * D_);
+      if (const int64_t target = p_.targets[index]; !t_.elsewhere(target)) {
+        row_kernels<In>(t_.kernels).add_scaled(t_.weight_row(target), D_, batch.state.coefficient.get()[column], row);
+      }
+      if (p_.d_hidden_sums)
+        row_kernels<Acc>(t_.kernels).widen(row, D_, batch.scale, p_.d_hidden_sums + index * D_);
+      else
+        row_kernels<Out>(t_.kernels).narrow(row, D_, batch.scale, p_.d_hidden + index * D_);
     }
   }
 

@@ -129,6 +129,9 @@ class Tiles {
 
   // ---- tiles ----
 
+  // Whether a target is in another part of the vocabulary.
+  bool elsewhere(int64_t target) const { return p_.known_token && (target < 0 || target >= V_); }
+
   const Acc* bias_at(int64_t v) const { return p_.bias ? bias_.get() + v : nullptr; }
 
   // Products (rows, width), `ld` apart, of a strip of the vocabulary -> exponentials, the targets' left out.
