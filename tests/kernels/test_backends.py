@@ -23,7 +23,7 @@ from l3m_kernels import (
 from l3m_kernels import backends as backends_function
 from l3m_kernels.backends import DEFAULT_WORKSPACE, TABLE, Backend, select, workspace
 
-OPS = ("log_likelihood", "log_likelihood_backward", "weighted_log_likelihood", "barrier_weights")
+OPS = ("log_likelihood", "log_likelihood_backward", "part_backward", "weighted_log_likelihood", "barrier_weights")
 DEVICE = torch.device("cuda", 0)
 backends_module = sys.modules["l3m_kernels.backends"]
 UNAVAILABLE = [row.name for row in TABLE if row.missing]

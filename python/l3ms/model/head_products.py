@@ -35,15 +35,24 @@ def head_module(model: Any) -> nn.Module:
                 "leave lm_head out of the adapter's target modules, or use plain LoRA or modules_to_save there"
             )
         raise ValueError(f"fuse_head: {name} has no plain linear output head (got {kind}); it cannot be used")
+    mesh = getattr(_linear(module).weight, "device_mesh", None)
+    if mesh is not None and "tp" in (mesh.mesh_dim_names or ()) and not _is_linear(module):
+        raise ValueError(
+            f"fuse_head: {type(model).__name__} has an adapter ({type(module).__name__}) on a tensor-parallel lm_head: leave lm_head "
+            "out of the adapter's target modules, or load the model without a tp_plan for lm_head"
+        )
     return module
 
 
 def head_rows(module: nn.Module) -> int:
     """V of a `head_module`."""
-    linear: Any = module
-    while not _is_linear(linear):
-        linear = linear.base_layer
-    return linear.weight.shape[0]
+    return _linear(module).weight.shape[0]
+
+
+def _linear(module: Any) -> Any:
+    while not _is_linear(module):
+        module = module.base_layer
+    return module
 
 
 def product(module: Any, hidden: Tensor) -> Product:
@@ -69,6 +78,11 @@ def product(module: Any, hidden: Tensor) -> Product:
             added = up.bias * module.scaling[name]
             bias = added.to(base.weight.dtype) if bias is None else bias + added.to(bias.dtype)
     return Product(torch.cat(hiddens, -1), torch.cat(weights, 1), bias)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether it is a DTensor where the head's module computes: that of tensor parallelism, for FSDP has gathered its own by then."""
+    return getattr(weight, "placements", None) is not None
 
 
 def _active(module: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from l3m_kernels import log_likelihood, weighted_log_likelihood
 from l3ms.model.after_head import AfterHead, find_after_head, no_cross_entropy, replaced_forward
 from l3ms.model.head_output import HeadOutput as HeadOutput
-from l3ms.model.head_products import Product, head_module, head_rows, product
+from l3ms.model.head_products import Product, head_module, head_rows, is_sharded, product
 from l3ms.model.head_proofs import as_it_was, prompt, prove
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.losses import shift
@@ -32,6 +32,9 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
     `auxiliary`: whether the loss holds what the model adds to its own loss (the router loss of a mixture of experts with
     `output_router_logits`, a z-loss, AdaLoRA's regulariser). That belongs to a mean over tokens: by default it is in the loss times the
     sum of the tokens' weights, which is 1 for a mean, and not at all where a weight is negative.
+
+    A tensor-parallel head (`tp_plan="auto"`: its weight is a DTensor of rows) is computed where its rows are, see `l3m_kernels.parallel`;
+    calls are then made on all ranks that share it, with the same batch.
 
     The head is proven on short prompts against the model's own logits, see `head_proofs`; again where this is called again after
     adapters, wrappers or the configuration have changed.
@@ -158,6 +161,16 @@ class _FusedHead:
                 wanted = "once, on every position: leave logits_to_keep out"
                 raise ValueError(f"{name}: its head was called {what}; with seq_weight it must be {wanted}")
             hidden, weight, bias = product(module, hidden)
+            if is_sharded(weight) and (after.columns < after.rows or own_loss == "normalised"):
+                normalised = own_loss == "normalised"
+                why = (
+                    "its loss takes the logits' log-sum-exp"
+                    if normalised
+                    else "its logits are not all rows of the head"
+                )
+                raise ValueError(
+                    f"fuse_head: {name} has a tensor-parallel head, and {why}; leave lm_head out of its tp_plan"
+                )
             if after.columns < after.rows:
                 weight, bias = weight[: after.columns], None if bias is None else bias[: after.columns]
             head = Product(hidden, weight, bias)
