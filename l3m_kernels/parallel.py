@@ -36,10 +36,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from l3m_kernels import device_flags
 from l3m_kernels.backends import head_of, select
-from l3m_kernels.checks import Batch, check_seq_weight, check_values, offsets_on, packed_batch
+from l3m_kernels.checks import check_seq_weight, check_values, offsets_on, packed_batch
 from l3m_kernels.chunked import sequence_index, sequence_lengths, sequence_sums, weighted_loss
 from l3m_kernels.likelihoods import LogLikelihood, refuse_double
 from l3m_kernels.row_order import Rows, ordered
@@ -78,12 +79,12 @@ def log_likelihood(
     Raises:
         as there, and ValueError where ranks were not given what belongs together. On the first call with a weight all ranks raise what one
         of them refuses, and compare dtype, shapes, targets, options and what needs a gradient. Later calls compare the targets: where these
-        differ all ranks raise, on a GPU all results are NaN. What is wrong on one rank alone then leaves the others waiting.
+        differ all ranks raise, on a GPU all results are NaN. What else is wrong on one rank alone then leaves the others waiting, until the
+        group's timeout, or ends them.
     """
     op = "log_likelihood"
     options = (softcap, temperature, ignore_index, scored, backend or "auto")
-    batch, group, place = _prepared(op, hidden, weight, targets, cu_seqlens, bias, options, None, group)
-    sequence, length, token = _shared(batch, place, group, options)
+    sequence, length, token = _shared(op, hidden, weight, targets, cu_seqlens, bias, options, None, group)
     return LogLikelihood(sequence.to(token.dtype), length, token.view(targets.shape))
 
 
@@ -116,13 +117,13 @@ def weighted_log_likelihood(
     """
     op = "weighted_log_likelihood"
     options = (softcap, temperature, ignore_index, scored, backend or "auto")
-    batch, group, place = _prepared(op, hidden, weight, targets, cu_seqlens, bias, options, seq_weight, group)
-    sequence, length, token = _shared(batch, place, group, options)
+    sequence, length, token = _shared(op, hidden, weight, targets, cu_seqlens, bias, options, seq_weight, group)
     loss = weighted_loss(replicated(op, "seq_weight", seq_weight), sequence).to(token.dtype)
     return loss, LogLikelihood(sequence.detach().to(token.dtype), length, token.detach().view(targets.shape))
 
 
-def _prepared(
+@_disable_dynamo  # compiled code is left for what waits for other ranks, once
+def _shared(
     op: str,
     hidden: Tensor,
     weight: Tensor,
@@ -132,8 +133,8 @@ def _prepared(
     options: tuple,
     seq_weight: Tensor | None,
     group: Any,
-) -> tuple[Batch, Any, Place]:
-    """Arguments checked, here and against those of the other ranks. -> the packed batch with this rank's rows, the group, their place."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments checked, here and against those of the other ranks. -> sequence (N,) fp64, length (N,), token (T,)."""
     softcap, temperature, ignore_index, scored, backend = options
     group = group_of(op, weight, group)
     problem, batch, shard, same = None, None, None, {}
@@ -161,11 +162,6 @@ def _prepared(
     place = agree(op, weight, shard, same, group, problem)
     assert batch is not None
     check_values(op, batch.targets, batch.cu_seqlens, place.vocabulary, ignore_index, scored)
-    return batch, group, place
-
-
-def _shared(batch: Batch, place: Place, group: Any, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """-> sequence (N,) fp64, length (N,), token (T,)."""
     with torch.autocast(batch.hidden.device.type, enabled=False):
         found = _LogLikelihood.apply(*batch, place, group, options)
     assert found is not None

@@ -24,7 +24,7 @@ class Case:
     scale: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
-    def tensors(self):
+    def tensors(self) -> tuple[Any, ...]:
         """hidden, weight, targets, cu_seqlens or None, bias or None, gradients of sequence and token, seq_weight."""
         generator = torch.Generator().manual_seed(5)
 
@@ -36,7 +36,7 @@ class Case:
         targets = torch.randint(vocabulary, (tokens,), generator=generator)
         targets[2] = targets[7] = self.options.get("ignore_index", -100)
         targets[0], targets[-1] = 0, vocabulary - 1
-        bias = randn(vocabulary) if self.bias else None
+        bias: Any = randn(vocabulary) if self.bias else None
         if self.ruled_out:
             bias[slice(*self.ruled_out)] = -torch.inf
         sequences = 3 if self.padded else len(CU_SEQLENS) - 1
@@ -55,7 +55,7 @@ class Case:
         """The call with rows `part` of the vocabulary, and its backward -> names to tensors. `exact`: of the same numbers in float64."""
         hidden, weight, targets, cu_seqlens, bias, grad_sequence, grad_token, seq_weight = self.tensors()
         if exact:
-            hidden, weight, bias = (None if t is None else t.double() for t in (hidden, weight, bias))
+            hidden, weight, bias = hidden.double(), weight.double(), None if bias is None else bias.double()
         leaves = {"hidden": hidden, "weight": weight[part].contiguous(), "bias": None if bias is None else bias[part]}
         for name, leaf in leaves.items():
             if leaf is not None and name not in self.frozen:
@@ -68,7 +68,7 @@ class Case:
             results = {"loss": loss.detach()}
         else:
             found = log_likelihood(leaves["hidden"], leaves["weight"], targets, cu_seqlens, **options)
-            loss, results = 0.0, {}
+            loss, results = hidden.new_zeros(()), {}
             if self.upstream in ("both", "sequence"):
                 loss = loss + (found.sequence * grad_sequence.to(found.sequence)).sum()
             if self.upstream in ("both", "token"):

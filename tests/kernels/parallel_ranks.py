@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -125,7 +126,19 @@ def again():
         plain = parallel.log_likelihood(hidden, weight, targets, torch.tensor([0, 6])).sequence.sum()
     with torch.autocast("cpu", torch.bfloat16):
         rounded = parallel.log_likelihood(hidden, weight, targets, torch.tensor([0, 6])).token
-    return {"grads": grads, "plain": [found.detach(), plain], "autocast": rounded.detach()}
+    nothing, bad = torch.ones(0, 3, requires_grad=True), torch.ones(4, 3)
+    bad[1], bad[3] = torch.nan, torch.inf
+    empty = parallel.log_likelihood(nothing, weight, targets[:0], torch.tensor([0]))
+    ignored = parallel.log_likelihood(hidden, weight, torch.full((6,), -100), torch.tensor([0, 6]))
+    poisoned = parallel.log_likelihood(bad, torch.ones(5, 3), targets[:4], torch.tensor([0, 1, 4])).token
+    (empty.token.sum() + ignored.sequence.sum()).backward()
+    odd = {
+        "empty": empty.token.detach(),
+        "ignored": ignored.sequence.detach(),
+        "zero": weight.grad,
+        "poisoned": poisoned,
+    }
+    return odd | {"grads": grads, "plain": [found.detach(), plain], "autocast": rounded.detach()}
 
 
 def resident(what):
@@ -160,7 +173,7 @@ def peak(tokens, vocabulary, width, workspace, backend):
     return found
 
 
-def dtensors(rank):
+def dtensors(rank) -> Any:
     """On 4 ranks: FSDP x tensor parallel, by the ordinary functions. -> gradients whole, by what they are of."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -175,7 +188,7 @@ def dtensors(rank):
     targets = torch.randint(11, (2, 6), generator=generator)
     offsets, weights = torch.tensor([0, 2, 6]), torch.tensor([1.0, -0.5])
 
-    def run(weight, bias, mine=dp, weighted=False, hidden=None):
+    def run(weight: Any, bias: Any, weighted: Any = False, hidden: Any = None, mine: int = dp) -> Any:
         hidden = batches[mine].clone().requires_grad_() if hidden is None else hidden
         if weighted:
             loss, found = l3m_kernels.weighted_log_likelihood(
@@ -193,7 +206,7 @@ def dtensors(rank):
         ("replicated x tp", mesh, [Replicate(), Shard(0)]),
     ):
         for weighted in (False, True):
-            sharded = [
+            sharded: Any = [
                 torch.nn.Parameter(distribute_tensor(t, device_mesh, placements, src_data_rank=None))
                 for t in (whole, bias)
             ]
@@ -203,8 +216,8 @@ def dtensors(rank):
             grads = [t.grad.redistribute(device_mesh, [Replicate()] * device_mesh.ndim).to_local() for t in sharded]
             results[f"{name}, {'weighted' if weighted else 'plain'}"] = (token, d_hidden, *grads)
     # a hidden DTensor
-    sharded = [torch.nn.Parameter(distribute_tensor(t, tp, [Shard(0)], src_data_rank=None)) for t in (whole, bias)]
-    leaf = distribute_tensor(batches[dp], tp, [Replicate()], src_data_rank=None).requires_grad_()
+    sharded: Any = [torch.nn.Parameter(distribute_tensor(t, tp, [Shard(0)], src_data_rank=None)) for t in (whole, bias)]
+    leaf: Any = distribute_tensor(batches[dp], tp, [Replicate()], src_data_rank=None).requires_grad_()
     token, d_hidden = run(*sharded, hidden=leaf)
     results["hidden, plain"] = (token, d_hidden.to_local(), *(t.grad.full_tensor() for t in sharded))
 
@@ -219,7 +232,7 @@ def dtensors(rank):
         for key, t in (("weight", whole), ("bias", bias)):
             setattr(module, key, torch.nn.Parameter(distribute_tensor(t, tp, [Shard(0)], src_data_rank=None)))
         fully_shard(module, mesh=mesh["dp"])
-        parameters = module.weight, module.bias
+        parameters: Any = module.weight, module.bias
         placements = [tuple(p.placements) for p in parameters]
         if name == "in a forward":
             hidden = batches[dp].clone().requires_grad_()

@@ -19,6 +19,7 @@ from l3m_kernels.backends import TABLE
 
 CASES = {2: TWO, 4: FOUR}
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peaks of memory from /proc")
 
 
 def launch(world, folder, *only, **variables):
@@ -120,6 +121,15 @@ def test_backward_again_is_the_same_bits_and_autocast_is_that_of_a_product(ranks
         with torch.autocast("cpu", torch.bfloat16):
             wanted = ops.log_likelihood(hidden, weight, targets, torch.tensor([0, 6])).token
         torch.testing.assert_close(rank["again"]["autocast"], wanted)
+
+
+def test_no_tokens_none_scored_and_rows_of_nan(ranks):
+    for rank in ranks[2]:
+        found = rank["again"]
+        assert found["empty"].shape == (0,)
+        assert found["ignored"].tolist() == [0.0]
+        assert not found["zero"].any()
+        assert found["poisoned"].isnan().tolist() == [False, True, False, True]  # the third is not scored
 
 
 ALL_RANKS = {
