@@ -3,6 +3,7 @@
 `python -m l3m_kernels` says what runs on this machine.
 """
 
+from l3m_kernels import parallel
 from l3m_kernels.backends import backends, release_workspace, set_workspace
 from l3m_kernels.barrier import (
     Bounds,
@@ -30,6 +31,7 @@ __all__ = [
     "initial_state",
     "log_likelihood",
     "multiplier_weights",
+    "parallel",
     "relaxed_log_barrier",
     "release_workspace",
     "reward_sums",
