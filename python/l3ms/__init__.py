@@ -12,6 +12,7 @@ from l3ms.extras import missing
 
 if TYPE_CHECKING:
     from l3ms import rewards as rewards
+    from l3ms.barrier.agreement import agree
     from l3ms.barrier.optimizer import ConstraintLoss, L3MOptimizer
     from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
     from l3ms.barrier.solvers import AugmentedLagrangian, DualAscent, Penalty
@@ -46,6 +47,7 @@ _MODULES = {
     "sequence_nll": "constraints.data_nll",
     "fuse_head": "model.heads",
     "task_loss": "model.losses",
+    "agree": "barrier.agreement",
     "ConstraintLoss": "barrier.optimizer",
     "L3MOptimizer": "barrier.optimizer",
     "RewardModel": "constraints.reward_model",
@@ -88,6 +90,7 @@ __all__ = [
     "VllmEngine",
     "VllmServerEngine",
     "Watch",
+    "agree",
     "certify",
     "declare",
     "fuse_head",

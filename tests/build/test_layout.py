@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"l3m_kernels": ROOT / "l3m_kernels", "l3ms": ROOT / "python" / "l3ms"}
 # The rooms of l3ms, the lowest floor first; a room imports from floors below its own only.
 FLOORS = (
+    ("ranks",),
     ("model",),
     ("rollouts",),
     ("constraints",),

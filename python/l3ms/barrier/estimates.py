@@ -28,6 +28,7 @@ from l3ms.barrier.leaving_out import Foretelling
 from l3ms.barrier.reward_tables import RewardTables, Values
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
+from l3ms.ranks.group import OtherRankRefused
 
 # A later part of a half-step is weighted by lambda / S with the S of the first. Past this ratio it drowns the first, and fp32 overflows.
 LARGEST_RATIO = 1e8
@@ -335,7 +336,7 @@ class Estimates(RewardTables, Foretelling):
         if self.process_group is not None:
             dist.all_reduce(part, group=self.process_group)
             if part[-1, 2] > 0:  # on a GPU this waits
-                raise ValueError(
+                raise OtherRankRefused(
                     "observe: another rank refused its values or could not compute them; its error says why"
                 )
         return part

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from l3ms.commands import launching
 from l3ms.commands.options import AllowCode, Debug, wide_console
 
 HELP = """Say whether a run meets its constraints: from fresh responses to held-out prompts, with a stated probability of error.
@@ -29,7 +30,7 @@ where the range of the values is known and narrow enough for the number of sampl
 number of samples, the last one as it grows. The range of a length is [1, train.max_new_tokens]; --range declares that of a reward.
 
 More samples than held-out prompts are several responses per prompt; they do not count as independent.
-"""
+""" + launching.HELP.format(command="certify out/run")
 
 
 def certify(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from l3ms.commands import launching
 from l3ms.commands.options import AllowCode, Debug, wide_console
 
 HELP = """Try CONFIG without training: load everything, sample a few responses, time a few iterations. Nothing is kept.
@@ -21,7 +22,7 @@ take, if its responses become as long as those of the data, within the bounds on
     l3ms check short.yaml --train.dtype bfloat16 --constraints.0.max 60     # fields by flags, as in train
 
 Exit code 2, and the field, for whatever would stop [bold]l3ms train[/bold].
-"""
+""" + launching.HELP.format(command="check run.yaml")
 
 
 def check(

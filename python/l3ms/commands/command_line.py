@@ -1,11 +1,14 @@
 """The command `l3ms`.
 
 Bad input ends with one line that names the field and exit code 2; a full disk with exit code 5; `--debug` shows the
-traceback. torch and transformers are imported only by the commands that need them, so that `--help` is quick.
+traceback. Several processes of one run say it once, and end alike (`launching`). torch and transformers are imported only by
+the commands that need them, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
 from importlib import metadata
@@ -13,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from l3ms.commands import bench, certify, check, demo, plot, train
+from l3ms.commands import bench, certify, check, demo, launching, plot, train
 from l3ms.commands.ending import INTERRUPTED, explain
 from l3ms.commands.options import Debug, literal
 
@@ -62,26 +65,39 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns the exit code, having said in one line what went wrong."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    command = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        overrides: list[tuple[str, str]] = []
-        command = next((word for word in arguments if not word.startswith("-")), "")
-        if command in ("train", "check"):
-            named = train.NAMED if command == "train" else frozenset()
-            arguments, overrides = train.split_overrides(arguments, named)
-            if command == "train" and {"-h", "--help"} & set(arguments):
-                registered = next(item for item in app.registered_commands if item.callback is train.train)
-                registered.help = literal(train.help_with_fields())
-        code = app(arguments, prog_name="l3ms", standalone_mode=False, obj=overrides)
+        place = launching.place_of(arguments, command)
+        if place is not None:
+            return launching.together(place, lambda: _run(arguments, command), debug=debug)
+        if not launching.silent():
+            return _run(arguments, command)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            return _run(arguments, command)
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        return _fail("interrupted", INTERRUPTED, debug=False)
     except Exception as error:
         return _fail(*explain(error), debug)
+
+
+def _run(arguments: list[str], command: str) -> int:
+    """The exit code of a command; raises what goes wrong."""
+    overrides: list[tuple[str, str]] = []
+    if command in ("train", "check"):
+        named = train.NAMED if command == "train" else frozenset()
+        arguments, overrides = train.split_overrides(arguments, named)
+        if command == "train" and {"-h", "--help"} & set(arguments):
+            registered = next(item for item in app.registered_commands if item.callback is train.train)
+            registered.help = literal(train.help_with_fields())
+    code = app(arguments, prog_name="l3ms", standalone_mode=False, obj=overrides)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
-        return _fail("interrupted", INTERRUPTED, debug=False)
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
+    if launching.silent():  # rank 0 says the same
+        return code
     if debug:
         traceback.print_exc()
     print(f"l3ms: {' '.join(message.split())}", file=sys.stderr)

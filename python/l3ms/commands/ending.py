@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Any
 
 from l3ms.extras import missing
@@ -27,11 +28,16 @@ def explain(error: Exception) -> tuple[str, int]:
         return line, ENVIRONMENT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {text}; smaller batch sizes or train.activation_checkpointing may help", ENVIRONMENT
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or type(error).__name__ == "Disagreement":
         return text, ENVIRONMENT
     if isinstance(error, ValueError):
         return text, BAD_INPUT
     return f"{type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def broken_off(line: str) -> str:
+    """Of a collective, without where in the library's source it was, and its advice."""
+    return re.sub(r"\[\S*gloo/\S*\] ", "", line).partition(" This is typically")[0].partition(" (--debug")[0]
 
 
 def _usage(error: Any) -> str:

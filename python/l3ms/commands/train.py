@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from l3ms.commands import launching
 from l3ms.commands.ending import Interrupted
 from l3ms.commands.options import AllowCode, Debug, Overwrite
 
@@ -51,7 +52,7 @@ a data set that `datasets` loads. Chat templates get the column `tools` and all 
 [bold]The run folder[/bold] gets config.yaml (resolved), metrics.jsonl, tensorboard/, model/ (last iterate), average/ \
 (weights averaged over the last fifth: usually the ones you want), report.json and report.png, and until it ends \
 checkpoints/, from which --resume goes on.
-"""
+""" + launching.HELP.format(command="train run.yaml")
 
 
 def train(

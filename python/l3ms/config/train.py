@@ -29,7 +29,7 @@ class TrainConfig(Section):
     dual_rate: Positive = 0.5  # of dual_ascent and augmented_lagrangian: multiplier per step and unit of violation
     penalty: Positive = 5.0  # weight of penalty; multiplier per unit of violation of augmented_lagrangian
     iterations: Count = 200
-    batch_size: Batch = 8  # task sequences per backward pass
+    batch_size: Batch = 8  # task sequences per backward pass, on each process
     gradient_accumulation: Batch = 1  # backward passes per task half-step
     constraint_batch_size: Annotated[int, Field(ge=2, le=1 << 24)] = 32  # sampled responses per constraint half-step
     learning_rate: Positive = 1e-5
@@ -58,6 +58,10 @@ class TrainConfig(Section):
     )
     save_steps: Count | None = 50  # iterations between checkpoints, the newest two of which are kept until the run ends
     average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # last part of the run whose weights are averaged
+    # of several processes: seconds that one waits for the others before the run ends; more than the slowest reward and sampling take
+    timeout: Annotated[int, Field(ge=5, le=MOST)] = 1800
+    # iterations after which they compare multipliers, mu and weights, bit for bit; null: never
+    agree_every: Count | None = 50
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 activations over float32 weights (GPU)
     activation_checkpointing: bool = False  # less memory, a second forward

@@ -13,7 +13,9 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.model.batches import Collator, further_columns, prompt_part
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift
-from l3ms.model.random_numbers import undrawn
+from l3ms.model.random_numbers import stream, undrawn
+from l3ms.ranks.group import gather, world
+from l3ms.ranks.group import rank as own_rank
 from l3ms.rollouts.sampling import rollout
 
 Z95 = 1.959964  # of the normal distribution, two-sided 95%
@@ -80,7 +82,6 @@ def length_statistics(
     }
 
 
-@torch.no_grad()
 def task_perplexity(
     model: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 64, pad_token_id: int = 0
 ) -> float:
@@ -92,6 +93,19 @@ def task_perplexity(
     Raises:
         ValueError: no row has anything scored.
     """
+    return _perplexity(_losses(model, rows, batch_size, pad_token_id))
+
+
+def _perplexity(losses: Tensor) -> float:
+    values = losses[~losses.isnan()]
+    if not len(values):
+        raise ValueError("task_perplexity: no row has a scored token")
+    return exp(float(values.mean()))
+
+
+@torch.no_grad()
+def _losses(model: Any, rows: Sequence[dict[str, Any]], batch_size: int, pad_token_id: int) -> Tensor:
+    """(n,) float64 -(1/|y|) log pi(y|x) of each row; NaN where nothing is scored."""
     inner, collate = fuse_head(model), Collator(pad_token_id)
     training = model.training
     model.eval()
@@ -105,10 +119,7 @@ def task_perplexity(
         sequences.append(model(**batch, **options).sequence)
     model.train(training)
     length = torch.cat(lengths)
-    values = (-torch.cat([part.double().cpu() for part in sequences]) / length)[length > 0]
-    if not len(values):
-        raise ValueError("task_perplexity: no row has a scored token")
-    return exp(float(values.mean()))
+    return torch.where(length > 0, -torch.cat([part.double().cpu() for part in sequences]) / length, math.nan)
 
 
 def exp(nats: float) -> float:
@@ -117,6 +128,16 @@ def exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
+
+
+class _Part(NamedTuple):
+    """What one rank has found for its rows, in their order."""
+
+    lengths: list[int]
+    ended: list[bool]
+    completions: list[Any]
+    rewards: dict[str, list[float | None]]  # per token: times the mean length of their batch
+    losses: list[float]
 
 
 def evaluate(
@@ -132,6 +153,7 @@ def evaluate(
     training: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     engine: Any = None,
+    together: bool = False,
 ) -> Evaluation:
     """Sample one response to the prompt of each row, measure it, and score the row's own response.
 
@@ -143,46 +165,85 @@ def evaluate(
             measured on its held-out data, nats per token.
         training: what reward functions get of the training that asks, see `trl_arguments`; by default of none.
         engine: what samples, see `rollout`; it is given the model's weights once.
+        together: the rows are those of all ranks, each of which samples its share from a stream of its own; all get the whole.
+            The responses are others with another number of ranks, of the same distribution.
     """
-    lengths: list[int] = []
-    ended: list[bool] = []
-    completions: list[Any] = []
-    rewards: dict[str, list[float | None]] = {}
-    per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
+    ranks, rank = (world(), own_rank()) if together else (1, 0)
+    # As many rows on each rank: with shards of a model they take every step together
+    share = [rows[(rank + ranks * i) % len(rows)] for i in range(-(-len(rows) // ranks))]
+    seed = seed if ranks == 1 else stream("l3ms evaluation", seed, rank)
     device = next(model.parameters()).device
     with undrawn(device):
         torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            responses = rollout(
-                model,
-                tokenizer,
-                [row["prompt"] for row in part],
-                prompt_ids=[prompt_part(row) for row in part],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                columns=further_columns(part),
-                engine=engine,
-                update=not start,
-            )
-            lengths += responses.lengths.tolist()
-            ended += responses.ended.tolist()
-            completions += responses.completions
-            for name, values in responses.rewards(constraints, model, training).items():
-                # divided by the mean length of the batch: by that of all responses, below
-                factor = float(responses.lengths.double().mean()) if name in per_token else None
-                rewards.setdefault(name, []).extend(
-                    values if factor is None else [None if value is None else value * factor for value in values]
-                )
-            if progress is not None:
-                progress(len(lengths), len(rows))
+        part = _sampled(
+            model, tokenizer, share, constraints=constraints, training=training, engine=engine, batch_size=batch_size,
+            max_new_tokens=max_new_tokens, temperature=temperature,
+            progress=None if progress is None else lambda done, _: progress(min(ranks * done, len(rows)), len(rows)),
+        )  # fmt: skip
+        data: dict[str, list[float | None]] = {}
         for constraint in constraints:
             if isinstance(constraint, DataNLL):
                 fuse_head(model)
-                rewards[constraint.name] = list(constraint.evaluate(model))
-    for name in per_token:
-        mean = math.fsum(lengths) / len(lengths)
-        rewards[name] = [None if value is None else value / mean for value in rewards.get(name, [])]
-    summary = length_statistics(lengths, ended, [prompt_key(row) for row in rows])
-    summary["perplexity"] = task_perplexity(model, rows, pad_token_id=tokenizer.pad_token_id or 0)
-    return Evaluation(summary, lengths, completions, ended, rewards)
+                data[constraint.name] = list(constraint.evaluate(model))
+    pad = tokenizer.pad_token_id or 0
+    part = part._replace(losses=_losses(model, share, 64, pad).tolist())
+    found = part
+    if together:
+        parts = gather((part, data))
+        found, data = _joined([part for part, _ in parts], len(rows)), parts[0][1]
+    for name in (item.name for item in constraints if getattr(item, "per_token", False)):
+        mean = math.fsum(found.lengths) / len(found.lengths)
+        found.rewards[name] = [None if value is None else value / mean for value in found.rewards.get(name, [])]
+    summary = length_statistics(found.lengths, found.ended, [prompt_key(row) for row in rows])
+    summary["perplexity"] = _perplexity(torch.tensor(found.losses, dtype=torch.float64))
+    return Evaluation(summary, found.lengths, found.completions, found.ended, {**found.rewards, **data})
+
+
+def _sampled(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    constraints: Sequence[Constraint],
+    training: Mapping[str, Any] | None,
+    batch_size: int,
+    progress: Progress | None,
+    **options: Any,
+) -> _Part:
+    """Responses to the prompts of `rows`, and their rewards; without the losses."""
+    found = _Part([], [], [], {}, [])
+    per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        responses = rollout(
+            model,
+            tokenizer,
+            [row["prompt"] for row in batch],
+            prompt_ids=[prompt_part(row) for row in batch],
+            columns=further_columns(batch),
+            update=not start,
+            **options,
+        )
+        found.lengths.extend(responses.lengths.tolist())
+        found.ended.extend(responses.ended.tolist())
+        found.completions.extend(responses.completions)
+        for name, values in responses.rewards(constraints, model, training).items():
+            # divided by the mean length of the batch: by that of all responses, below
+            factor = float(responses.lengths.double().mean()) if name in per_token else None
+            found.rewards.setdefault(name, []).extend(
+                values if factor is None else [None if value is None else value * factor for value in values]
+            )
+        if progress is not None:
+            progress(len(found.lengths), len(rows))
+    return found
+
+
+def _joined(parts: Sequence[_Part], count: int) -> _Part:
+    """The first `count` rows, of which each rank had every so many-th."""
+
+    def of_all(columns: Sequence[Sequence[Any]]) -> list[Any]:
+        return [value for turn in zip(*columns, strict=True) for value in turn][:count]
+
+    rewards = {name: of_all([part.rewards[name] for part in parts]) for name in parts[0].rewards}
+    columns = {name: of_all([getattr(part, name) for part in parts]) for name in _Part._fields if name != "rewards"}
+    return _Part(rewards=rewards, **columns)

@@ -12,6 +12,7 @@ from l3ms.config.errors import blame
 from l3ms.config.optimizers import TORCH
 from l3ms.config.run_config import RunConfig
 from l3ms.config.train import TrainConfig
+from l3ms.ranks.group import world
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.optimizers import torch_optimizer
 
@@ -21,6 +22,10 @@ CHECKPOINTING: Any = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in {field.name for field in dataclasses.fields(L3MConfig)}
 )
+
+
+def is_on_cpu(config: RunConfig) -> bool:
+    return config.train.device == "cpu" or not torch.cuda.is_available()
 
 
 def training_arguments(config: RunConfig) -> L3MConfig:
@@ -37,7 +42,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         kind, options = schedules["constant"]
     warmup = train.warmup if train.warmup is not None else min(10, train.iterations // 10)
     checkpointing: dict[str, Any] = {CHECKPOINTING: train.activation_checkpointing}
-    on_cpu = train.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = is_on_cpu(config)
     return L3MConfig(
         output_dir=str(Path(config.output) / "checkpoints"),
         solver=train.solver,
@@ -71,7 +76,10 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         lr_scheduler_kwargs=options,
         **checkpointing,
         bf16=train.autocast,
-        use_cpu=train.device == "cpu",
+        use_cpu=train.device == "cpu"
+        or (on_cpu and world() > 1),  # without it processes on CPUs know nothing of each other
+        ddp_timeout=train.timeout,
+        agree_every=train.agree_every or 0,
         dataloader_pin_memory=not on_cpu,
         seed=config.seed,
         logging_steps=1,

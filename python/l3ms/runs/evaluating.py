@@ -19,6 +19,7 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
+from l3ms.ranks.group import is_first, of_first
 from l3ms.rollouts.engines import Engine
 from l3ms.runs.loading import Run
 from l3ms.runs.progress import progress_bar
@@ -60,7 +61,7 @@ def sampler(
                 model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
                 training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
-                progress=advance, engine=engine,
+                progress=advance, engine=engine, together=True,
             )  # fmt: skip
         rewards = {}
         for item in constraints:
@@ -80,14 +81,20 @@ def sampler(
 def kept(path: Path, run: Run, sample: Callable[[], Samples]) -> Samples:
     """`sample()`, or what it gave when the run was begun: of a run that goes on it is in `path`, if as many samples are wanted."""
     wanted = {"samples": run.config.evaluate.samples, "batch_size": run.config.evaluate.batch_size}
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if run.begun else {}
-        if before.get("wanted") == wanted:
-            return Samples(**{name: before[name] for name in Samples._fields})
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass  # not there, or not whole: it is measured again
-    found = sample()
-    write_json(path, {"wanted": wanted, **found._asdict()})
+
+    def before() -> Samples | None:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8")) if run.begun else {}
+            if kept.get("wanted") == wanted:
+                return Samples(**{name: kept[name] for name in Samples._fields})
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # not there, or not whole: it is measured again
+        return None
+
+    if (found := of_first(before)) is None:
+        found = sample()
+        if is_first():
+            write_json(path, {"wanted": wanted, **found._asdict()})
     return found
 
 

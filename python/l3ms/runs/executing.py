@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -14,11 +13,14 @@ from rich.console import Console
 from l3ms.config.constraints import ConstraintConfig
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.ranks import lookout
+from l3ms.ranks.group import is_first, of_first
 from l3ms.runs import resuming
 from l3ms.runs.arguments import named_optimizer
 from l3ms.runs.engines import try_engine
 from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
+from l3ms.runs.joining import join, same_folder
 from l3ms.runs.labels import is_mean_length, solver_label
 from l3ms.runs.loading import Run, load_run
 from l3ms.runs.models import try_model
@@ -45,14 +47,12 @@ def train(
 
     With `resume`, a run of the same configuration in the folder goes on from its newest valid checkpoint, and is, on a CPU, bit for bit
     the one that was not interrupted; one that is finished stays as it is; without one the run begins.
+
+    Of several processes (torchrun, `accelerate launch`) each calls this, and all return the report; rank 0 writes it, and speaks.
     """
-    console = console or Console()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would write to the one folder
-        raise ConfigError(
-            "WORLD_SIZE", "l3ms train is one process; for several use l3ms.L3MTrainer in a script under torchrun or accelerate"
-        )  # fmt: skip
-    if resume and resuming.is_finished(config):
-        return _finished(Path(config.output), console)
+    console = join(config, console or Console(), overwrite=overwrite, resume=resume, allow_code=allow_code)
+    if resume and of_first(lambda: resuming.is_finished(config)):
+        return of_first(lambda: _finished(Path(config.output), console))
     return execute(
         load_run(config, overwrite=overwrite, resume=resume, allow_code=allow_code, console=console), console
     )
@@ -64,7 +64,9 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
     trainer, metrics = _trainer(run, console)
     try_model(trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
     try_engine(run.engine, trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
-    _begin_folder(run)  # the first that is written: what can be refused has been
+    of_first(lambda: _begin_folder(run))  # the first that is written: what can be refused has been
+    same_folder(run.folder)
+    lookout.doing(lambda: f"iteration {trainer.state.global_step + 1}, {trainer.phases.now}")
     sample = evaluator(run, console)
     samples: dict[str, Samples] = {}
     try:
@@ -74,7 +76,9 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
         _go_on(run, trainer, console)
         averaged = trainer.averaged_model()
         for name, model in (("model", trainer.model), ("average", averaged)):
-            save_weights(run.folder, name, model, run.tokenizer)
+            if is_first():
+                save_weights(run.folder, name, model, run.tokenizer)
+        lookout.doing(lambda: "sampling, after the training")
         samples["last"] = sample(trainer.model, "last iterate")
         samples["average"] = sample(averaged, "averaged weights")
     except KeyboardInterrupt:
@@ -84,6 +88,13 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "close"):  # of this run: progress, event files
                 callback.close()
+    return of_first(lambda: _end(run, trainer, metrics, samples, console))
+
+
+def _end(
+    run: Run, trainer: L3MTrainer, metrics: MetricsWriter, samples: dict[str, Samples], console: Console
+) -> dict[str, Any]:
+    """The report and the picture, written and shown."""
     report = _report(run, trainer, metrics, samples)
     picture = write_report(run.folder, report, {key: found.lengths for key, found in samples.items()})
     remove(run.folder / "checkpoints")
@@ -122,7 +133,7 @@ def _trainer(run: Run, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
     callbacks: list[Any] = [metrics, ProgressCallback(bounds(config), title=title, console=console)]
     if config.watch is not None:
         callbacks.append(Watch(config.watch, held_out=run.held_out.rows))
-    if config.logging.tensorboard:
+    if config.logging.tensorboard and is_first():
         from l3ms.runs.event_files import EventFiles
 
         callbacks.append(EventFiles(run.folder / "tensorboard"))

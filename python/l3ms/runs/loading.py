@@ -19,6 +19,7 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.ranks.group import first_of_machine_first, of_first, world
 from l3ms.rollouts.engines import Engine
 from l3ms.runs import resuming
 from l3ms.runs.arguments import training_arguments
@@ -27,6 +28,7 @@ from l3ms.runs.data import Encoded, Example, encode, load_examples
 from l3ms.runs.engines import build_engine
 from l3ms.runs.fingerprints import fingerprints, fingerprints_of_0_1
 from l3ms.runs.folder import check_links, check_output
+from l3ms.runs.joining import same_inputs
 from l3ms.runs.models import context_room, load_model
 from l3ms.runs.reading import files_of
 from l3ms.runs.terminal import say
@@ -65,19 +67,26 @@ def load_run(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(config.output)
-    going_on = resume and resuming.is_run(folder)
-    if going_on:
-        config = resuming.as_begun(config)
-        resuming.check_same(config, folder)
+
+    def decide() -> tuple[RunConfig, bool]:
+        """What is in the folder says; for all, since it changes as soon as one begins."""
+        if not (resume and resuming.is_run(folder)):
+            return config, False
+        begun = resuming.as_begun(config)
+        resuming.check_same(begun, folder)
         check_links(folder)
-    check_output(folder, overwrite=overwrite or going_on, inputs=_local_inputs(config))
+        return begun, True
+
+    config, going_on = of_first(decide)
+    of_first(lambda: check_output(folder, overwrite=overwrite or going_on, inputs=_local_inputs(config)))
     check_code(config, allow_code)
-    train_examples, held_out_examples = load_examples(config.data, seed=config.seed)
-    transformers.set_seed(config.seed)
-    tokenizer, model = load_model(
-        config.model, dtype=config.train.dtype, trust_remote_code=config.trust_remote_code, lora=config.train.lora,
-        console=console,
-    )  # fmt: skip
+    with first_of_machine_first():
+        train_examples, held_out_examples = load_examples(config.data, seed=config.seed)
+        transformers.set_seed(config.seed)
+        tokenizer, model = load_model(
+            config.model, dtype=config.train.dtype, trust_remote_code=config.trust_remote_code, lora=config.train.lora,
+            console=console,
+        )  # fmt: skip
     constraints = build_constraints(config, console, tokenizer, model)
     engine = build_engine(config.rollout, console)
     if config.train.solver == "barrier":
@@ -89,14 +98,18 @@ def load_run(
     try_rewards(config, constraints, tokenizer, train.rows[:4])
     sides = {"data.train": train.rows, "data.evaluation": held_out.rows}
     inputs = fingerprints(config, model, tokenizer, sides, constraints)
+    same_inputs(inputs, rows=len(train.rows), iterations=config.train.iterations)
     arguments = training_arguments(config)
-    begun: list[Path] = []
-    if going_on:
+
+    def find() -> list[Path]:
         data = [item.batch_size for item in constraints if isinstance(item, DataNLL)]
-        begun = resuming.find(folder, console, model, max([config.train.constraint_batch_size, *data]))
-    if begun:
-        of_0_1 = functools.partial(fingerprints_of_0_1, model, _trained_on(train, constraints))
-        resuming.check_inputs(folder, inputs, of_0_1)
+        found = resuming.find(folder, console, model, max([config.train.constraint_batch_size, *data]))
+        if found:
+            of_0_1 = functools.partial(fingerprints_of_0_1, model, _trained_on(train, constraints))
+            resuming.check_inputs(folder, inputs, of_0_1)
+        return found
+
+    begun = of_first(find) if going_on else []
     return Run(config, tokenizer, model, constraints, train, held_out, arguments, inputs, engine, begun, started)
 
 
@@ -125,11 +138,12 @@ def encode_sides(
             limit = min(config.data.max_length - 1, room)
             raise ConfigError(field, encoded.nothing(limit))
         sides.append(encoded)
-    wanted = config.train.batch_size * config.train.gradient_accumulation
+    wanted = config.train.batch_size * config.train.gradient_accumulation * world()
     if len(sides[0].rows) < wanted:
+        factors = "batch_size x gradient_accumulation" + (" x processes" if world() > 1 else "")
         raise ConfigError(
             "train.batch_size",
-            f"batch_size x gradient_accumulation is {wanted}, but only {len(sides[0].rows)} rows are left to train on",
+            f"{factors} is {wanted}, but only {len(sides[0].rows)} rows are left to train on",
         )
     console.print(f"{len(sides[0].rows)} rows to train on, {len(sides[1].rows)} held out", highlight=False)
     return sides[0], sides[1]

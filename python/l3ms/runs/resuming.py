@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.ranks.group import world
 from l3ms.regular_files import read_regular
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
@@ -19,7 +20,10 @@ from l3ms.training.checkpoint_contents import misfit, unreadable
 
 INPUTS = "inputs.json"
 # What may change: it does not change what is learnt.
-LATER = {"output", "evaluate", "logging", "train.save_steps", "rollout.server", "rollout.folder"}
+LATER = {
+    *("output", "evaluate", "logging", "train.save_steps", "train.timeout", "train.agree_every"),
+    *("rollout.server", "rollout.folder"),
+}
 
 
 def iteration(checkpoint: Path) -> int:
@@ -55,12 +59,12 @@ def is_finished(config: RunConfig) -> bool:
 def check_same(config: RunConfig, folder: Path) -> None:
     """Raise `ConfigError` naming the first field in which the run in `folder` differs from `config`, but for `LATER`."""
     try:
-        before = dict(_fields(load_config(folder / "config.yaml").model_dump(mode="json")))
+        before = dict(fields(load_config(folder / "config.yaml").model_dump(mode="json")))
     except ConfigError as error:
         raise ConfigError(
             "resume", f"{folder / 'config.yaml'} cannot be read ({error}); --overwrite begins anew"
         ) from None
-    now = dict(_fields(config.model_dump(mode="json")))
+    now = dict(fields(config.model_dump(mode="json")))
     for field in sorted(before.keys() | now.keys()):
         if before.get(field) != now.get(field):
             raise ConfigError(
@@ -69,15 +73,18 @@ def check_same(config: RunConfig, folder: Path) -> None:
             )  # fmt: skip
 
 
-def _fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(
+    values: Mapping[str, Any], prefix: str = "", leave_out: Collection[str] = LATER
+) -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of a configuration."""
     for key, value in values.items():
         field = f"{prefix}{key}"
-        if field in LATER:
+        if field in leave_out:
             continue
         if isinstance(value, dict) and value:
-            yield from _fields(value, f"{field}.")
+            yield from fields(value, f"{field}.", leave_out)
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            yield from _fields({str(index): item for index, item in enumerate(value)}, f"{field}.")
+            yield from fields({str(index): item for index, item in enumerate(value)}, f"{field}.", leave_out)
         else:
             yield field, value
 
@@ -94,11 +101,21 @@ def find(folder: Path, console: Console, model: Any, taken: int) -> list[Path]:
             found.append(path)
         else:
             say(console, f"{path} is not used: {wrong}")
+    if found and (ranks := _ranks_of(found[0])) != world():
+        raise ConfigError(
+            "resume", f"the run in {folder} is one of {ranks} process{'es' * (ranks > 1)} and this is one of {world()}, which would be "
+            "another run: start as many, or --overwrite begins anew"
+        )  # fmt: skip
     if not found:
         say(console, f"{folder} has no checkpoint to resume from: beginning anew")
     else:
         say(console, f"Resuming at iteration {iteration(found[0])}, from {found[0]}")
     return found
+
+
+def _ranks_of(checkpoint: Path) -> int:
+    """The processes that wrote it: each has random numbers of its own."""
+    return max(1, len(list(checkpoint.glob("random*.json"))))
 
 
 # ---- what a run was begun with ----

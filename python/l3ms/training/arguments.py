@@ -50,6 +50,10 @@ class L3MConfig(TrainingArguments):
     average_fraction: float = field(
         default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
     )
+    agree_every: int = field(
+        default=50,
+        metadata={"help": "iterations after which ranks compare multipliers, mu and weights, bit for bit; 0: never"},
+    )
     adam_beta1: float = field(
         default=0.5, metadata={"help": "momentum; 0.9 makes the constraints' pressure late: the mean swings"}
     )
@@ -81,6 +85,8 @@ class L3MConfig(TrainingArguments):
             )
         if not 0 <= self.average_fraction <= 1:
             raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
+        if self.agree_every < 0:
+            raise ValueError(f"agree_every must be at least 0 (never), got {self.agree_every}")
         self._check_rollout()
 
     def _check_rollout(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer
 
 from l3ms.model.random_numbers import random_state, set_random_state
+from l3ms.ranks.group import gather
 from l3ms.training import checkpoints
 from l3ms.training.checkpoint_contents import CheckpointError, misfit, misfit_of_optimizer, unlike, unreadable
 from l3ms.training.state_trees import load_tree, save_tree
@@ -66,14 +67,24 @@ class CheckpointingTrainer(Trainer):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """What goes wrong within is the checkpoint's: contents that only who takes them can judge."""
+        """What goes wrong within is the checkpoint's: contents that only who takes them can judge. All ranks take it, or none."""
+        failed: CheckpointError | None = None
         try:
             yield
-        except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        except CheckpointError as error:
+            failed = error
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"its contents are refused: {type(error).__name__}: {text}") from error
+            failed = CheckpointError(f"its contents are refused: {type(error).__name__}: {text}")
+            failed.__cause__ = error
+        found = gather(None if failed is None else str(failed))
+        if failed is not None:
+            raise failed
+        for rank, wrong in enumerate(found):
+            if wrong is not None:
+                raise CheckpointError(f"rank {rank}: {wrong}")
 
     # ---- saving ----
 
@@ -167,12 +178,12 @@ class CheckpointingTrainer(Trainer):
         if checkpoint is None:
             return
         name = f"random{self.rank_suffix}"
-        if (Path(checkpoint) / f"{name}.json").exists():
-            with self.reading():
+        with self.reading():
+            if (Path(checkpoint) / f"{name}.json").exists():
                 set_random_state(load_tree(Path(checkpoint), name), self.args.device)
-        else:
-            rank = self.args.process_index
-            logger.warning("%s has no random state of rank %d: what follows is another run", checkpoint, rank)
+            else:
+                rank = self.args.process_index
+                logger.warning("%s has no random state of rank %d: what follows is another run", checkpoint, rank)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if (

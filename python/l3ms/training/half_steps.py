@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from l3ms.barrier.agreement import agree
 from l3ms.training.weight_checks import WeightChecks
 
 
@@ -36,3 +37,10 @@ class HalfSteps(TrainerCallback):
                 return
             self.trainer.constraint_half_step()
             self._checks.finite(state.global_step + 1, "constraint")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ranks that have drifted apart go on as if they had not: each with a model of its own."""
+        if args.world_size > 1 and args.agree_every and state.global_step % args.agree_every == 0:
+            trainer = self.trainer
+            named = {} if trainer.sharded else dict(trainer.policy.named_parameters())
+            agree(trainer.l3m_optimizer or trainer.optimizer, named=named, what=f"iteration {state.global_step}")

@@ -92,6 +92,10 @@ class Phases:
     def running(self) -> bool:
         return bool(self._marks)
 
+    @property
+    def now(self) -> str:
+        return self._marks[-1][0] if self._marks else "other"
+
     def switch(self, name: str) -> str:
         """Into another phase; -> the one that has ended."""
         if not self.running:

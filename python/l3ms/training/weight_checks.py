@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3ms.model.averaging import trained
+from l3ms.ranks.group import OtherRankFailed
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class WeightChecks:
         if any_bad.item():
             names = [name for (name, _), found in zip(parameters, bad.tolist(), strict=True) if found]
             where = f"{names[0]} and {len(names) - 1} more parameters" if names else "weights of another rank"
-            raise RuntimeError(
+            raise (RuntimeError if names else OtherRankFailed)(
                 f"iteration {iteration}: the {half_step} half-step has made weights that are not finite ({where}); "
                 "lower the learning rate, or look at the optimizer's eps and at the dtype of the weights"
             )

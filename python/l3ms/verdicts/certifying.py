@@ -30,16 +30,19 @@ from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
 from l3ms.model import random_numbers
+from l3ms.ranks.group import first_of_machine_first, of_first
 from l3ms.rollouts.engines import name_of
+from l3ms.runs.fingerprints import of_rows
+from l3ms.runs.joining import join, same_inputs
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.verdicts.certificate_table import print_certificate
 from l3ms.verdicts.certificates import Declared, Verdict, declare, judge, known_range, together
-from l3ms.verdicts.options import CertifyOptions
+from l3ms.verdicts.options import CertifyOptions, asked
 from l3ms.verdicts.prices import Prices
 from l3ms.verdicts.probes import check_prices, measure_prices
-from l3ms.verdicts.subject import Subject, load_subject
+from l3ms.verdicts.subject import Subject, load_subject, run_config
 
 EXIT_CODES = {"SATISFIED": 0, "VIOLATED": 3, "INCONCLUSIVE": 4}
 MOST = 1024  # samples, where --samples does not say: every held-out prompt once, up to so many
@@ -50,14 +53,20 @@ def certify(
 ) -> dict[str, Any]:
     """Sample, judge, print the table, write the certificate and return it; its "verdict" is that of all constraints together.
 
+    Of several processes (torchrun, `accelerate launch`) each calls this and samples its share of the responses; the verdict is of all of
+    them, and the certificate the same on all. Rank 0 writes it.
+
     Raises:
         ConfigError: `run` is no run folder, holds no constraint or no weights; an option is wrong. Nothing is written then.
     """
     start = time.monotonic()
     options, console, run = options or CertifyOptions(), console or Console(), Path(run)
+    console = join(run_config(run), console, **asked(options))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    subject = load_subject(run, options, console)
+    with first_of_machine_first():
+        subject = load_subject(run, options, console)
+    same_inputs({"model": digest(subject.folder), "data.evaluation": of_rows(subject.held_out.rows)})
     if options.prices:
         check_prices(subject)
     config, constraints = subject.config, subject.constraints
@@ -75,7 +84,7 @@ def certify(
             seed=stream(config.seed, options.seed, "responses"), temperature=config.train.temperature,
             batch_size=config.evaluate.batch_size, constraints=constraints, progress=advance,
             training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
-            engine=subject.engine,
+            engine=subject.engine, together=True,
         )  # fmt: skip
     verdicts = [_judge(item, found, declared[item.name], delta, keys) for item in constraints]
     prices = _prices(subject, verdicts, options, console) if options.prices else None
@@ -110,9 +119,13 @@ def certify(
     if prices is not None:
         certificate["prices"] = prices.as_dict()
     path = options.json or run / "certificate.json"
-    write_json(path, certificate)
-    print_certificate(certificate, verdicts, constraints, prices, console)
-    say(console, f"Certificate: {path}")
+
+    def write() -> None:
+        write_json(path, certificate)
+        print_certificate(certificate, verdicts, constraints, prices, console)
+        say(console, f"Certificate: {path}")
+
+    of_first(write)
     return certificate
 
 

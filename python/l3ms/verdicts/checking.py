@@ -25,7 +25,9 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.single_answers import SingleAnswers, bounds_to_add, is_mean_length, open_sides
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate
+from l3ms.ranks.group import is_first, world
 from l3ms.runs.arguments import training_arguments
+from l3ms.runs.joining import join
 from l3ms.runs.labels import constraint_label, wanted_text
 from l3ms.runs.loading import Run, load_run
 from l3ms.runs.models import try_model
@@ -107,7 +109,7 @@ def check(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Load, sample, time; print what was found and return it. Raises `ConfigError` naming the field for what would stop a run."""
-    console = console or Console()
+    console = join(config, console or Console(), overwrite=overwrite, samples=samples, allow_code=allow_code)
     run = load_run(config, overwrite=overwrite, allow_code=allow_code, console=console)
     loading = time.monotonic() - run.started
     tokenizer, constraints, train = run.tokenizer, run.constraints, run.train
@@ -128,15 +130,16 @@ def check(
             found = evaluate(
                 trainer.model, tokenizer, rows, max_new_tokens=config.train.max_new_tokens, seed=config.seed,
                 temperature=config.train.temperature, batch_size=config.evaluate.batch_size, constraints=constraints,
-                training=trl_arguments(iterations=config.train.iterations), progress=advance, engine=run.engine,
+                training=trl_arguments(iterations=config.train.iterations), progress=advance, engine=run.engine, together=True,
             )  # fmt: skip
-        response = (time.monotonic() - start) / samples
+        share = -(-samples // world())  # that this process sampled
+        response = (time.monotonic() - start) / share
         starts = [Start.of(item, found.rewards.get(item.name, [])) for item in constraints]
         _refuse_nonfinite(config, starts)
-        size = min(config.evaluate.batch_size, samples)
+        size = min(config.evaluate.batch_size, share)
         cost = costs.measure(
             config, trainer, train.rows, loading=loading, response=response, folder=Path(folder),
-            evaluated=Sampled(found.lengths[:size], sampling * size / samples),
+            evaluated=Sampled(found.lengths[:: world()][:size], sampling * size / share),
         )  # fmt: skip
     result = {
         "constraints": [asdict(item) for item in starts],
@@ -153,7 +156,7 @@ def check(
         "cost": asdict(cost),
     }
     _print(result, starts, cost, config, console)
-    if json is not None:
+    if json is not None and is_first():
         write_json(json, result)
     return result
 
@@ -190,17 +193,17 @@ def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], c
     """
     if config.train.solver != "barrier" or config.train.mu != "auto":
         return []
-    lines = []
+    lines, count = [], config.train.constraint_batch_size * world()
     for item, start in zip(constraints, starts, strict=True):
         spread = start.stderr * math.sqrt(max(start.values, 1))
         half = item.width / 2
         if item.scale is not None or item.monitor or not math.isfinite(half) or not half > 0 or not spread > 0:
             continue
-        at_rest = spread / math.sqrt(AT_REST * config.train.constraint_batch_size)
+        at_rest = spread / math.sqrt(AT_REST * count)
         mu = min(1.0, float(noise_floor(torch.tensor(2 * at_rest / item.unit))))
         if mu**2 > FLAT * half / item.unit:
             lines.append(
-                f"{item.name}: {config.train.constraint_batch_size} responses leave mu at about {mu:.2f}, and a barrier flat across "
+                f"{item.name}: {count} responses leave mu at about {mu:.2f}, and a barrier flat across "
                 f"a range this narrow for its scale of {item.unit:g}; set scale: {half:g}, half the range, or sample more"
             )
     return lines
@@ -256,16 +259,17 @@ def _print(result: dict[str, Any], starts: Sequence[Start], cost: Cost, config: 
     length = result["length"]
     fewer = config.rollout.every != 1 or config.rollout.reuse > 1
     most = "at most" if fewer else "about"
+    on, each = (f" on {world()} processes", " of each") if world() > 1 else ("", "")
     lines = [
         f"Responses: {length['mean']:.1f} tokens on average, {100 * result['ended']:.0f}% end by themselves, "
         f"{100 * result['truncated']:.0f}% are cut at {config.train.max_new_tokens} tokens; task perplexity {result['perplexity']:.2f}",
-        f"Time: {most} {duration(cost.loading + cost.training + cost.evaluation + cost.saving)}: {duration(cost.training)} for "
+        f"Time{on}: {most} {duration(cost.loading + cost.training + cost.evaluation + cost.saving)}: {duration(cost.training)} for "
         f"{config.train.iterations} iterations, {duration(cost.evaluation)} of evaluation, {duration(cost.loading + cost.saving)} to load "
         "and save",
         _of_an_iteration(cost, length["mean"]),
-        f"Memory: {size(cost.memory)} so far, {size(cost.optimizer)} of it for the optimizer's state"
+        f"Memory{each}: {size(cost.memory)} so far, {size(cost.optimizer)} of it for the optimizer's state"
         if cost.device_memory is None
-        else f"Memory: {size(cost.device_memory)} on the GPU, {size(cost.optimizer)} of it for the optimizer's state; "
+        else f"Memory{each}: {size(cost.device_memory)} on the GPU, {size(cost.optimizer)} of it for the optimizer's state; "
         f"{size(cost.memory)} on the host",
     ]
     for line in lines:

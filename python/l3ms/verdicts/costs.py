@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from l3ms.config.run_config import RunConfig
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.single_answers import is_mean_length
+from l3ms.ranks.group import of_first, world
 from l3ms.training.phase_summary import seconds_of
 from l3ms.training.phases import peak_memory
 from l3ms.training.trainer import L3MTrainer
@@ -77,8 +78,8 @@ class _Iterations(transformers.TrainerCallback):
         self.lengths.append([] if found is None else list(found.host_lengths))
         if len(self.lengths) == 1:
             self._start = time.monotonic()
-        elif len(self.lengths) > LEAST and time.monotonic() - self._start > self.seconds:
-            control.should_training_stop = True
+        elif len(self.lengths) > LEAST and of_first(lambda: time.monotonic() - self._start > self.seconds):
+            control.should_training_stop = True  # on all ranks after the same iteration
 
 
 def measure(
@@ -126,9 +127,11 @@ def measure(
 
     size, rest = config.evaluate.batch_size, max(response - rates.of([evaluated.lengths]) / len(evaluated.lengths), 0.0)
     each = [rates.of(batches(found, size)) / size + rest for found in (evaluated.lengths, wanted)]
-    evaluation = config.evaluate.samples * (config.evaluate.initial * each[0] + 2 * each[1])
+    evaluation = config.evaluate.samples / world() * (config.evaluate.initial * each[0] + 2 * each[1])
     if config.watch is not None and config.watch.held_out_every and sampled:
-        evaluation += train.iterations // config.watch.held_out_every * config.watch.held_out_samples * each[1]
+        evaluation += (
+            train.iterations // config.watch.held_out_every * config.watch.held_out_samples / world() * each[1]
+        )
 
     state = trainer.optimizer.state if trainer.optimizer is not None else {}
     tensors = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from l3ms.config.named_files import check_readable, check_writable
 from l3ms.config.yaml_reader import ConfigError
@@ -47,3 +48,12 @@ class CertifyOptions:
             raise ConfigError("--prices", "are those of the run's own task, on its held-out rows; leave out --prompts")
         if self.json is not None:
             check_writable("--json", self.json)
+
+
+def asked(options: CertifyOptions) -> dict[str, Any]:
+    """By the flag, what ranks must have been given alike."""
+    values = {f"--{item.name}": getattr(options, item.name) for item in fields(options)}
+    return {
+        name: {key: list(pair) for key, pair in value.items()} if isinstance(value, Mapping) else str(value)
+        for name, value in values.items()
+    }

@@ -37,11 +37,15 @@ class Subject:
     engine: Engine | None = None  # what samples; None: the model itself
 
 
-def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subject:
-    """Configuration, weights, constraints and held-out rows of a run folder."""
+def run_config(run: Path) -> RunConfig:
     if not (run / "config.yaml").is_file():
         raise ConfigError(str(run), "is not a run folder: it has no config.yaml")
-    config = load_config(run / "config.yaml")
+    return load_config(run / "config.yaml")
+
+
+def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subject:
+    """Configuration, weights, constraints and held-out rows of a run folder."""
+    config = run_config(run)
     folder = run.resolve() / FOLDERS[options.weights]
     if not folder.is_dir():
         raise ConfigError("--weights", f"{run} has no {folder.name}/: the run has not come so far")
