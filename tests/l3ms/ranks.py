@@ -100,6 +100,32 @@ def refused(rank, world):
     return {**found, "estimate": opt.metrics()["constraints/polite/estimate"]}
 
 
+def agreeing(rank):
+    """What `l3ms.agree` says on this rank: of equal states, of a weight of the second that is another, and of a multiplier."""
+    head = torch.nn.Parameter(torch.zeros(4))
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([head], lr=0.5), [l3ms.Constraint("polite", min=0.5)])
+    opt.observe({"polite": [float(rank), 2.0]})
+    head.grad = torch.ones_like(head)
+    opt.step()
+
+    def said(**options):
+        try:
+            l3ms.agree(opt, **options)
+            return ""
+        except RuntimeError as error:
+            return str(error)
+
+    found = {"equal": said()}
+    with torch.no_grad():
+        head[2] += 1e-6 * rank
+    found |= {"weight": said(named={"head": head}, what="step 1"), "number": said()}
+    with torch.no_grad():
+        head[2] -= 1e-6 * rank
+    last = opt.estimates.last
+    opt.estimates.last = last._replace(multiplier=last.multiplier + rank)
+    return {**found, "multiplier": said(named={})}
+
+
 def sharded(world, fused):
     """Both half-steps on parameters that fully_shard (FSDP2) has split over the ranks, each with the whole batch -> the whole weights."""
     torch.manual_seed(0)
@@ -132,7 +158,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
     found = {name: run(split, rank, world) for name, split in SPLITS.items()}
-    found |= {"refused": refused(rank, world)}
+    found |= {"refused": refused(rank, world), "agreeing": agreeing(rank)}
     found |= {f"sharded, fused {fused}": sharded(world, fused) for fused in (False, True)}
     torch.save(found, sys.argv[4])
     dist.destroy_process_group()

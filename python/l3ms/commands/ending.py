@@ -9,6 +9,7 @@ from typing import Any
 from l3ms.extras import missing
 
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 5, 130
+NO_MEMORY = "DefaultCPUAllocator: "  # of a RuntimeError: torch's, on the host
 
 
 class Interrupted(Exception):
@@ -26,7 +27,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"the disk is full: {text}", ENVIRONMENT
     if isinstance(error, ImportError) and (line := missing("this command", error)):
         return line, ENVIRONMENT
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in text:
         return f"out of memory: {text}; smaller batch sizes or train.activation_checkpointing may help", ENVIRONMENT
     if isinstance(error, OSError) or type(error).__name__ == "Disagreement":
         return text, ENVIRONMENT
@@ -37,7 +38,9 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def broken_off(line: str) -> str:
     """Of a collective, without where in the library's source it was, and its advice."""
-    return re.sub(r"\[\S*gloo/\S*\] ", "", line).partition(" This is typically")[0].partition(" (--debug")[0]
+    return (
+        re.sub(r"\[\S*gloo/\S*\] |^\w*Error: ", "", line).partition(" This is typically")[0].partition(" (--debug")[0]
+    )
 
 
 def _usage(error: Any) -> str:

@@ -5,6 +5,7 @@ Where torch.distributed has not been initialised this process is alone, and each
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,9 +69,15 @@ def join(seconds: float, *, on_cpu: bool) -> None:
     place = launched()
     if place is None or dist.is_initialized():
         return
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # accelerate looks for it
     watching = lookout.current()
     backend = "gloo"
     if not on_cpu:
+        if place.local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"process {place.local_rank} of this machine has no GPU, there are {count}: start as many (--nproc-per-node), or set "
+                "train.device: cpu"
+            )
         torch.cuda.set_device(place.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     options: dict[str, Any] = {

@@ -140,7 +140,8 @@ class Lookout:
         self._speak(line, code, gone)
 
     def _cause(self, line: str) -> tuple[str, list[int]]:
-        """Of a collective that broke off: another rank says it, and ends this one; or it is silent; or it is not known. -> (line, silent ranks)"""
+        """Of a collective that broke off: another rank says it, and ends this one; or it is silent; or it is not known.
+        -> (line, silent ranks)"""
         others = [rank for rank in range(self.place.world) if rank != self.place.rank]
         heard: dict[int, tuple[str | None, float]] = {}
         gone: list[int] = []

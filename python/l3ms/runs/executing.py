@@ -14,7 +14,7 @@ from l3ms.config.constraints import ConstraintConfig
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.ranks import lookout
-from l3ms.ranks.group import is_first, of_first
+from l3ms.ranks.group import is_first, of_first, world
 from l3ms.runs import resuming
 from l3ms.runs.arguments import named_optimizer
 from l3ms.runs.engines import try_engine
@@ -82,6 +82,8 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
         samples["last"] = sample(trainer.model, "last iterate")
         samples["average"] = sample(averaged, "averaged weights")
     except KeyboardInterrupt:
+        if not is_first():
+            raise
         metrics.flush()
         raise KeyboardInterrupt(_kept(run.folder, metrics)) from None
     finally:
@@ -212,6 +214,8 @@ def _report(run: Run, trainer: L3MTrainer, metrics: MetricsWriter, samples: dict
         "time": summary(trainer.state.log_history),
         **{key: found.summary for key, found in samples.items()},
     }
+    if world() > 1:
+        report["processes"] = world()
     for watch in trainer.watches:
         report |= {"tripped": watch.tripped, "conflicts": watch.conflicts}
     report["examples"] = examples(samples)

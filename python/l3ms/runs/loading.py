@@ -100,6 +100,10 @@ def load_run(
     inputs = fingerprints(config, model, tokenizer, sides, constraints)
     same_inputs(inputs, rows=len(train.rows), iterations=config.train.iterations)
     arguments = training_arguments(config)
+    if arguments.world_size != world():
+        raise ConfigError(
+            "train.device", f"transformers knows of {arguments.world_size} process here and {world()} were started; set train.device: cpu"
+        )  # fmt: skip
 
     def find() -> list[Path]:
         data = [item.batch_size for item in constraints if isinstance(item, DataNLL)]

@@ -30,7 +30,7 @@ from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
 from l3ms.model import random_numbers
-from l3ms.ranks.group import first_of_machine_first, of_first
+from l3ms.ranks.group import first_of_machine_first, of_first, world
 from l3ms.rollouts.engines import name_of
 from l3ms.runs.fingerprints import of_rows
 from l3ms.runs.joining import join, same_inputs
@@ -66,7 +66,8 @@ def certify(
     transformers.logging.disable_progress_bar()
     with first_of_machine_first():
         subject = load_subject(run, options, console)
-    same_inputs({"model": digest(subject.folder), "data.evaluation": of_rows(subject.held_out.rows)})
+    weights = digest(subject.folder)
+    same_inputs({"model": weights, "data.evaluation": of_rows(subject.held_out.rows)})
     if options.prices:
         check_prices(subject)
     config, constraints = subject.config, subject.constraints
@@ -93,7 +94,7 @@ def certify(
         "verdict": together([item.verdict for item in verdicts if item.verdict is not None]),
         "run": str(run.resolve()),
         "weights": options.weights,
-        "sha256": digest(subject.folder),
+        "sha256": weights,
         "seed": options.seed,
         "delta": options.delta,
         "one_sided_bounds": bounds,
@@ -116,6 +117,8 @@ def certify(
         "seconds": round(time.monotonic() - start, 1),
         "versions": versions(),
     }  # fmt: skip
+    if world() > 1:
+        certificate["processes"] = world()  # that sampled: others would be given by another number of them
     if prices is not None:
         certificate["prices"] = prices.as_dict()
     path = options.json or run / "certificate.json"

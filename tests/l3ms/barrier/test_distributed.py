@@ -75,6 +75,15 @@ def test_sharded_parameters_take_the_steps_of_whole_ones(two_ranks, fused, toler
     torch.testing.assert_close(first, weights, rtol=tolerance, atol=tolerance)
 
 
+def test_ranks_that_differ_are_named_on_all_of_them(two_ranks):
+    first, second = (rank["agreeing"] for rank in two_ranks)
+    assert first == second
+    assert first["equal"] == ""
+    assert first["weight"].startswith("step 1: rank 1 in head differs from the other ranks")
+    assert first["number"].startswith("agree: rank 1 in parameter 0 differs")
+    assert first["multiplier"].startswith("agree: rank 1 in the multipliers differs")
+
+
 REFUSALS = {
     "list": "ValueError: observe: constraint 'polite': row 1 is nan",
     "tensor": "ValueError: observe: constraint 'polite': row 0 is nan",
@@ -89,7 +98,7 @@ def test_what_one_rank_refuses_is_an_error_on_every_rank(two_ranks, case):
     """The others would wait for its sums. What was refused leaves nothing behind."""
     first, second = (rank["refused"] for rank in two_ranks)
     assert second[case].startswith(REFUSALS[case])
-    assert first[case].startswith("ValueError: observe: another rank refused its values")
+    assert first[case].startswith("OtherRankRefused: observe: another rank refused its values")
     assert first["estimate"] == second["estimate"] == (0 + 2 + 1 + 2) / 4
 
 

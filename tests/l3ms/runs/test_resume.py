@@ -258,11 +258,11 @@ def test_a_folder_of_something_else_is_refused(stopped, tmp_path, capsys):
     assert "resume:" in one_line(capsys)
 
 
-def test_one_of_several_processes_is_refused(whole, tmp_path, monkeypatch, capsys):
+def test_one_of_several_processes_is_refused_where_it_is_not_said_which(whole, tmp_path, monkeypatch, capsys):
     """Each of them would write to the one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train(whole[0], "--output", tmp_path / "out") == 2
-    assert "WORLD_SIZE: l3ms train is one process; for several use l3ms.L3MTrainer" in one_line(capsys)
+    assert "RANK is not set: start the processes with torchrun or accelerate launch" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 

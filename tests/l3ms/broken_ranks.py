@@ -1,0 +1,113 @@
+"""What goes wrong on one rank alone, put there before its command runs: BROKEN=WHAT:RANK in the environment, see `launches`."""
+
+import math
+import os
+import time
+
+AT = 4  # the iteration in which it happens
+
+
+def apply():
+    what, _, rank = os.environ.get("BROKEN", "").partition(":")
+    if what and rank in ("", os.environ["RANK"]):
+        globals()[f"_{what}"]()
+
+
+def _in_iteration(act):
+    from l3ms.training.trainer import L3MTrainer
+
+    average = L3MTrainer.average_weights
+
+    def acting(self):
+        if self.state.global_step + 1 == AT:
+            act(self)
+        average(self)
+
+    L3MTrainer.average_weights = acting
+
+
+def _weight(trainer):
+    return next(trainer.policy.parameters()).data
+
+
+def _version():
+    import l3m_kernels
+
+    l3m_kernels.__version__ = "9.9.9"
+
+
+def _memory():
+    def act(trainer):
+        raise MemoryError("wanted 3 GiB")
+
+    _in_iteration(act)
+
+
+def _stuck():
+    _in_iteration(lambda trainer: time.sleep(1000))
+
+
+def _nan():
+    """After the task half-step, where the weights of a rank are not looked at until the next one."""
+    _in_iteration(lambda trainer: _weight(trainer).view(-1)[3].fill_(math.nan))
+
+
+def _drift():
+    """One weight, by a little."""
+    _in_iteration(lambda trainer: _weight(trainer).view(-1)[3].mul_(1.001))
+
+
+def _multiplier():
+    """Of the optimizer, as if a rank had seen another batch."""
+
+    def act(trainer):
+        estimates = trainer.l3m_optimizer.estimates
+        observe = estimates.integrate
+
+        def other(weights, applied):
+            observe(weights, applied)
+            estimates.last = estimates.last._replace(multiplier=estimates.last.multiplier * 1.5)
+
+        estimates.integrate = other
+
+    _in_iteration(act)
+
+
+def _data():
+    """One token of one row is another."""
+    from l3ms.runs import loading
+
+    encode = loading.encode_sides
+
+    def other(*arguments):
+        train, held_out = encode(*arguments)
+        train.rows[5]["input_ids"][0] += 1
+        return train, held_out
+
+    loading.encode_sides = other
+
+
+def _rows():
+    from l3ms.runs import loading
+
+    encode = loading.encode_sides
+
+    def other(*arguments):
+        train, held_out = encode(*arguments)
+        del train.rows[5]
+        return train, held_out
+
+    loading.encode_sides = other
+
+
+def _reward():
+    """A reward function that raises, on a rank."""
+    from l3ms.training import constraint_step
+
+    def broken(trainer, responses):
+        raise ValueError("constraint 'polite': no luck")
+
+    def act(trainer):
+        constraint_step._rewards = broken
+
+    _in_iteration(act)
