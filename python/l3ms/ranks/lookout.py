@@ -187,16 +187,16 @@ class Lookout:
 
     def _alone(self, line: str) -> NoReturn:
         """There is nowhere to say it: one process of each machine prints."""
-        self._only_one()
+        self._only_one(ACKNOWLEDGE + BEAT)
         with_rank_0 = self.place.rank == self.place.local_rank and not self.place.agent
         if self.place.local_rank == int(with_rank_0):
             self._print(line)
         self._exit(ENVIRONMENT)
 
-    def _only_one(self) -> None:
-        """Of the threads that find an end; the others wait for it."""
+    def _only_one(self, patience: float = -1) -> None:
+        """Of the threads that find an end; the others wait for it, or for so many seconds: it may wait for a store that does not answer."""
         if not self._ending.acquire(blocking=False):
-            threading.Event().wait()
+            self._ending.acquire(timeout=patience)
 
     def _print(self, line: str) -> None:
         who = f"rank {self.place.rank}: " if self.place.rank else ""
