@@ -58,19 +58,18 @@ def _drift():
 
 
 def _multiplier():
-    """Of the optimizer, as if a rank had seen another batch."""
+    """Of the last step, as if a rank had seen another batch; looked at before the next one."""
+    from l3ms.training.trainer import L3MTrainer
 
-    def act(trainer):
-        estimates = trainer.l3m_optimizer.estimates
-        observe = estimates.integrate
+    half_step = L3MTrainer.constraint_half_step
 
-        def other(weights, applied):
-            observe(weights, applied)
-            estimates.last = estimates.last._replace(multiplier=estimates.last.multiplier * 1.5)
+    def other(self):
+        half_step(self)
+        if self.state.global_step + 1 == AT:
+            estimates = self.l3m_optimizer.estimates
+            estimates._last = estimates._last._replace(multiplier=estimates._last.multiplier * 1.5)
 
-        estimates.integrate = other
-
-    _in_iteration(act)
+    L3MTrainer.constraint_half_step = other
 
 
 def _data():

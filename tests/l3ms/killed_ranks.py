@@ -90,5 +90,6 @@ def main(config, folder, kills, stops, seed, worlds):
 if __name__ == "__main__":
     launches.load()
     rest = sys.argv[3:] + ["20", "5", "0", "2,4"][len(sys.argv) - 3 :]
-    counts, many = [int(text) for text in rest[:3]], [int(text) for text in rest[3].split(",")]
-    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), *counts, many)
+    kills, stops, seed = (int(text) for text in rest[:3])
+    worlds = [int(text) for text in rest[3].split(",")]
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), kills, stops, seed, worlds)

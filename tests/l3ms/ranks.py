@@ -122,7 +122,7 @@ def agreeing(rank):
     with torch.no_grad():
         head[2] -= 1e-6 * rank
     last = opt.estimates.last
-    opt.estimates.last = last._replace(multiplier=last.multiplier + rank)
+    opt.estimates._last = last._replace(multiplier=last.multiplier + rank)  # type: ignore[union-attr]
     return {**found, "multiplier": said(named={})}
 
 

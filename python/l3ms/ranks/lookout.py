@@ -54,9 +54,9 @@ class Lookout:
             threading.Thread(target=watch, name=f"l3ms {watch.__name__}", daemon=True).start()
 
     def _client(self, *, serves: bool = False) -> Any:
-        from torch.distributed import TCPStore  # there may be none, where a process is alone
+        import torch.distributed as dist  # has no stores where torch is built without it
 
-        return TCPStore(
+        return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             self.place.address,
             self.place.port,
             is_master=serves,
@@ -65,9 +65,9 @@ class Lookout:
         )
 
     def _named(self, store: Any) -> Any:
-        from torch.distributed import PrefixStore
+        import torch.distributed as dist
 
-        return PrefixStore(f"l3ms/{self.place.attempt}", store)
+        return dist.PrefixStore(f"l3ms/{self.place.attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
     # ---- the threads ----
 
@@ -166,7 +166,7 @@ class Lookout:
     def _speak(self, line: str, code: int, gone: Collection[int] = ()) -> NoReturn:
         """Say why, if no other rank has, and end; without waiting for those that are `gone`."""
         self._only_one()
-        own = {"rank": self.place.rank, "code": code, "line": line}
+        own = {"rank": self.place.rank, "code": code, "line": line, "gone": list(gone)}
         try:
             mine = self._named(self._client())
             ended = json.loads(mine.compare_set("ended", "", json.dumps(own)))
@@ -174,11 +174,11 @@ class Lookout:
             mine, ended = None, own
         if ended["rank"] == self.place.rank:
             self._print(line)
-        self._exit(ended["code"], mine, [rank for rank in range(self.place.world) if rank not in gone])
+        self._exit(ended["code"], mine, set(range(self.place.world)) - set(ended["gone"]))
 
     def _follow(self, ended: dict[str, Any]) -> NoReturn:
         self._only_one()
-        self._exit(ended["code"], self._beats, range(self.place.world))
+        self._exit(ended["code"], self._beats, set(range(self.place.world)) - set(ended["gone"]))
 
     def _lost(self, error: Exception) -> None:
         """The connection to where the ranks meet broke off."""
