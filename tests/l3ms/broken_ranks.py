@@ -48,13 +48,13 @@ def _stuck():
 
 
 def _nan():
-    """After the task half-step, where the weights of a rank are not looked at until the next one."""
+    """In a weight of one rank, behind the look at the weights: its next responses show it."""
     _in_iteration(lambda trainer: _weight(trainer).view(-1)[3].fill_(math.nan))
 
 
 def _drift():
     """One weight, by a little."""
-    _in_iteration(lambda trainer: _weight(trainer).view(-1)[3].mul_(1.001))
+    _in_iteration(lambda trainer: _weight(trainer).view(-1)[40].add_(1e-4))
 
 
 def _multiplier():

@@ -19,7 +19,7 @@ of its own:
 
 \\b
     torchrun --nproc-per-node 4 -m l3ms {command}
-    accelerate launch --num-processes 4 -m l3ms {command}
+    accelerate launch --multi-gpu --num-processes 4 -m l3ms {command}     # on CPUs too; with --cpu it starts one process
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m l3ms {command}
 
 Machines share the folder of the run. Rank 0 writes and speaks; a run begins where all have the same packages, configuration, weights and \

@@ -19,8 +19,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from l3ms.ranks.launched import Launched
@@ -87,7 +88,7 @@ class Lookout:
                     silent = _listen(self._beats, heard, rank, min(now - last, 2 * BEAT))
                     if silent > self.seconds or (silent > SUSPECT and _state(heard[rank][0]) == ENDED):
                         said = f"has not been heard of for {silent:.0f} s (train.timeout: {self.seconds:g})"
-                        self._speak(f"{_who(rank, heard)} {said}", ENVIRONMENT, [rank])
+                        self._speak(f"{_who(rank, heard)} {said}", ENVIRONMENT, {rank: heard[rank][0]})
                 last = now
             except Exception as error:  # a connection that broke, of torch's several kinds
                 self._lost(error)
@@ -132,19 +133,19 @@ class Lookout:
         for number in (signal.SIGINT, signal.SIGTERM):  # the launcher sends them to those that are left
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(number, signal.SIG_IGN)
-        gone: list[int] = []
+        gone: Mapping[int, str | None] = {}
         if elsewhere:
             (line, gone), code = self._cause(line), ENVIRONMENT
         elif self.place.rank:
             time.sleep(ALIKE)
         self._speak(line, code, gone)
 
-    def _cause(self, line: str) -> tuple[str, list[int]]:
+    def _cause(self, line: str) -> tuple[str, dict[int, str | None]]:
         """Of a collective that broke off: another rank says it, and ends this one; or it is silent; or it is not known.
-        -> (line, silent ranks)"""
+        -> (line, by silent rank what it wrote last)"""
         others = [rank for rank in range(self.place.world) if rank != self.place.rank]
         heard: dict[int, tuple[str | None, float]] = {}
-        gone: list[int] = []
+        gone: dict[int, str | None] = {}
         begin = last = time.monotonic()
         try:
             mine = self._named(self._client())
@@ -154,16 +155,16 @@ class Lookout:
                 for rank in others:
                     silent = _listen(mine, heard, rank, now - last)
                     if silent > SUSPECT or (silent > 2 * BEAT and _state(heard[rank][0])):
-                        gone.append(rank)
+                        gone[rank] = heard[rank][0]
                 last = now
         except Exception as error:
             self._lost(error)
         if gone:
             verb = "has" if len(gone) == 1 else "have"
             return f"{' and '.join(_who(rank, heard) for rank in gone)} {verb} gone: {line}", gone
-        return f"{line} (train.timeout is {self.seconds:g} s; {'; '.join(_who(rank, heard) for rank in others)})", []
+        return f"{line} (train.timeout is {self.seconds:g} s; {'; '.join(_who(rank, heard) for rank in others)})", {}
 
-    def _speak(self, line: str, code: int, gone: Collection[int] = ()) -> NoReturn:
+    def _speak(self, line: str, code: int, gone: Mapping[int, str | None] = MappingProxyType({})) -> NoReturn:
         """Say why, if no other rank has, and end; without waiting for those that are `gone`."""
         self._only_one()
         own = {"rank": self.place.rank, "code": code, "line": line, "gone": list(gone)}
@@ -174,6 +175,8 @@ class Lookout:
             mine, ended = None, own
         if ended["rank"] == self.place.rank:
             self._print(line)
+            for written in gone.values():
+                _wake(written)
         self._exit(ended["code"], mine, set(range(self.place.world)) - set(ended["gone"]))
 
     def _follow(self, ended: dict[str, Any]) -> NoReturn:
@@ -216,7 +219,7 @@ class Lookout:
         os._exit(code)
 
 
-ENDED = ", ended"
+ENDED, STOPPED = ", ended", ", stopped"
 
 
 def _listen(store: Any, heard: dict[int, tuple[str | None, float]], rank: int, passed: float) -> float:
@@ -237,6 +240,13 @@ def _who(rank: int, heard: dict[int, tuple[str | None, float]]) -> str:
     return f"rank {rank} (process {beat['pid']} on {beat['machine']}{_state(written)}; {beat['doing']})"
 
 
+def _wake(written: str | None) -> None:
+    """A stopped process of this machine: it finds that the run has ended, and ends; the launcher would wait for it."""
+    if _state(written) == STOPPED:
+        with contextlib.suppress(OSError):
+            os.kill(json.loads(written or "{}")["pid"], signal.SIGCONT)
+
+
 def _state(written: str | None) -> str:
     """Of the process that has written this: what is to be said of it, where it is known."""
     beat = json.loads(written or "{}")
@@ -250,7 +260,7 @@ def _state(written: str | None) -> str:
         return ENDED
     except psutil.Error:  # not ours to look at
         return ""
-    return {"stopped": ", stopped", "zombie": ENDED}.get(state, "")
+    return {"stopped": STOPPED, "zombie": ENDED}.get(state, "")
 
 
 _current: Lookout | None = None

@@ -36,9 +36,9 @@ def join(config: RunConfig, console: Console, **options: Any) -> Console:
         Disagreement: the packages of a rank are others.
     """
     group.join(config.train.timeout, on_cpu=is_on_cpu(config))
+    _check_launcher(config)
     if group.world() == 1:
         return console
-    _check_launcher(config)
     lookout.doing(lambda: "loading")
     for found in differences(versions()):
         raise Disagreement(

@@ -139,7 +139,7 @@ SAID = {
     "rows": (2, "data.train: has other contents on rank 1 than on the others"),
     "memory": (5, "rank 1: out of memory: wanted 3 GiB"),
     "reward": (2, "rank 1: constraint 'polite': no luck"),
-    "nan": (1, "the weights of rank 1 are not finite"),
+    "nan": (1, "rank 1: RuntimeError: the probabilities of the next token are not finite"),
     "drift": (5, "iteration 4: rank 1 in model.embed_tokens.weight differs from the other ranks"),
     "multiplier": (5, "iteration 4: rank 1 in the multipliers differs from the other ranks"),
     "stuck": (5, "rank 1 (process "),
@@ -210,7 +210,8 @@ def test_another_number_of_ranks_does_not_go_on(project, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launches_it(project, tmp_path):
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num-processes", "2", "-m", "l3ms"]
+    """It says `--multi-gpu` for processes on CPUs as well."""
+    command = ["-m", "accelerate.commands.launch", "--multi-gpu", "--num-processes", "2", "-m", "l3ms"]
     options = ["--output", str(tmp_path / "out"), "--train.iterations", "2"]
     done = subprocess.run(
         [sys.executable, *command, "train", str(project), *options],
