@@ -200,7 +200,9 @@ def op_arguments(run: Run, with_sums: bool, backend: str) -> tuple:
 
 
 @each_backend
-@pytest.mark.parametrize("seed", [*range(40), *(pytest.param(s, marks=pytest.mark.slow) for s in range(1000, 1500))])
+@pytest.mark.parametrize(
+    "seed", [*range(10), *(pytest.param(s, marks=pytest.mark.slow) for s in (*range(10, 40), *range(1000, 1500)))]
+)
 def test_opcheck(seed, backend):
     arguments = op_arguments(Run.random(seed), seed % 2 == 0, backend)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]

@@ -243,7 +243,7 @@ def test_derivative_of_the_barrier_is_the_reference(mu):
     assert torch.equal(out, reference.barrier_multiplier(z, mu, s))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(s, marks=pytest.mark.slow) for s in range(20, 60))])
 def test_barrier_weights_has_the_bits_of_the_reference(seed, monkeypatch):
     """With a square root that is correctly rounded on both sides; torch's is not always."""
     monkeypatch.setattr(torch, "sqrt", lambda x: torch.from_numpy(numpy.sqrt(x.numpy())))

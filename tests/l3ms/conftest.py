@@ -37,7 +37,7 @@ def tokenizer():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """make_model("Llama", vocab_size=..., seed=..., gain=..., **config) -> a tiny random causal LM in float32."""
     import transformers

@@ -1,11 +1,12 @@
-"""One rank of `test_trainer_ranks.py`: a trainer with a `Watch`, started as torchrun does, by variables of the environment.
+"""One rank of `test_trainer_ranks.py`: trainers with a `Watch`, started as torchrun does, by variables of the environment.
 
-python trainer_ranks.py MODEL FOLDER ON_TRIP [STEPS CHECKPOINT [ROLLOUT]]; writes FOLDER/RANK.pt, and resumes at a checkpoint that is
-there. ROLLOUT: options of sampling in JSON, with a constraint that is easily met.
+python trainer_ranks.py MODEL FOLDER RUNS; RUNS is a list in JSON of what `train` is given, one run after the other; writes FOLDER/RANK.pt,
+the list of what they found.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,21 +28,18 @@ def watch(on_trip):
     )  # fmt: skip
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    model, folder, on_trip, *rest = sys.argv[1:]
-    steps, save_steps = map(int, rest[:2]) if rest else (STEPS, STEPS)
-    rollout = json.loads(rest[2]) if rest[2:] else {}
+def train(model, place, on_trip, steps=STEPS, save_steps=STEPS, rollout=None):
+    """Resumes at a checkpoint that is there. `rollout`: options of sampling, with a constraint that is easily met."""
     watching = watch(on_trip)
     trainer, recorder = run(
-        Path(folder) / "run", AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
+        Path(place), AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
         constraints=[l3ms.Length(max=16)] if rollout else [NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
-        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01, **rollout},
+        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01, **(rollout or {})},
         save_strategy="steps", save_steps=save_steps, average_fraction=0.5,
     )  # fmt: skip
     trainer.add_callback(watching)
-    trainer.train(resume_from_checkpoint=bool(checkpoints.checkpoints(Path(folder) / "run")))
-    found = {
+    trainer.train(resume_from_checkpoint=bool(checkpoints.checkpoints(Path(place))))
+    return {
         "final": [parameter.detach() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()],
         "average": [parameter.detach() for parameter in trainer.averaged_model().parameters()],
         "taken": len(recorder.rollouts),
@@ -51,4 +49,18 @@ if __name__ == "__main__":
         "completions": recorder.rollouts[0].completions,
         "log": trainer.state.log_history,
     }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, folder, runs = sys.argv[1:]
+    found = []
+    for options in json.loads(runs):
+        # a run of before, up to the step: what an interruption leaves
+        if "after" in options:
+            before, step = options.pop("after")
+            if os.environ["RANK"] == "0":
+                shutil.copytree(Path(before) / f"checkpoint-{step}", Path(options["place"]) / f"checkpoint-{step}")
+            torch.distributed.barrier()
+        found.append(train(model, **options))
     torch.save(found, Path(folder) / f"{os.environ['RANK']}.pt")

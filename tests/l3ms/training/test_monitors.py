@@ -1,6 +1,7 @@
 """Monitors: rewards that are measured beside the constraints, and change nothing."""
 
 import copy
+import functools
 import math
 import random
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from observing import make, observe, step
 from run_folders import strict_json, write_project, write_run
-from training_runs import rows
+from training_runs import rows, run
 
 import l3ms
 from l3ms.commands.command_line import main
@@ -36,20 +37,41 @@ MONITORS = {
 }
 
 
+OPTIONS = {
+    "adaptive": {},
+    "separate": {"clipping": "separate"},
+    "dual_ascent": {"solver": "dual_ascent"},
+    "joint": {"half_steps": "joint"},
+}
+
+
+@pytest.fixture(scope="module")
+def without(make_model, tokenizer, tmp_path_factory):
+    """without(options) -> the trainer of a run without a monitor, one for all that are compared with it."""
+
+    @functools.cache
+    def trained(options):
+        data = l3ms.DataNLL("general", rows(8, seed=3), max=2.0, batch_size=4)
+        folder, model = tmp_path_factory.mktemp("without"), make_model(attention_dropout=0.1)
+        return run(folder, tokenizer, model, constraints=[LENGTH, data], max_steps=4, **OPTIONS[options])[0]
+
+    return trained
+
+
 @pytest.mark.parametrize("kind", MONITORS)
-@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"clipping": "separate"}, {"solver": "dual_ascent"}, {"half_steps": "joint"}],
-    ids=lambda options: "-".join(options.values()) or "adaptive",
+    ("options", "first"),
+    [
+        pytest.param(name, first, marks=[] if first or name == "adaptive" else pytest.mark.slow)
+        for name in OPTIONS
+        for first in (True, False)
+    ],
 )
-def test_a_run_is_bit_for_bit_the_one_without(make_model, train, tmp_path, kind, first, options):
+def test_a_run_is_bit_for_bit_the_one_without(make_model, train, without, kind, first, options):
     data = l3ms.DataNLL("general", rows(8, seed=3), max=2.0, batch_size=4)
-    alone, seen = [LENGTH, data], [MONITORS[kind](), LENGTH, data] if first else [LENGTH, data, MONITORS[kind]()]
-    found = {}
-    for name, constraints in (("without", alone), ("with", seen)):
-        found[name] = train(make_model(attention_dropout=0.1), constraints=constraints, max_steps=4, **options)[0]
-    ours, theirs = found["with"], found["without"]
+    constraints = [MONITORS[kind](), LENGTH, data] if first else [LENGTH, data, MONITORS[kind]()]
+    ours = train(make_model(attention_dropout=0.1), constraints=constraints, max_steps=4, **OPTIONS[options])[0]
+    theirs = without(options)
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(a, b)
     mine, plain = ours.l3m_optimizer.metrics(), theirs.l3m_optimizer.metrics()

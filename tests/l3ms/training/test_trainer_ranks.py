@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +17,31 @@ from training_runs import timeless
 from l3ms.training import checkpoints
 
 
-@pytest.fixture
-def two_ranks(tmp_path, tokenizer, make_model):
-    """two_ranks(on_trip, ...) -> what each rank found."""
-    tokenizer.save_pretrained(tmp_path / "model")
-    make_model(gain=0.3).save_pretrained(tmp_path / "model")
-    return functools.partial(start, tmp_path)
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tokenizer, make_model):
+    """start(run, ...) -> what each rank found in each of the runs, which two processes take one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer.save_pretrained(folder / "model")
+    make_model(gain=0.3).save_pretrained(folder / "model")
+    return functools.partial(started, folder)
 
 
-def start(folder, *arguments):
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """One start of two processes for all of the default tests: a watch that rolls back, a run with checkpoints, and one that goes on from
+    the first of them."""
+    places = [str(tmp_path_factory.mktemp("run")) for _ in range(3)]
+    short = {"on_trip": "warn", "steps": 6, "save_steps": 3}
+    options = [
+        {"on_trip": "rollback", "place": places[0]},
+        {"place": places[1], **short},
+        {"place": places[2], **short, "after": (places[1], 3)},
+    ]
+    found = start(*options)
+    return dict(zip(("rollback", "whole", "resumed"), found, strict=True)), Path(places[1])
+
+
+def started(folder, *runs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +49,7 @@ def start(folder, *arguments):
         **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
     }  # fmt: skip
-    command = [sys.executable, trainer_ranks.__file__, str(folder / "model"), str(folder), *map(str, arguments)]
+    command = [sys.executable, trainer_ranks.__file__, str(folder / "model"), str(folder), json.dumps(runs)]
     processes = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
     ]
@@ -41,14 +58,11 @@ def start(folder, *arguments):
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return list(zip(*ranks, strict=True))
 
 
-@pytest.mark.parametrize(
-    "on_trip", ["rollback", *(pytest.param(it, marks=pytest.mark.slow) for it in ("warn", "stop"))]
-)
-def test_both_ranks_see_the_same_and_act_alike(two_ranks, on_trip):
-    first, second = two_ranks(on_trip)
+def assert_alike(first, second, on_trip):
     assert first["completions"] != second["completions"], "each samples responses of its own"
     for ours, theirs in zip(first["final"], second["final"], strict=True):
         assert torch.equal(ours, theirs)
@@ -61,16 +75,19 @@ def test_both_ranks_see_the_same_and_act_alike(two_ranks, on_trip):
     assert "watch/cosine/open/length" in watched or on_trip == "stop"  # which ends before there are two evaluations
 
 
-def test_both_ranks_go_on_from_a_checkpoint(two_ranks, tmp_path):
-    """Resumed in the middle, each rank ends with the bits of the run that was not interrupted."""
-    expected = two_ranks("warn", 6, 3)
-    place = tmp_path / "run"
-    assert [path.name for path in checkpoints.checkpoints(place)] == ["checkpoint-6", "checkpoint-3"]
-    assert {path.name for path in (place / "checkpoint-3").iterdir()} >= {
-        "random_0.json", "random_1.json", "watch_0.json", "watch_1.json", "manifest.json",
-    }  # fmt: skip
-    shutil.rmtree(place / "checkpoint-6")
-    found = two_ranks("warn", 6, 3)
+def test_both_ranks_see_the_same_and_act_alike(runs):
+    first, second = runs[0]["rollback"]
+    assert_alike(first, second, "rollback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_trip", ["warn", "stop"])
+def test_both_ranks_see_the_same_whatever_a_watch_does(start, tmp_path, on_trip):
+    [(first, second)] = start({"on_trip": on_trip, "place": str(tmp_path)})
+    assert_alike(first, second, on_trip)
+
+
+def assert_gone_on(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours["taken"], theirs["taken"]) == (3, 6)
         for key in ("final", "average"):
@@ -82,11 +99,31 @@ def test_both_ranks_go_on_from_a_checkpoint(two_ranks, tmp_path):
         assert logs[0] == logs[1]
 
 
+def test_both_ranks_go_on_from_a_checkpoint(runs):
+    """Resumed in the middle, each rank ends with the bits of the run that was not interrupted."""
+    found, place = runs
+    assert [path.name for path in checkpoints.checkpoints(place)] == ["checkpoint-6", "checkpoint-3"]
+    assert {path.name for path in (place / "checkpoint-3").iterdir()} >= {
+        "random_0.json", "random_1.json", "watch_0.json", "watch_1.json", "manifest.json",
+    }  # fmt: skip
+    assert_gone_on(found["resumed"], found["whole"])
+
+
 @pytest.mark.slow
-def test_both_ranks_leave_the_same_out_and_use_the_same_again(two_ranks, tmp_path):
+def test_other_processes_go_on_from_a_checkpoint(start, tmp_path):
+    run = {"on_trip": "warn", "steps": 6, "save_steps": 3, "place": str(tmp_path)}
+    [expected] = start(run)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    [found] = start(run)
+    assert_gone_on(found, expected)
+
+
+@pytest.mark.slow
+def test_both_ranks_leave_the_same_out_and_use_the_same_again(start, tmp_path):
     """And go on so from a checkpoint: with what each of them has kept of its rollout, and with the tokens of both counted."""
-    rollout = json.dumps({"rollout_every": "auto", "rollout_reuse": 3, "warmup_steps": 2})
-    expected = two_ranks("warn", 10, 5, rollout)
+    rollout = {"rollout_every": "auto", "rollout_reuse": 3, "warmup_steps": 2}
+    run = {"on_trip": "warn", "steps": 10, "save_steps": 5, "rollout": rollout, "place": str(tmp_path)}
+    [expected] = start(run)
     keys = ("l3m/constraint_step", "l3m/sampled_tokens", "l3m/ess", "constraints/length/estimate")
     seen = [[[row.get(key) for key in keys] for row in run["log"] if "loss" in row] for run in expected]
     assert seen[0] == seen[1]
@@ -95,8 +132,8 @@ def test_both_ranks_leave_the_same_out_and_use_the_same_again(two_ranks, tmp_pat
     assert any(share is not None for share in shares)
     assert tokens[-1] == sum(run["tokens"] for run in expected)
     assert all(torch.equal(a, b) for a, b in zip(expected[0]["final"], expected[1]["final"], strict=True))
-    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
-    found = two_ranks("warn", 10, 5, rollout)
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    [found] = start(run)
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours["final"], theirs["final"], strict=True))
         logs = [[row for row in run["log"] if "loss" in row and row["step"] > 5] for run in (ours, theirs)]
