@@ -150,7 +150,7 @@ for case in json.loads(sys.argv[1]):
     os.waitpid(child, 0)
 print(json.dumps(found))
 """
-ROWS, WIDTH, VOCABULARY = 2048, 512, 32000
+ROWS, WIDTH, VOCABULARY = 1024, 512, 32000
 ACCUMULATOR = 4 * VOCABULARY * WIDTH  # fp32, or exponentials of that size, where the weight has 16 bits
 SLACK = 2 << 20  # of the heap
 NATIVE = {

@@ -63,7 +63,7 @@ class TrainConfig(Section):
     # iterations after which they compare multipliers, mu and weights, bit for bit; null: never
     agree_every: Count | None = 50
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
-    autocast: bool = False  # bfloat16 activations over float32 weights (GPU)
+    autocast: bool = False  # bfloat16 activations over float32 weights
     activation_checkpointing: bool = False  # less memory, a second forward
     device: Literal["auto", "cpu"] = "auto"
     lora: LoraConfig | None = None

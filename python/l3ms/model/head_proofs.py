@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l3ms.model.after_head import AfterHead, Call, logits_of
+from l3ms.model.autocasting import wrapped
 from l3ms.model.head_output import HeadOutput
 
 _LENGTHS = (8, 5, 3)  # tokens of the prompts
@@ -224,7 +225,8 @@ def _rounded_embeddings(model: Any, eps: float) -> Iterator[None]:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation, without gradients; after the block modes, attributes, buffers and random states are as they were before it."""
+    """Evaluation, without gradients and outside of any autocast, in whose 16 bits nothing could be told apart; after the block modes,
+    attributes, buffers and random states are as they were before it."""
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     values = [
@@ -236,6 +238,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             warnings.simplefilter("ignore")
             for module, _, _ in modules:
                 module.training = False
+                if wrapped(module):
+                    vars(module)["forward"] = vars(module)["_original_forward"]
             with torch.autocast(device, enabled=False):
                 yield
     finally:

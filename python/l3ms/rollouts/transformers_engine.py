@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
+from l3ms.model.autocasting import outside_autocast
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.rollouts.drawing import Drawn
 from l3ms.rollouts.engines import Response
 from l3ms.rollouts.packed_weights import is_large, packed_weights
 from l3ms.rollouts.shrinking import sample
 from l3ms.rollouts.stepping import sample_by_forward
-from l3ms.rollouts.ways import outside_autocast, way_of
+from l3ms.rollouts.ways import way_of
 
 
 class TransformersEngine:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from l3ms.model.autocasting import outside_autocast
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.random_numbers import undrawn
 from l3ms.rollouts.engines import Engine, Response, name_of
 from l3ms.rollouts.stepping import scored_logits
-from l3ms.rollouts.ways import STRIDE, outside_autocast
+from l3ms.rollouts.ways import STRIDE
 
 MEMORY = "/dev/shm"
 # Every filter off: what is sampled is softmax(logits / temperature), and `end` alone ends it.

@@ -10,7 +10,6 @@ of one length at a time, a whole forward for each token (`stepping`). A model th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -201,42 +200,3 @@ def _tokens(model: Any, tokenizer: Any) -> list[int]:
     found = [STRIDE * i % size for i in range(1, 65)]
     ordinary = [token for token in found if token not in special] or [t for t in range(size) if t not in special]
     return ordinary or [0]
-
-
-# ---- outside of autocast ----
-
-
-@contextmanager
-def outside_autocast(model: Any):
-    """accelerate wraps the forward in an autocast, which casts the weights again at every token of a response.
-
-    Kept where the model does not run without it (adapters and norms in other dtypes than the rest).
-    """
-    models = dict.fromkeys([model, inside_adapters(model)])
-    wrapped = [m for m in models if "_original_forward" in vars(m) and "forward" in vars(m)]
-    kind = model.device.type
-    before = [vars(m)["forward"] for m in wrapped]
-    try:
-        for m in wrapped:
-            m.forward = m._original_forward
-        with torch.autocast(kind, enabled=False):
-            alone = not (wrapped or torch.is_autocast_enabled(kind)) or _runs(model)
-            if alone:
-                yield
-                return
-        for m, forward in zip(wrapped, before, strict=True):
-            m.forward = forward
-        yield
-    finally:
-        for m, forward in zip(wrapped, before, strict=True):
-            m.forward = forward
-
-
-@torch.no_grad()
-def _runs(model: Any) -> bool:
-    try:
-        ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except RuntimeError:
-        return False
-    return True

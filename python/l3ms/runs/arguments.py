@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from l3ms.config.errors import blame
 from l3ms.config.optimizers import TORCH
 from l3ms.config.run_config import RunConfig
 from l3ms.config.train import TrainConfig
-from l3ms.ranks.group import world
+from l3ms.config.yaml_reader import ConfigError
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.optimizers import torch_optimizer
 
@@ -25,7 +26,7 @@ CHECKPOINTING: Any = next(
 
 
 def is_on_cpu(config: RunConfig) -> bool:
-    return config.train.device == "cpu" or not torch.cuda.is_available()
+    return config.train.device == "cpu" or not torch.accelerator.is_available()
 
 
 def training_arguments(config: RunConfig) -> L3MConfig:
@@ -43,6 +44,10 @@ def training_arguments(config: RunConfig) -> L3MConfig:
     warmup = train.warmup if train.warmup is not None else min(10, train.iterations // 10)
     checkpointing: dict[str, Any] = {CHECKPOINTING: train.activation_checkpointing}
     on_cpu = is_on_cpu(config)
+    if train.autocast and not on_cpu and not is_torch_bf16_gpu_available():
+        raise ConfigError(
+            "train.autocast", "the device here does not compute in bfloat16; leave it out, or set train.device: cpu"
+        )
     return L3MConfig(
         output_dir=str(Path(config.output) / "checkpoints"),
         solver=train.solver,
@@ -76,11 +81,10 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         lr_scheduler_kwargs=options,
         **checkpointing,
         bf16=train.autocast,
-        use_cpu=train.device == "cpu"
-        or (on_cpu and world() > 1),  # without it processes on CPUs know nothing of each other
+        use_cpu=on_cpu,  # without it processes on CPUs know nothing of each other
         ddp_timeout=train.timeout,
         agree_every=train.agree_every or 0,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
         seed=config.seed,
         logging_steps=1,
         save_strategy="no" if train.save_steps is None else "steps",

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from l3ms.barrier.agreement import agree
+from l3ms.model.heads import fuse_head
 from l3ms.training.weight_checks import WeightChecks
 
 
@@ -17,6 +18,10 @@ class HalfSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.sharded:
+            fuse_head(
+                self.trainer.policy
+            )  # the Trainer has changed its configuration; a refusal now, not after the last iteration
         self.trainer.begin_watching()
         optimizer = self.trainer.l3m_optimizer
         self._checks = WeightChecks(self.trainer.policy, None if optimizer is None else optimizer.base)
