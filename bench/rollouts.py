@@ -1,8 +1,8 @@
 """Tokens per second of sampling: `python bench/rollouts.py MODEL PROMPTS.jsonl`, one more argument `--lora 8` for adapters.
 
-Three ways take turns on the same prompts and seeds: plain `generate`; a batch that ended rows leave (`rollouts.shrinking`); and what a
-training does, which on a CPU also multiplies by packed weights, keeps room in its cache and draws one number a row. Prints a row
-of a table for each: median seconds, tokens per second, and the mean lengths, which must agree. bench/results/rollouts.md keeps some.
+Four ways take turns on the same prompts and seeds: plain `generate`; a batch that ended rows leave (`rollouts.shrinking`); what a
+training does, which on a CPU also multiplies by packed weights, keeps room in its cache and draws one number a row; and that without what
+it saves where prompts begin alike (`rollouts.shared_prefix`). Prints a row of a table for each: median seconds, tokens per second, and the mean lengths, which must agree. bench/results/rollouts.md keeps some.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from l3ms.rollouts import shrinking
+from l3ms.rollouts.engines import Response
 from l3ms.rollouts.prompts import as_turns, encode_prompt
 from l3ms.rollouts.shrinking import sample
 from l3ms.rollouts.transformers_engine import TransformersEngine
@@ -67,7 +70,13 @@ def ways(model: Any, tokenizer: Any, most: int) -> dict[str, Callable[[Rows], Ro
         "generate": lambda rows: sample(model, rows, pad, [end], config, shrink=False),
         "ended rows leave": lambda rows: sample(model, rows, pad, [end], config, room=False),
         "as in training": lambda rows: [response.tokens for response in engine.sample(rows, **options)],
+        "as in training, whole prompts": lambda rows: [r.tokens for r in _whole(engine, rows, options)],
     }
+
+
+def _whole(engine: TransformersEngine, rows: Rows, options: dict[str, Any]) -> list[Response]:
+    with mock.patch.object(shrinking, "pays", lambda prompts: False):
+        return engine.sample(rows, **options)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 `rollout` is the data, `sampling` makes one, `prompts` turns prompts into tokens. `engines` says what samples, and what is asked of it:
 `transformers_engine` is the model itself (`ways` finds how it is sampled as it is scored, `shrinking` runs `generate` on a batch that
-shrinks, `stepping` does without it), `vllm_engine` a vLLM in this process, `vllm_server` one of its own (`vllm_weights`: how both get the
+shrinks, `shared_prefix` begins it, `stepping` does without it), `vllm_engine` a vLLM in this process, `vllm_server` one of its own (`vllm_weights`: how both get the
 policy).
 """
 

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from l3ms.rollouts.roomy_cache import RoomyLayer, make_room
+from l3ms.rollouts.shared_prefix import begun, pays
 
 FEWEST = 4  # rows that are worth a smaller batch
 SHARE = 3  # one row in so many has ended
@@ -41,6 +42,7 @@ def sample(
     drawn: LogitsProcessor | None = None,
     shrink: bool = True,
     room: bool = True,
+    together: bool = False,
 ) -> list[list[int]]:
     """Response tokens of one batch, each up to and including its end token.
 
@@ -51,19 +53,23 @@ def sample(
         config: of generate, with `max_new_tokens`.
         drawn: draws the tokens, where generate itself does not.
         room: give the cache room for the tokens to come, at the price of one more call of generate.
+        together: what all prompts begin with goes through the model once (`shared_prefix`), where that pays and the batch may shrink.
         shrink: let ended rows leave, where the model's cache can (a `DynamicCache` of plain attention) and no other rank waits.
     """
-    ids, mask = left_padded(prompts, pad, model.device)
+    shrink = shrink and _may_shrink(model)
+    cache: Any = None
+    if together and shrink and pays(prompts):
+        cache, ids, mask = begun(model, prompts, pad)
+    else:
+        ids, mask = left_padded(prompts, pad, model.device)
     width = ids.shape[1]
     most = config.max_new_tokens
     closing = torch.tensor(list(end), device=ids.device)
-    shrink = shrink and _may_shrink(model)
     responses: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
-    cache: Any = None
     while rows:
         started = ids.shape[1]
-        first = room and shrink and cache is None  # one token, whose cache is then given room for the others
+        first = room and shrink and started == width  # one token, whose cache is then given room for the others
         enough = _ManyEnded(started, closing) if shrink and len(rows) >= FEWEST else None
         output = model.generate(
             input_ids=ids,

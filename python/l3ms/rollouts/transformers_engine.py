@@ -106,7 +106,8 @@ class TransformersEngine:
                             answers = sample_by_forward(model, part, pad, end, **stop)
                         else:
                             shrink = way.shrink and not options
-                            answers = sample(model, part, pad, end, config, drawn=drawn, shrink=shrink, room=room)
+                            faster = {"shrink": shrink, "room": room, "together": shrink and way.together}
+                            answers = sample(model, part, pad, end, config, drawn=drawn, **faster)
                         for row, answer in zip(rows, answers, strict=True):
                             responses[row] = answer
         finally:

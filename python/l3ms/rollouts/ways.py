@@ -18,10 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.rollouts.packed_weights import is_large
+from l3ms.rollouts.shared_prefix import begun
 from l3ms.rollouts.shrinking import left_padded, selects
 from l3ms.rollouts.stepping import last_logits, scored_logits
 
 LENGTHS = (19, 8, 1)  # of the prompts that are tried
+BEGINNING = 6  # tokens that all of them begin with
 STEPS = 5  # tokens before a batch shrinks, and after it
 EXACT = 1e-3  # largest total variation between the next tokens of float32 models
 NARROW = 0.02  # mean one of 16-bit models, or NOISE times that between a batch and a row of it
@@ -36,6 +39,7 @@ class Way(NamedTuple):
         "padded", "equal lengths", "forward"
     ]  # generate with prompts of unlike lengths, or of one; no generate
     shrink: bool  # its cache goes on with some of its rows
+    together: bool = False  # and begins with what all prompts begin with
 
 
 class Tried(NamedTuple):
@@ -77,7 +81,9 @@ def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
         except Exception:  # of the model's own code: as many kinds as there are models
             continue
         if tried.first <= limit:
-            return Way(kind, shrink=tried.selected and tried.resumed <= limit)
+            shrink = tried.selected and tried.resumed <= limit
+            together = shrink and kind == "padded" and is_large(model) and _together(model, tokens, pad, exact) <= limit
+            return Way(kind, shrink, together)
     apart = _seen_ahead(model, tokens, pad, exact=exact)
     if apart <= limit:
         return Way("forward", shrink=True)
@@ -116,20 +122,42 @@ def _tried(model: Any, tokens: Sequence[int], pad: int, *, padded: bool, exact: 
     return Tried(_summary(first, exact), _summary(resumed, exact), selected)
 
 
+def _together(model: Any, tokens: Sequence[int], pad: int, exact: bool) -> float:
+    """How far apart the distributions are where the prompts' common beginning is in the cache of all rows."""
+    beginning = list(tokens[-BEGINNING:])
+    lengths = [max(1, min(length, _context(model) - BEGINNING - STEPS - 1)) for length in LENGTHS]
+    prompts = [[*beginning, *(tokens[(5 * row + i) % len(tokens)] for i in range(n))] for row, n in enumerate(lengths)]
+    try:
+        cache, ids, mask = begun(model, prompts, pad)
+        if not selects(cache):
+            return 1.0
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=_greedy(pad)
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # as above
+        return 1.0
+    news = output.sequences[:, ids.shape[1] :].tolist()
+    scored = scored_logits(model, [[*prompt, *new] for prompt, new in zip(prompts, news, strict=True)], pad)
+    starts = [len(prompt) - 1 for prompt in prompts]
+    found = torch.stack(output.logits, 1)
+    return _summary([_apart(found[row], scored[row, start : start + STEPS]) for row, start in enumerate(starts)], exact)
+
+
+def _greedy(pad: int) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=STEPS, eos_token_id=None, pad_token_id=pad, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
 def _generated(
     model: Any, prompts: list[list[int]], pad: int
 ) -> tuple[list[Tensor], list[tuple[list[int], Tensor | None]], bool]:
     """Per row (STEPS, V) logits of the first tokens; all tokens, and the logits of the later ones where it stayed. If the cache went on."""
     ids, mask = left_padded(prompts, pad, model.device)
     width = ids.shape[1]
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=STEPS,
-        eos_token_id=None,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    config = _greedy(pad)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     early = list(torch.stack(output.logits, 1))
     rows = [[*prompt, *new] for prompt, new in zip(prompts, output.sequences[:, width:].tolist(), strict=True)]
