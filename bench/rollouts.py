@@ -2,7 +2,8 @@
 
 Four ways take turns on the same prompts and seeds: plain `generate`; a batch that ended rows leave (`rollouts.shrinking`); what a
 training does, which on a CPU also multiplies by packed weights, keeps room in its cache and draws one number a row; and that without what
-it saves where prompts begin alike (`rollouts.shared_prefix`). Prints a row of a table for each: median seconds, tokens per second, and the mean lengths, which must agree. bench/results/rollouts.md keeps some.
+it saves where prompts begin alike (`rollouts.shared_prefix`). Prints a row of a table for each: median seconds, tokens per second, and the
+mean lengths, which must agree. bench/results/rollouts.md keeps some.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def ways(model: Any, tokenizer: Any, most: int) -> dict[str, Callable[[Rows], Ro
 
 
 def _whole(engine: TransformersEngine, rows: Rows, options: dict[str, Any]) -> list[Response]:
-    with mock.patch.object(shrinking, "pays", lambda prompts: False):
+    with mock.patch.object(shrinking, "pays", return_value=False):
         return engine.sample(rows, **options)
 
 
