@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l3ms.model.sharding import is_part, local, whole
+
 
 class Clip(NamedTuple):
     """All () on one device."""
@@ -48,7 +50,7 @@ def apply(base: torch.optim.Optimizer, grads: list[Tensor], factor: Tensor, idle
         still, by = torch.stack([idle.double(), factor]).tolist()
         if not still:
             if by != 1.0:
-                torch._foreach_mul_(grads, by)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_mul_([local(grad) for grad in grads], by)  # pyright: ignore[reportPrivateImportUsage]
             base.step()
         return
     scale = None if _is_one(factor) else (1.0 / factor).float()
@@ -92,6 +94,8 @@ def _norm(grads: list[Tensor], like: Tensor) -> Tensor:
     """The 2-norm of all gradients, as `like`; 0 where there are none."""
     if not grads:
         return torch.zeros_like(like)
-    norm = torch.nn.utils.get_total_norm(grads)
-    full = getattr(norm, "full_tensor", None)  # sharded gradients give a DTensor
-    return (full() if full is not None else norm).to(like)
+    alike: dict[Any, list[Tensor]] = {}  # torch takes no norm of DTensors of several meshes, or with other tensors
+    for grad in grads:
+        alike.setdefault((grad.device_mesh, grad.placements) if is_part(grad) else None, []).append(grad)
+    norms = [whole(torch.nn.utils.get_total_norm(part)).to(like) for part in alike.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
@@ -21,6 +20,7 @@ from l3ms.barrier.clipping import apply, clip, gradients
 from l3ms.barrier.conflicts import ConflictWatch
 from l3ms.barrier.estimates import Estimates
 from l3ms.barrier.leaving_out import LeavingOut
+from l3ms.barrier.ranks import gathered, group_of
 from l3ms.barrier.reward_tables import Values
 from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.barrier.solvers import Solver, as_solver
@@ -65,7 +65,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
             bound of at most 10 tokens ended with a median response of 1 token); or "none".
         baseline: "leave_one_out", the mean of the other responses; or "estimate", the running estimate.
         nonfinite: a NaN or inf reward is an error ("raise"), or left out and counted ("drop").
-        process_group: ranks that share one batch; default: all, where torch.distributed is initialised.
+        process_group: ranks that share one batch, each with rows of its own; default: all, where torch.distributed is initialised.
         max_skipped: after this many steps in a row with a gradient that is not finite, raise.
         backend: of the kernels, see `l3m_kernels.backends`.
 
@@ -109,8 +109,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         self.smoothing, self.max_grad_norm, self.length_norm = smoothing, max_grad_norm, length_norm
         self.clipping = clipping
         device = first_parameter(base).device
-        if process_group is None and dist.is_available() and dist.is_initialized():
-            process_group = dist.group.WORLD
+        process_group = group_of([p for group in base.param_groups for p in group["params"]], process_group)
         self.estimates = Estimates(
             self.constraints,
             device=device,
@@ -190,7 +189,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
 
         Args:
             hidden: (N, L, D), or packed (T, D) with `cu_seqlens`: hidden states of prompts and responses.
-            weight: (V, D), the head's matrix.
+            weight: (V, D), the head's matrix; what fully_shard has split is gathered.
             labels: (N, L) or (T,), Hugging Face convention (not shifted), `ignore_index` on prompts and padding.
             rewards: as in `observe`.
             seq_weight: instead of `rewards`, a slice of what `observe` returned for the whole batch.
@@ -207,6 +206,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
             assert rewards is not None
             seq_weight = self.observe(rewards, scored_lengths(targets, cu_seqlens, ignore_index))
         options["ignore_index"] = ignore_index
+        weight = gathered(weight, self.estimates.process_group)
         loss, log_likelihood = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
         return ConstraintLoss(loss, log_likelihood, seq_weight)
 

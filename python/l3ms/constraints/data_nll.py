@@ -12,6 +12,8 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.model.batches import Collator
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import BatchOrder, PromptOrder
+from l3ms.model.sharding import reshard
+from l3ms.model.split_heads import uncast
 
 Batch = dict[str, Tensor]
 Data = Sequence[dict[str, Any]] | Iterable[Batch]
@@ -153,7 +155,10 @@ def sequence_nll(model: Any, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels") if name in batch}
     count = None if isinstance(model, torch.nn.DataParallel) else scored
-    out = model(**inputs, seq_weight=task_weights(length).to(device), scored=count, auxiliary=True, use_cache=False)
+    seq_weight = uncast(model, task_weights(length).to(device))
+    out = model(**inputs, seq_weight=seq_weight, scored=count, auxiliary=True, use_cache=False)
+    if not torch.is_grad_enabled():
+        reshard(model)
     kept = (length > 0).to(device)
     values = (-out.sequence / length.to(device).clamp(min=1))[kept].detach()
     values = values if out.auxiliary is None else values + out.auxiliary.detach()

@@ -12,6 +12,8 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.reference_model import Reference
 from l3ms.constraints.shares import PER_TOKEN_SHARE
 from l3ms.model.heads import fuse_head
+from l3ms.model.sharding import most, reshard
+from l3ms.model.split_heads import uncast
 from l3ms.rollouts.rollout import Rollout
 
 
@@ -101,10 +103,14 @@ class KL(Constraint):
         training = model.training
         model.eval()
         parts = []
-        for start in range(0, len(rollout), self.batch_size):
+        starts = list(range(0, len(rollout), self.batch_size))
+        for number in range(most(model, len(starts))):  # ranks with parts of a model make as many forwards
+            start = starts[min(number, len(starts) - 1)]
             inputs = rollout.inputs(slice(start, start + self.batch_size))
             seq_weight = torch.zeros(len(inputs["labels"]), device=rollout.input_ids.device)
+            seq_weight = uncast(model, seq_weight)
             out = model(**inputs, seq_weight=seq_weight, temperature=rollout.temperature)
             parts.append(out.sequence.double())
+        reshard(model)
         model.train(training)
-        return torch.cat(parts)
+        return torch.cat(parts[: len(starts)])

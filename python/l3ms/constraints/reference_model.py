@@ -7,7 +7,6 @@ trained is kept, which is small, and put in its place while the reference is com
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from l3ms.model.averaging import trained
+from l3ms.model.copies import shard_like, whole_copy
 from l3ms.model.heads import fuse_head
 from l3ms.model.pretrained import load_whole, reason
+from l3ms.model.sharding import as_placed, fully_sharded, is_part, is_sharded, local, reshard, whole
 
 OWN_BASE = (
     True,
@@ -56,7 +57,7 @@ class Reference:
                 self.start = {name: parameter.detach().clone() for name, parameter in trained(model)}
             elif own:
                 fuse_head(model)
-                self.model = copy.deepcopy(model).eval().requires_grad_(False)
+                self.model = whole_copy(model).eval().requires_grad_(False)
             else:
                 self.model = self._load(model)
         if (self.adapters or self.start is not None) and not adapted:
@@ -80,12 +81,18 @@ class Reference:
         if self.start is not None:
             return model, self._as_at_the_start(model)
         reference: Any = self.model
+        if is_sharded(model):  # and so is the reference: whole it would be what the policy's parts were to save
+            if next(fully_sharded(model), None) is not None and next(fully_sharded(reference), None) is None:
+                fuse_head(reference)
+                shard_like(reference, model)
+            return reference, nullcontext()
         return reference.to(next(model.parameters()).device), nullcontext()
 
     @contextmanager
     def _as_at_the_start(self, model: Any) -> Iterator[None]:
         """What is trained is what it was when the training started."""
         assert self.start is not None
+        reshard(model)
         parameters = dict(model.named_parameters())
         for name, value in self.start.items():
             if name not in parameters or parameters[name].shape != value.shape:
@@ -93,6 +100,13 @@ class Reference:
                     f"{self.where}: reference is the model with its first adapters, and this one has no whole {name} "
                     "(sharded, or another model): give reference="
                 )
+        if any(is_part(parameters[name]) for name in self.start):
+            try:
+                with _values(parameters, self.start):
+                    yield
+            finally:
+                reshard(model)  # of what was gathered of the start nothing is left
+            return
         now = {name: parameters[name].data for name in self.start}
         try:
             for name, value in self.start.items():
@@ -117,11 +131,24 @@ class Reference:
             ) from error
 
 
+@contextmanager
+def _values(parameters: dict[str, Any], values: dict[str, Tensor]) -> Iterator[None]:
+    """Sharded parameters have other values: fully_shard gathers from the memory that they have."""
+    now = {name: local(parameters[name].detach()).clone() for name in values}
+    try:
+        for name, value in values.items():
+            local(parameters[name].detach()).copy_(local(as_placed(value, parameters[name])))
+        yield
+    finally:
+        for name, value in now.items():
+            local(parameters[name].detach()).copy_(value)
+
+
 def _changes_nothing(model: Any) -> bool:
     """Whether only plain LoRA matrices are trained, and each product with them is 0: the model is the one without its adapters."""
     plain = all(".lora_A." in name or ".lora_B." in name or ".lora_embedding_" in name for name, _ in trained(model))
     second = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
-    return plain and bool(second) and not any(bool(p.any()) for p in second)
+    return plain and bool(second) and not any(bool(whole(p).any()) for p in second)
 
 
 def _base_changed(model: Any) -> bool:

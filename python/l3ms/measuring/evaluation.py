@@ -14,6 +14,8 @@ from l3ms.model.batches import Collator, further_columns, prompt_part
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift
 from l3ms.model.random_numbers import stream, undrawn
+from l3ms.model.sharding import most, reshard
+from l3ms.model.split_heads import uncast
 from l3ms.ranks.group import gather, world
 from l3ms.ranks.group import rank as own_rank
 from l3ms.rollouts.sampling import rollout
@@ -110,16 +112,24 @@ def _losses(model: Any, rows: Sequence[dict[str, Any]], batch_size: int, pad_tok
     training = model.training
     model.eval()
     sequences, lengths = [torch.empty(0)], [torch.empty(0)]
-    for start in range(0, len(rows), batch_size):
+    for start in _starts(model, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size])
         lengths.append(scored_lengths(shift(batch["labels"])))  # on the host: where they were made
         batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
         nothing = torch.zeros(len(lengths[-1]), device=inner.device)  # weights 0: likelihoods alone
-        options = {"seq_weight": nothing, "scored": int(lengths[-1].sum()), "use_cache": False}
+        options = {"seq_weight": uncast(model, nothing), "scored": int(lengths[-1].sum()), "use_cache": False}
         sequences.append(model(**batch, **options).sequence)
+    reshard(model)
     model.train(training)
-    length = torch.cat(lengths)
-    return torch.where(length > 0, -torch.cat([part.double().cpu() for part in sequences]) / length, math.nan)
+    length = torch.cat(lengths)[: len(rows)]
+    nll = -torch.cat([part.double().cpu() for part in sequences])[: len(rows)]
+    return torch.where(length > 0, nll / length, math.nan)
+
+
+def _starts(model: Any, count: int, size: int) -> list[int]:
+    """Of the batches; of ranks with parts of one model each goes through as many as the one with the most, its last ones again."""
+    starts = list(range(0, count, size))
+    return starts + starts[-1:] * (most(model, len(starts)) - len(starts))
 
 
 def exp(nats: float) -> float:
@@ -213,7 +223,7 @@ def _sampled(
     """Responses to the prompts of `rows`, and their rewards; without the losses."""
     found = _Part([], [], [], {}, [])
     per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
-    for start in range(0, len(rows), batch_size):
+    for start in _starts(model, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         responses = rollout(
             model,
@@ -224,6 +234,9 @@ def _sampled(
             update=not start,
             **options,
         )
+        if len(found.lengths) == len(rows):  # of another rank's part of the model: asked once more, and measured with it
+            responses.rewards(constraints, model, training)
+            continue
         found.lengths.extend(responses.lengths.tolist())
         found.ended.extend(responses.ended.tolist())
         found.completions.extend(responses.completions)

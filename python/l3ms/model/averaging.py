@@ -6,17 +6,20 @@ missed the mean by 40% of the way that the weights had moved.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from l3ms.model.copies import plain_name, whole_copy
+from l3ms.model.sharding import as_placed, is_part, reshard, whole
 
 
 @dataclass
 class WeightAverage:
-    """Of the trained parameters; the others are what they are."""
+    """Of the trained parameters; the others are what they are. Of sharded ones each rank averages its part."""
 
     n_averaged: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)  # by name, float32, or float64 where the parameter is
@@ -40,20 +43,33 @@ class WeightAverage:
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:
         """Give `model` the averaged weights, rounded once to its dtype."""
+        reshard(model)
         parameters = dict(model.named_parameters())
         for name, mean in self.weights.items():
             parameters[name].copy_(mean)
 
+    def whole(self) -> dict[str, Tensor]:
+        """Of sharded weights all of it, on the CPU of the first rank; the others, which gather it with that, get nothing."""
+        if not any(is_part(mean) for mean in self.weights.values()):
+            return self.weights
+        first = dist.get_rank() == 0
+        gathered = ((name, whole(mean)) for name, mean in self.weights.items())
+        return {name: mean.cpu() for name, mean in gathered if first}
+
+    @torch.no_grad()
     def copied(self, model: nn.Module) -> nn.Module:
-        """A copy of `model` with the averaged weights."""
-        averaged = copy.deepcopy(model)
-        self.put_into(averaged)
+        """A copy of `model` with the averaged weights; of a sharded one on each rank, whole, on the CPU."""
+        averaged = whole_copy(model)
+        parameters = dict(averaged.named_parameters())
+        for name, mean in self.weights.items():
+            parameters[plain_name(name) if is_part(mean) else name].copy_(whole(mean))
         return averaged
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    reshard(module)
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
 def _wide(tensor: Tensor, like: nn.Parameter) -> Tensor:
-    return tensor.to(like.device, torch.promote_types(like.dtype, torch.float32), copy=True)
+    return as_placed(tensor, like).to(torch.promote_types(like.dtype, torch.float32), copy=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from l3ms.model.after_head import AfterHead, Call, logits_of
 from l3ms.model.autocasting import wrapped
 from l3ms.model.head_output import HeadOutput
+from l3ms.model.sharding import computed_in, reshard
 
 _LENGTHS = (8, 5, 3)  # tokens of the prompts
 _GAIN = 30.0
@@ -165,7 +166,7 @@ def _rounding(eps: float) -> float:
 
 def _precision(model: nn.Module) -> float:
     """eps of the coarsest numbers that the model computes with."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} | computed_in(model)
     eps = max((torch.finfo(kind).eps for kind in kinds if kind.itemsize > 1), default=2.0**-7)
     if any(kind.itemsize == 1 for kind in kinds):
         eps = max(eps, 2.0**-7)
@@ -252,11 +253,4 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for buffer, value in values:
             buffer.copy_(value)
-        _reshard(modules)
-
-
-def _reshard(modules: list[tuple[nn.Module, dict, dict]]) -> None:
-    """What fully_shard has split stays whole after a forward, until a backward comes."""
-    for module, _, _ in modules:
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]
+        reshard(model)

@@ -22,6 +22,8 @@ from l3ms.model.head_products import Product, head_module, head_rows, is_sharded
 from l3ms.model.head_proofs import as_it_was, prompt, prove
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.losses import shift
+from l3ms.model.sharding import check_flat
+from l3ms.model.split_heads import Linked, as_bits, exact_numbers
 
 
 def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
@@ -49,6 +51,7 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
         ValueError: what cannot be proven, by name: no linear output head, an unknown adapter on it, an encoder-decoder, a model that is
             not causal or does something to its logits which the fused head would leave out, a wrapper that does not pass the call on.
     """
+    check_flat(model, "fuse_head")
     inner = _inner(model)
     name = type(inner).__name__
     if inner.config.is_encoder_decoder:
@@ -84,6 +87,19 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
         raise ValueError(f"fuse_head: {name} cannot be tried: {type(error).__name__}: {reason}") from error
     inner._l3m_proven = (*inner._l3m_proven, state)
     return inner
+
+
+def unfused(kind: type) -> type:
+    """The model's own class, of one that was made here or by fully_shard."""
+    return next(k for k in kind.__mro__ if not issubclass(k, _FusedHead) and not hasattr(k, "unshard"))
+
+
+def take_over_head(copied: Any, model: Any) -> None:
+    """The head of a copy, which has the model's own class, is fused where that of `model` is, and as proven as that."""
+    inner, target = inside_adapters(model), inside_adapters(copied)
+    if isinstance(inner, _FusedHead):
+        target.__class__ = _fused_class(type(target))
+        vars(target).update({key: value for key, value in vars(inner).items() if key.startswith("_l3m_")})
 
 
 def _inner(model: Any) -> Any:
@@ -123,6 +139,13 @@ class _FusedHead:
     _l3m_after: AfterHead
     _l3m_proven: tuple[str, ...] = ()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Around the hooks of fully_shard, which cast what is called."""
+        if hasattr(self, "unshard") and isinstance(seq_weight := kwargs.get("seq_weight"), Tensor):
+            kwargs["seq_weight"] = as_bits(seq_weight)
+        called: Any = super()
+        return called.__call__(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """For pickle and torch.save: the class was made here, so what is kept is the one it was made from."""
         return _unfilled, (type(self).__mro__[2],), super().__reduce_ex__(2)[2]
@@ -151,9 +174,10 @@ class _FusedHead:
         name, head = type(model).__name__, head_module(model)
         if labels is None:
             raise ValueError(f"{name}: seq_weight weighs labels, and there are none")
+        seq_weight = exact_numbers(seq_weight, name)
         after, targets = self._after_head(head), shift(labels)
         own_loss = None if auxiliary is False else after.own_loss
-        found: list[tuple[Tensor, Any]] = []
+        found: list[tuple[Linked, Any]] = []
 
         def run(module: nn.Module, hidden: Tensor) -> Tensor:
             if found or hidden.shape[:-1] != targets.shape:
@@ -181,13 +205,16 @@ class _FusedHead:
                 "backend": model._l3m_backend,
             }
             weights = seq_weight.to(hidden.device)
-            found.append(
-                weighted_log_likelihood(hidden, weight, targets.to(hidden.device), weights, bias=bias, **fused)
+            loss, seen = weighted_log_likelihood(
+                hidden, weight, targets.to(hidden.device), weights, bias=bias, **fused
             )
             if own_loss == "normalised":
-                return _log_normaliser(head, model._l3m_backend)[..., None]
-            # What the model's own code takes for logits. Nobody uses them; who did would be heard of.
-            return hidden.new_full((*hidden.shape[:-1], 1), torch.nan)
+                logits = _log_normaliser(head, model._l3m_backend)[..., None]
+            else:  # What the model's own code takes for logits. Nobody uses them; who did would be heard of.
+                logits = hidden.new_full((*hidden.shape[:-1], 1), torch.nan)
+            linked = Linked.of(module, loss, logits)
+            found.append((linked, seen))
+            return linked.logits
 
         added = None
         with replaced_forward(head, run):
@@ -199,7 +226,8 @@ class _FusedHead:
                 added = added_to(out.loss if hasattr(out, "loss") else out[0])
         if not found:
             raise ValueError(f"{name}: its forward did not call its head")
-        ((loss, seen),) = found
+        ((linked, seen),) = found
+        loss = linked.loss()
         weights = seq_weight.to(loss.device)
         share = None  # of what is added
         if auxiliary is None:

@@ -12,6 +12,7 @@ import torch
 from l3ms.rollouts.engines import Response, as_engine, check_responses, name_of
 from l3ms.rollouts.prompts import Prompt, TemplateRefusal, as_turns, encode_prompt, template_options
 from l3ms.rollouts.rollout import Rollout, check_columns
+from l3ms.rollouts.streams import own_stream
 from l3ms.rollouts.transformers_engine import TransformersEngine
 
 
@@ -30,9 +31,14 @@ def rollout(
     special_tokens: bool = False,
     engine: Any = None,
     update: bool = True,
+    seed: int | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> Rollout:
-    """Sample one response to each prompt. Draws from torch's global generator, outside of any autocast.
+    """Sample one response to each prompt, outside of any autocast.
+
+    One process draws from torch's global generator. Several draw each from a stream of its own, see `streams`: the same prompts get other
+    answers on another rank. Ranks with parts of one model sample together, as many prompts as each has; all of them call.
 
     The first call for a model that samples itself takes a dozen forwards more: whether padding and cache leave its distribution as it is
     scored.
@@ -53,6 +59,10 @@ def rollout(
             argument `raw_completions`, which always has them.
         engine: what samples, an `Engine` or a function with the arguments of its `sample`; by default the model itself.
         update: give the engine the model's weights first; False where it has them since an earlier call.
+        seed: of the responses, whatever was drawn before; a loop that numbers its iterations (`seed=1000 * run + iteration`) samples the
+            same when it is resumed there.
+        process_group: of several, ranks with batches of their own, as of `L3MOptimizer`; the others, with which this rank shares one model
+            by tensor parallelism, get the same answers to the same prompts.
         options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
 
     Raises:
@@ -79,7 +89,9 @@ def rollout(
     stop = {"max_new_tokens": max_new_tokens, "end": _end_tokens(model, tokenizer)}
     asked = {**stop, "temperature": temperature, "generator": torch.default_generator}
     if engine is None:
-        responses = TransformersEngine(model, tokenizer, batch_size=batch_size, **options).sample(prompt_ids, **asked)
+        with own_stream(model, seed, process_group):
+            sampler = TransformersEngine(model, tokenizer, batch_size=batch_size, **options)
+            responses = sampler.sample(prompt_ids, **asked)
     else:
         engine = as_engine(engine)
         if options:
@@ -93,10 +105,11 @@ def rollout(
         vocabulary = max(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
         responses: list[Response] = []
         size = batch_size or len(prompt_ids)
-        for start in range(0, len(prompt_ids), size):
-            part = [list(ids) for ids in prompt_ids[start : start + size]]
-            found = engine.sample(part, **asked)
-            responses += check_responses(engine, found, count=len(part), vocabulary=vocabulary, **stop)
+        with own_stream(model, seed, process_group):
+            for start in range(0, len(prompt_ids), size):
+                part = [list(ids) for ids in prompt_ids[start : start + size]]
+                found = engine.sample(part, **asked)
+                responses += check_responses(engine, found, count=len(part), vocabulary=vocabulary, **stop)
     return Rollout.from_tokens(
         tokenizer, prompts, prompt_ids, responses, columns,
         temperature=temperature, special_tokens=special_tokens, device=model.device,

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -43,6 +42,7 @@ def sample(
     shrink: bool = True,
     room: bool = True,
     together: bool = False,
+    in_step: bool = False,
 ) -> list[list[int]]:
     """Response tokens of one batch, each up to and including its end token.
 
@@ -55,8 +55,9 @@ def sample(
         room: give the cache room for the tokens to come, at the price of one more call of generate.
         together: what all prompts begin with goes through the model once (`shared_prefix`), where that pays and the batch may shrink.
         shrink: let ended rows leave, where the model's cache can (a `DynamicCache` of plain attention) and no other rank waits.
+        in_step: other ranks hold parts of the model: the batch stays whole, and goes on until that of each of them has ended.
     """
-    shrink = shrink and _may_shrink(model)
+    shrink = shrink and not in_step and _may_shrink(model)
     cache: Any = None
     if together and shrink and pays(prompts):
         cache, ids, mask = begun(model, prompts, pad)
@@ -77,6 +78,7 @@ def sample(
             generation_config=_with(
                 config, max_new_tokens=1 if first else width + most - started, return_dict_in_generate=True
             ),
+            synced_gpus=in_step,
             **({} if drawn is None else {"logits_processor": LogitsProcessorList([drawn])}),
             **({} if cache is None else {"past_key_values": cache}),
             **({} if enough is None else {"stopping_criteria": StoppingCriteriaList([enough])}),
@@ -114,9 +116,8 @@ class _ManyEnded(StoppingCriteria):
 
 
 def _may_shrink(model: Any) -> bool:
-    """Ranks with shards of one model take each step together, and a learned prefix is put before every call's tokens."""
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    return alone and not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    """A learned prefix is put before every call's tokens."""
+    return not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def selects(cache: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l3ms.model.sharding import any_rank
 from l3ms.rollouts.drawing import draw
 
 
@@ -21,18 +22,29 @@ def sample_by_forward(
     *,
     temperature: float,
     max_new_tokens: int,
+    in_step: bool = False,
 ) -> list[list[int]]:
     """As `shrinking.sample`, with no filter and no cache: rows leave the batch as they end."""
     rows = [list(prompt) for prompt in prompts]
     live, closing = list(range(len(rows))), set(end)
     for _ in range(max_new_tokens):
-        chosen = draw(last_logits(model, [rows[row] for row in live], pad) / temperature)
-        for row, token in zip(live, chosen.tolist(), strict=True):
-            rows[row].append(token)
-        live = [row for row in live if rows[row][-1] not in closing]
         if not live:
+            last_logits(model, rows[:1], pad)  # another rank goes on, with this one's part of the weights
+        else:
+            live = _grown(model, rows, live, closing, pad, temperature)
+        if not (any_rank(model, bool(live)) if in_step else live):
             break
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def _grown(
+    model: Any, rows: list[list[int]], live: list[int], closing: set[int], pad: int, temperature: float
+) -> list[int]:
+    """The `live` rows have a token more; those of them that have not ended."""
+    chosen = draw(last_logits(model, [rows[row] for row in live], pad) / temperature)
+    for row, token in zip(live, chosen.tolist(), strict=True):
+        rows[row].append(token)
+    return [row for row in live if rows[row][-1] not in closing]
 
 
 def last_logits(model: Any, rows: Sequence[Sequence[int]], pad: int) -> Tensor:

@@ -11,15 +11,15 @@ against 0.57 CPU seconds for 32 responses of 64 tokens of a model of 4 layers an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig
 
 from l3ms.model.autocasting import outside_autocast
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.model.sharding import generating, is_sharded, most, reshard
 from l3ms.rollouts.drawing import Drawn
 from l3ms.rollouts.engines import Response
 from l3ms.rollouts.packed_weights import is_large, packed_weights
@@ -75,17 +75,11 @@ class TransformersEngine:
         inner.generation_config = GenerationConfig()
         model.eval()
         try:
-            with outside_autocast(model):
+            with outside_autocast(model), generating(model):
                 way = way_of(model, tokenizer, pad)
-                name = type(inner).__name__
-                if way.kind != "padded" and _in_step(model):
-                    raise ValueError(
-                        f"rollout: {name} cannot be sampled as it is scored from prompts of unlike lengths in one call of generate, and "
-                        "ranks with shards of a model have to make the same calls; keep the whole model on each rank"
-                    )
                 if way.kind == "forward" and options:
                     raise ValueError(
-                        f"rollout: {name} is not sampled by generate, which has another distribution than its forward: leave out "
+                        f"rollout: {type(inner).__name__} is not sampled by generate, which has another distribution than its forward: leave out "
                         f"{', '.join(sorted(options))}"
                     )
                 # the largest of what Drawn leaves is what it has drawn
@@ -97,20 +91,24 @@ class TransformersEngine:
                 config = GenerationConfig(repetition_penalty=1.0, **sampling, **ending, **options)
                 responses: list[list[int]] = [[] for _ in prompts]
                 batches = list(_batches(prompts, self.batch_size or len(prompts), equal=way.kind == "equal lengths"))
-                room = is_large(model)
-                with packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches)):
+                # Ranks with parts of one model make as many calls as the one with the most; what the others repeat is not kept.
+                batches += batches[-1:] * (most(model, len(batches)) - len(batches))
+                in_step, room = is_sharded(model), is_large(model)
+                packed = packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches))
+                with nullcontext() if in_step else packed:
                     for rows in batches:
                         part = [prompts[row] for row in rows]
                         if way.kind == "forward":
                             stop = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-                            answers = sample_by_forward(model, part, pad, end, **stop)
+                            answers = sample_by_forward(model, part, pad, end, in_step=in_step, **stop)
                         else:
-                            shrink = way.shrink and not options
-                            faster = {"shrink": shrink, "room": room, "together": shrink and way.together}
+                            shrink = way.shrink and not options and not in_step
+                            faster = {"shrink": shrink, "room": room, "together": shrink and way.together, "in_step": in_step}
                             answers = sample(model, part, pad, end, config, drawn=drawn, **faster)
                         for row, answer in zip(rows, answers, strict=True):
-                            responses[row] = answer
+                            responses[row] = responses[row] or answer
         finally:
+            reshard(model)
             inner.generation_config = own
             model.train(training)
         return responses
@@ -135,11 +133,3 @@ def _batches(prompts: Sequence[Sequence[int]], size: int, *, equal: bool) -> Ite
     for rows in groups.values():
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
-
-
-def _in_step(model: Any) -> bool:
-    """Whether ranks hold shards of one model, so that each takes every step of `generate` with the others."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return False
-    sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
-    return sharded or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())

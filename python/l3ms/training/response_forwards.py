@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from l3ms.model.head_output import HeadOutput
+from l3ms.model.split_heads import uncast
 from l3ms.rollouts.rollout import Rollout
 
 
@@ -25,4 +26,4 @@ def forward_of(trainer: Any, responses: Rollout, rows: Sequence[int], seq_weight
         inputs["scored"] = None
     with trainer.compute_loss_context_manager():
         # auxiliary: of the task, once per task half-step
-        return model(**inputs, seq_weight=seq_weight, temperature=responses.temperature, auxiliary=False)
+        return model(**inputs, seq_weight=uncast(model, seq_weight), temperature=responses.temperature, auxiliary=False)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3ms.model.averaging import trained
+from l3ms.model.sharding import local
 from l3ms.ranks.group import OtherRankFailed
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ class WeightChecks:
     @torch.no_grad()
     def finite(self, iteration: int, half_step: str) -> None:
         """RuntimeError on every rank where a step has made a weight NaN or infinite on any of them. Waits for the device."""
-        parameters = [(name, _local(p)) for name, p in trained(self.model)]
-        if not parameters:
+        parts = [(name, local(p.detach())) for name, p in trained(self.model)]
+        if not parts:
             return
+        parameters = [(name, part) for name, part in parts if part.numel()]  # of a short one the last ranks have nothing
         norms = torch._foreach_norm([p for _, p in parameters], float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-        bad = torch.stack([~norm.isfinite() for norm in norms])
+        bad = torch.stack([~norm.isfinite() for norm in norms] or [parts[0][1].new_zeros((), dtype=torch.bool)])
         any_bad = bad.any().float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(any_bad, dist.ReduceOp.MAX)
@@ -75,12 +77,6 @@ class WeightChecks:
             )  # fmt: skip
 
 
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _sample(tensor: Any) -> Tensor:
-    flat = _local(tensor).reshape(-1)
+    flat = local(tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLED)]
