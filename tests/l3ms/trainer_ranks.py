@@ -10,12 +10,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import fsdp_on_cpus
 import torch
 from hacked import HACKED, NEVER_ENDS
 from training_runs import rows, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import l3ms
+from l3ms.model.averaging import trained
+from l3ms.model.sharding import is_part, whole
+from l3ms.rollouts import shrinking
 from l3ms.training import checkpoints
 
 STEPS = 24
@@ -29,18 +33,23 @@ def watch(on_trip):
 
 
 def train(model, place, on_trip, steps=STEPS, save_steps=STEPS, rollout=None):
-    """Resumes at a checkpoint that is there. `rollout`: options of sampling, with a constraint that is easily met."""
-    watching = watch(on_trip)
+    """Resumes at a checkpoint that is there. `rollout`: further options; those of sampling get a constraint that is easily met."""
+    watching, rollout = watch(on_trip), rollout or {}
+    if rollout.pop("whole_batches", False):  # sharded ranks sample so, and draw other numbers than a batch that shrinks
+        shrinking._may_shrink = lambda model: False
     trainer, recorder = run(
         Path(place), AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model),
-        constraints=[l3ms.Length(max=16)] if rollout else [NEVER_ENDS, l3ms.Length(max=6)], start=False, ddp_backend="gloo",
-        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01, **(rollout or {})},
+        constraints=[l3ms.Length(max=16)] if "rollout_every" in rollout else [NEVER_ENDS, l3ms.Length(max=6)],
+        start=False, ddp_backend="gloo",
+        **{**HACKED, "max_steps": steps, "constraint_batch_size": 16, "learning_rate": 0.01, **rollout},
         save_strategy="steps", save_steps=save_steps, average_fraction=0.5,
     )  # fmt: skip
     trainer.add_callback(watching)
     trainer.train(resume_from_checkpoint=bool(checkpoints.checkpoints(Path(place))))
+    trainer.save_model(str(Path(place) / "saved"))
     return {
-        "final": [parameter.detach() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()],
+        "final": [whole(parameter.detach()) for _, parameter in trained(trainer.policy)],
+        "parts": [is_part(parameter) for _, parameter in trained(trainer.policy)],
         "average": [parameter.detach() for parameter in trainer.averaged_model().parameters()],
         "taken": len(recorder.rollouts),
         "tripped": watching.tripped,
@@ -53,6 +62,7 @@ def train(model, place, on_trip, steps=STEPS, save_steps=STEPS, rollout=None):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    fsdp_on_cpus.patch()
     model, folder, runs = sys.argv[1:]
     found = []
     for options in json.loads(runs):

@@ -51,7 +51,7 @@ class WeightAverage:
     def whole(self) -> dict[str, Tensor]:
         """Of sharded weights all of it, on the CPU of the first rank; the others, which gather it with that, get nothing."""
         if not any(is_part(mean) for mean in self.weights.values()):
-            return self.weights
+            return {name: mean.contiguous() for name, mean in self.weights.items()}
         first = dist.get_rank() == 0
         gathered = ((name, whole(mean)) for name, mean in self.weights.items())
         return {name: mean.cpu() for name, mean in gathered if first}

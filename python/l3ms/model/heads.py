@@ -22,7 +22,7 @@ from l3ms.model.head_products import Product, head_module, head_rows, is_sharded
 from l3ms.model.head_proofs import as_it_was, prompt, prove
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.losses import shift
-from l3ms.model.sharding import check_flat
+from l3ms.model.sharding import any_rank, check_flat
 from l3ms.model.split_heads import Linked, as_bits, exact_numbers
 
 
@@ -60,7 +60,8 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
     state = _state(model, inner)
     plain: Any = type(inner)
     fused = issubclass(plain, _FusedHead)
-    if fused and state in inner._l3m_proven:
+    # One rank's configuration may have changed (it saved the model): those that make forwards together prove together.
+    if not any_rank(inner, not (fused and state in inner._l3m_proven)):
         return inner
     before = {key: value for key, value in vars(inner).items() if key.startswith("_l3m_")}
     rebound: list[tuple[dict[str, Any], str, Any]] = []

@@ -45,7 +45,13 @@ class PromptOrder:
     def restore(self, state: dict[str, int]) -> None:
         """From the beginning where the order is another one: other prompts, another seed or number of ranks."""
         same = state == self.state() | {"taken": state["taken"]}
-        if not same:
+        if state.get("world", self.world) != self.world:
+            logger.warning(
+                "the checkpoint is of %d processes, and these are %d: prompts begin in a new order, and each process samples from another "
+                "stream than it would have",
+                state["world"], self.world,
+            )  # fmt: skip
+        elif not same:
             logger.warning("the checkpoint's prompts were in another order (%s): beginning a new one", state)
         self.go_to(state["taken"] if same else 0)
 

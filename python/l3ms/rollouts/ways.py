@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.model.sharding import any_rank
 from l3ms.rollouts.packed_weights import is_large
 from l3ms.rollouts.shared_prefix import begun
 from l3ms.rollouts.shrinking import left_padded, selects
@@ -62,7 +63,7 @@ def way_of(model: Any, tokenizer: Any, pad: int) -> Way:
     known = _found.setdefault(model, {})
     adapters = getattr(model, "active_adapters", None)
     state = str((model.dtype, type(model), list(adapters) if isinstance(adapters, list) else None))
-    if state not in known:
+    if any_rank(model, state not in known):  # those with parts of it try it together
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             known[state] = _chosen(model, _tokens(model, tokenizer), pad)

@@ -131,6 +131,16 @@ class CheckpointingTrainer(Trainer):
             for name, part in self._stateful.items():
                 save_tree(Path(output_dir), name, part.state_dict())
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole, as `from_pretrained` reads it, also where checkpoints hold a model's parts each on its own; ranks call it together."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if not self.is_fsdp_enabled or _internal_call or "FULL" in str(plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save_scaler(self, output_dir: str) -> None:
         scaler: Any = self.accelerator.scaler
         if scaler is not None and self.args.should_save:

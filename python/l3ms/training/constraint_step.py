@@ -4,8 +4,6 @@ half-step. All of them are observed before the one step and share its S."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -93,21 +91,10 @@ def _rewards(trainer: Constrained, responses: Rollout) -> dict[str, list[float |
     return {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
 
 
-@contextmanager
-def _stream_of_rank(trainer: Constrained) -> Iterator[None]:
-    """Where there are several ranks each draws from a stream of its own, of the seed, the rank and the iteration.
-
-    From one stream for all, equal prompts would get equal answers, which the standard errors take for independent ones.
-    """
+def sampling_seed(trainer: Constrained) -> int | None:
+    """Of an iteration, where there are several ranks: each makes a stream of its own of it, see `streams`. One draws from the run's generator."""
     args = trainer.args
-    if args.world_size == 1:
-        yield
-        return
-    seed = stream("l3ms rollout", args.seed, args.process_index, trainer.state.global_step)
-    device = trainer.policy.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    return None if args.world_size == 1 else stream(args.seed, trainer.state.global_step)
 
 
 def _sampled(trainer: Constrained) -> Rollout | None:
@@ -169,7 +156,7 @@ def _answers(trainer: Constrained) -> Rollout:
     args = trainer.args
     assert trainer.prompts is not None
     rows = trainer.prompts.take(args.constraint_batch_size)
-    with trainer.phases.inside("sampling"), _stream_of_rank(trainer):
+    with trainer.phases.inside("sampling"):
         responses = rollout(
             trainer.policy,
             trainer.processing_class,
@@ -179,6 +166,7 @@ def _answers(trainer: Constrained) -> Rollout:
             temperature=args.temperature,
             columns=further_columns(rows),
             engine=trainer.engine,
+            seed=sampling_seed(trainer),
         )
     trainer.phases.sampled(responses.scored)
     if not trainer.state.global_step and not bool(responses.ended.any()):

@@ -11,6 +11,7 @@ from typing import Any
 
 from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.constraints.constraint import Constraint
+from l3ms.model.sharding import fully_sharded
 from l3ms.training.arguments import L3MConfig
 
 IN_BACKWARD = ("lomo", "adalomo")  # and those that end with "_layerwise": they step where a gradient is made
@@ -53,7 +54,21 @@ def check_options(args: Any, options: Mapping[str, Any]) -> None:
 
 
 def check_parallelism(trainer: Any) -> None:
-    """How the model is spread over processes, once the Trainer knows. FSDP and data parallelism are taken."""
+    """How the model is spread over processes, once the Trainer knows. FSDP2 and data parallelism are taken."""
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp is asked for, and accelerate does not shard on {trainer.args.device.type}: leave fsdp out (each process then has the whole "
+            "model), or split it by fully_shard in a loop of one's own with L3MOptimizer"
+        )
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "fsdp_config: version 1 (FullyShardedDataParallel) flattens the weights, which norms, averages and KL are of; give "
+            'fsdp_config={"version": 2}'
+        )
+    if next(fully_sharded(trainer.model), None) is not None:
+        raise ValueError(
+            'model is in parts already (fully_shard): give the whole model, and fsdp="full_shard" to have it split'
+        )
     if trainer.is_deepspeed_enabled and trainer.args.solver != "none":
         raise ValueError(
             "deepspeed is not taken: its engine steps inside backward, where the two half-steps cannot be told apart; use FSDP, "

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from l3ms.model.averaging import WeightAverage
 from l3ms.model.orders import Order, PromptOrder
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 def save_progress(
     folder: Path,
     prompts: PromptOrder | None,
-    average: WeightAverage | None,
+    averaged: int,
+    average: Mapping[str, Tensor] | None,
     data: Mapping[str, Order] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> None:
-    """`data`: by constraint, where the run is in its data. `counts`: of sampling, see `fewer_samples`."""
+    """`averaged` iterations are in `average`, whole and by name. `data`: by constraint, where the run is in its data. `counts`: of sampling, see `fewer_samples`."""
     if average is not None:
-        weights = {name: mean.contiguous() for name, mean in average.weights.items()}
-        save_file(weights, folder / "l3m_average.safetensors")
+        save_file(average, folder / "l3m_average.safetensors")
     state = {
         "prompts": None if prompts is None else prompts.state(),
-        "averaged": 0 if average is None else average.n_averaged,
+        "averaged": averaged,
         "data": {name: order.state() for name, order in (data or {}).items()},
         "sampling": dict(counts or NO_COUNTS),
     }

@@ -313,14 +313,18 @@ class L3MTrainer(TimingTrainer):
             self.average.update(self.policy)
 
     def averaged_model(self) -> nn.Module:
-        """A copy of the model with the average of the last fifth's weights; of the last iterate where nothing was averaged."""
+        """A copy of the model with the average of the last fifth's weights; of the last iterate where nothing was averaged.
+
+        Of a sharded model every rank gets all of it, on the CPU; the ranks make it together.
+        """
         return (self.average or WeightAverage()).copied(self.policy)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        average = None if self.average is None else self.average.whole()  # gathered by all ranks
         if self.args.should_save:
-            counts = self.fewer_samples.counts()
-            save_progress(Path(output_dir), self.prompts, self.average, self.constraint_data, counts)
+            averaged, counts = 0 if self.average is None else self.average.n_averaged, self.fewer_samples.counts()
+            save_progress(Path(output_dir), self.prompts, averaged, average, self.constraint_data, counts)
         self.fewer_samples.save_rollout(Path(output_dir), self.rank_suffix)
         if self.watches:
             save_tree(Path(output_dir), f"watch{self.rank_suffix}", [watch.state() for watch in self.watches])

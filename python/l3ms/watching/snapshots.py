@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from l3ms.model.averaging import WeightAverage, trained
+from l3ms.model.sharding import local
 from l3ms.watching.watched import Watched
 
 
 class Snapshot(NamedTuple):
     iteration: int
-    weights: dict[str, Tensor]  # trained parameters
+    weights: dict[str, Tensor]  # trained parameters, of sharded ones this rank's part
     optimizer: dict[str, Any]  # L3MOptimizer.state_dict()
     average: tuple[int, dict[str, Tensor]] | None  # iterations in it, its trained parameters
 
@@ -95,13 +96,13 @@ def halve_learning_rate(trainer: Watched) -> None:
 
 
 def _trained(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: _on_cpu(p.detach()) for name, p in trained(module)}
+    return {name: _on_cpu(local(p.detach())) for name, p in trained(module)}
 
 
 def _copy(kept: Mapping[str, Tensor], module: torch.nn.Module) -> None:
-    parameters = dict(module.named_parameters())
+    parameters = dict(trained(module))
     for name, tensor in kept.items():
-        parameters[name].copy_(tensor)
+        local(parameters[name].detach()).copy_(tensor)
 
 
 def _on_cpu(value: Any) -> Any:

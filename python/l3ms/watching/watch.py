@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
         rollbacks: how many there have been.
 
     Raises:
-        ValueError: an unknown option or a value out of range; at the start of the training: rollback of weights that are sharded.
+        ValueError: an unknown option or a value out of range.
     """
 
     def __init__(
@@ -90,8 +90,6 @@ class Watch(TrainerCallback):
         if self.held_out:
             check_names("Watch: held_out", self.held_out[0])
         if self.config.on_trip == "rollback":
-            if self._sharded:
-                raise ValueError("watch.on_trip: rollback needs whole weights on each rank; use warn or stop with FSDP")
             self._snapshots.take(trainer)
 
     def state(self) -> dict[str, Any]:

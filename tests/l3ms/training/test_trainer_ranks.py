@@ -13,6 +13,7 @@ import pytest
 import torch
 import trainer_ranks
 from training_runs import timeless
+from transformers import AutoModelForCausalLM
 
 from l3ms.training import checkpoints
 
@@ -116,6 +117,36 @@ def test_other_processes_go_on_from_a_checkpoint(start, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-6")
     [found] = start(run)
     assert_gone_on(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_sharded_ranks_end_where_whole_ones_do(start, tmp_path, kind):
+    """Also resumed in the middle, gone back to a snapshot, averaged, and saved whole."""
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}}
+    runs = {}
+    for name, options in {"whole": {"whole_batches": True}, "sharded": sharding}.items():
+        short = {"steps": 12, "save_steps": 6, "rollout": options}
+        places = [str(tmp_path / f"{name}-{number}") for number in range(3)]
+        again = {"on_trip": "warn", "place": places[2], "after": (places[0], 6), **short}
+        runs[name] = start(
+            {"on_trip": "warn", "place": places[0], **short}, {"on_trip": "rollback", "place": places[1], **short}, again
+        )
+    for number, (split_ranks, whole_ranks) in enumerate(zip(runs["sharded"], runs["whole"], strict=True)):
+        for split, whole in zip(split_ranks, whole_ranks, strict=True):
+            assert all(split["parts"])
+            assert not any(whole["parts"])
+            assert split["tripped"] == whole["tripped"]
+            assert split["completions"] == whole["completions"]
+            for key in ("final", "average"):
+                for ours, theirs in zip(split[key], whole[key], strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"sharded-{number}" / "saved")
+        for ours, theirs in zip(saved.parameters(), split_ranks[0]["final"], strict=True):
+            assert torch.equal(ours, theirs)
+    for ours, theirs in zip(runs["sharded"][2], runs["sharded"][0], strict=True):
+        for key in ("final", "average"):
+            assert all(torch.equal(a, b) for a, b in zip(ours[key], theirs[key], strict=True))
 
 
 @pytest.mark.slow
