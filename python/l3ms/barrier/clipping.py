@@ -96,6 +96,7 @@ def _norm(grads: list[Tensor], like: Tensor) -> Tensor:
         return torch.zeros_like(like)
     alike: dict[Any, list[Tensor]] = {}  # torch takes no norm of DTensors of several meshes, or with other tensors
     for grad in grads:
-        alike.setdefault((grad.device_mesh, grad.placements) if is_part(grad) else None, []).append(grad)
+        part: Any = grad
+        alike.setdefault((part.device_mesh, part.placements) if is_part(grad) else None, []).append(grad)
     norms = [whole(torch.nn.utils.get_total_norm(part)).to(like) for part in alike.values()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

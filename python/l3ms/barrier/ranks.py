@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from l3ms.model.sharding import check_whole_parameters, is_part
 
 
-def group_of(parameters: Sequence[nn.Parameter], process_group: Any) -> Any:
+def group_of(parameters: Sequence[Any], process_group: Any) -> Any:
     """The ranks with batches of their own: those given, or all; None for a single process.
 
     Raises:
@@ -26,7 +26,7 @@ def group_of(parameters: Sequence[nn.Parameter], process_group: Any) -> Any:
         names = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
         if shared := sorted(names & {"tp", "cp", "sp"}):
             raise ValueError(
-                f"process_group is missing: the weights are in parts over {', '.join(shared)}, whose ranks share a batch, and every response "
+                f"process_group is missing: the weights are in parts over {', '.join(shared)}, whose ranks share a batch: every response "
                 'would count several times; give those with batches of their own (mesh["dp"].get_group())'
             )
         process_group = dist.group.WORLD

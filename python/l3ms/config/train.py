@@ -65,6 +65,8 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 activations over float32 weights
     activation_checkpointing: bool = False  # less memory, a second forward
+    # fsdp2: each of several processes holds a part of weights, gradients and optimizer (accelerate's fully_shard, GPUs); null: all of them
+    sharding: Literal["fsdp2"] | None = None
     device: Literal["auto", "cpu"] = "auto"
     lora: LoraConfig | None = None
 

@@ -152,10 +152,11 @@ def sequence_nll(model: Any, batch: Batch) -> Tensor:
     scored = int(length.sum())  # before the batch is moved: a GPU is not waited for
     if not scored:
         raise ValueError("sequence_nll: no label of the batch is scored")
-    device = next(model.parameters()).device
+    first = next(model.parameters())
+    device, dtype = first.device, torch.float64 if first.dtype == torch.float64 else torch.float32
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels") if name in batch}
     count = None if isinstance(model, torch.nn.DataParallel) else scored
-    seq_weight = uncast(model, task_weights(length).to(device))
+    seq_weight = uncast(model, task_weights(length, dtype).to(device))
     out = model(**inputs, seq_weight=seq_weight, scored=count, auxiliary=True, use_cache=False)
     if not torch.is_grad_enabled():
         reshard(model)

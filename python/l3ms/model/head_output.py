@@ -8,7 +8,7 @@ from transformers.utils.generic import ModelOutput
 
 
 class Exact:
-    """What fully_shard's mixed precision does not cast: it makes a new output of the fields, going into all that can hold tensors but this."""
+    """What fully_shard's mixed precision does not cast: it goes into all that can hold tensors but this."""
 
     def __init__(self, fields: dict[str, Tensor | None], handed: Any):
         self.fields, self.handed = fields, handed

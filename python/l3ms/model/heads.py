@@ -206,9 +206,7 @@ class _FusedHead:
                 "backend": model._l3m_backend,
             }
             weights = seq_weight.to(hidden.device)
-            loss, seen = weighted_log_likelihood(
-                hidden, weight, targets.to(hidden.device), weights, bias=bias, **fused
-            )
+            loss, seen = weighted_log_likelihood(hidden, weight, targets.to(hidden.device), weights, bias=bias, **fused)
             if own_loss == "normalised":
                 logits = _log_normaliser(head, model._l3m_backend)[..., None]
             else:  # What the model's own code takes for logits. Nobody uses them; who did would be heard of.

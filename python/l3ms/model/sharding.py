@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from l3ms.model.inside_adapters import inside_adapters
 
-_FSDP2 = "use fully_shard (FSDP2), which accelerate takes as fsdp_version=2 and transformers as fsdp_config={'version': 2}"
+_FSDP2 = (
+    "use fully_shard (FSDP2), which accelerate takes as fsdp_version=2 and transformers as fsdp_config={'version': 2}"
+)
 
 
 def fully_sharded(model: nn.Module) -> Iterator[Any]:
@@ -122,9 +124,9 @@ def groups_with_one_batch(model: nn.Module) -> list[Any]:
     """Groups of ranks that hold parts of what each of them computes (tensor parallel), with this rank in them: they share a batch."""
     data = {ranks for module in fully_sharded(model) for ranks in _data_parallel(module)}
     found: dict[tuple[int, ...], Any] = {}
-    for parameter in model.parameters():
-        mesh: Any = parameter.device_mesh if is_part(parameter) else None
-        for dimension in range(0 if mesh is None else mesh.ndim):
+    parts: list[Any] = [parameter for parameter in model.parameters() if is_part(parameter)]
+    for mesh in (part.device_mesh for part in parts):
+        for dimension in range(mesh.ndim):
             group = mesh.get_group(dimension)
             found.setdefault(tuple(dist.get_process_group_ranks(group)), group)
     return [group for ranks, group in found.items() if ranks not in data and len(ranks) > 1]

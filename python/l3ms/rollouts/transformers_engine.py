@@ -79,8 +79,8 @@ class TransformersEngine:
                 way = way_of(model, tokenizer, pad)
                 if way.kind == "forward" and options:
                     raise ValueError(
-                        f"rollout: {type(inner).__name__} is not sampled by generate, which has another distribution than its forward: leave out "
-                        f"{', '.join(sorted(options))}"
+                        f"rollout: {type(inner).__name__} is not sampled by generate, which has another distribution than its forward: "
+                        f"leave out {', '.join(sorted(options))}"
                     )
                 # the largest of what Drawn leaves is what it has drawn
                 drawn = None if options or model.device.type != "cpu" else Drawn(temperature)
@@ -91,7 +91,7 @@ class TransformersEngine:
                 config = GenerationConfig(repetition_penalty=1.0, **sampling, **ending, **options)
                 responses: list[list[int]] = [[] for _ in prompts]
                 batches = list(_batches(prompts, self.batch_size or len(prompts), equal=way.kind == "equal lengths"))
-                # Ranks with parts of one model make as many calls as the one with the most; what the others repeat is not kept.
+                # Ranks with parts of one model make as many calls as the one with the most: again the last, not kept.
                 batches += batches[-1:] * (most(model, len(batches)) - len(batches))
                 in_step, room = is_sharded(model), is_large(model)
                 packed = packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,25 @@ CHECKPOINTING: Any = next(
 
 def is_on_cpu(config: RunConfig) -> bool:
     return config.train.device == "cpu" or not torch.accelerator.is_available()
+
+
+def sharding(config: RunConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """`train.sharding` as transformers takes it.
+
+    Raises:
+        ConfigError: where nothing can be split.
+    """
+    if config.train.sharding is None:
+        return {}
+    if on_cpu:
+        raise ConfigError("train.sharding", "fsdp2 needs GPUs, accelerate splits on no CPU; leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise ConfigError(
+            "train.sharding",
+            "fsdp2 splits a model over processes, and this is one; torchrun --nproc-per-node N -m l3ms train, or leave it out",
+        )
+    # Each process writes its part of a checkpoint: whole it would have to fit beside the first one's
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def training_arguments(config: RunConfig) -> L3MConfig:
@@ -80,6 +100,7 @@ def training_arguments(config: RunConfig) -> L3MConfig:
         lr_scheduler_type=kind,
         lr_scheduler_kwargs=options,
         **checkpointing,
+        **sharding(config, on_cpu=on_cpu),
         bf16=train.autocast,
         use_cpu=on_cpu,  # without it processes on CPUs know nothing of each other
         ddp_timeout=train.timeout,

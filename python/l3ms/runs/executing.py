@@ -75,12 +75,13 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
             samples["initial"] = kept(place, run, lambda: sample(trainer.model, "before training"))
         _go_on(run, trainer, console)
         averaged = trainer.averaged_model()
-        for name, model in (("model", trainer.model), ("average", averaged)):
+        for name, model in (("model", trainer.whole_model()), ("average", averaged)):
             if is_first():
                 save_weights(run.folder, name, model, run.tokenizer)
         lookout.doing(lambda: "sampling, after the training")
         samples["last"] = sample(trainer.model, "last iterate")
-        samples["average"] = sample(averaged, "averaged weights")
+        # A sharded model's average is on the CPU: where the model is it is sampled faster
+        samples["average"] = sample(trainer.take_average() if trainer.sharded else averaged, "averaged weights")
     except KeyboardInterrupt:
         if not is_first():
             raise

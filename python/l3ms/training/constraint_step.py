@@ -92,7 +92,7 @@ def _rewards(trainer: Constrained, responses: Rollout) -> dict[str, list[float |
 
 
 def sampling_seed(trainer: Constrained) -> int | None:
-    """Of an iteration, where there are several ranks: each makes a stream of its own of it, see `streams`. One draws from the run's generator."""
+    """Of an iteration, where there are several ranks, each of which makes its own stream of it. One takes the run's generator."""
     args = trainer.args
     return None if args.world_size == 1 else stream(args.seed, trainer.state.global_step)
 

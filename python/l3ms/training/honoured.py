@@ -57,7 +57,7 @@ def check_parallelism(trainer: Any) -> None:
     """How the model is spread over processes, once the Trainer knows. FSDP2 and data parallelism are taken."""
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
-            f"fsdp is asked for, and accelerate does not shard on {trainer.args.device.type}: leave fsdp out (each process then has the whole "
+            f"fsdp is asked for, and accelerate does not shard on {trainer.args.device.type}: leave fsdp out (each process has the whole "
             "model), or split it by fully_shard in a loop of one's own with L3MOptimizer"
         )
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:

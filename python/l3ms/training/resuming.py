@@ -29,9 +29,11 @@ def save_progress(
     data: Mapping[str, Order] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> None:
-    """`averaged` iterations are in `average`, whole and by name. `data`: by constraint, where the run is in its data. `counts`: of sampling, see `fewer_samples`."""
+    """`averaged` iterations are in `average`, whole and by name. `data`: by constraint, where the run is in its data.
+    `counts`: of sampling, see `fewer_samples`.
+    """
     if average is not None:
-        save_file(average, folder / "l3m_average.safetensors")
+        save_file(dict(average), folder / "l3m_average.safetensors")
     state = {
         "prompts": None if prompts is None else prompts.state(),
         "averaged": averaged,

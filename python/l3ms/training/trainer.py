@@ -19,7 +19,6 @@ from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import RewardLog
-from l3ms.model.averaging import WeightAverage
 from l3ms.model.batches import Collator, CountingCollator, separate
 from l3ms.model.columns import check_names
 from l3ms.model.heads import fuse_head
@@ -29,6 +28,7 @@ from l3ms.model.split_heads import uncast
 from l3ms.rollouts.engines import as_engine
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.arguments import L3MConfig
+from l3ms.training.averaging import AveragingTrainer
 from l3ms.training.constraint_step import constraint_backward
 from l3ms.training.fewer_samples import FewerSamples
 from l3ms.training.half_steps import HalfSteps
@@ -42,11 +42,10 @@ from l3ms.training.honoured import (
 )
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
-from l3ms.training.timing import TimingTrainer
 from l3ms.watching.watch import Watch
 
 
-class L3MTrainer(TimingTrainer):
+class L3MTrainer(AveragingTrainer):
     """Fine-tunes a causal LM on rows {"input_ids", "labels" (-100 on the prompt), "prompt"} while it is required to meet constraints.
 
     Arguments as transformers.Trainer (`processing_class` is the tokenizer), and
@@ -120,24 +119,13 @@ class L3MTrainer(TimingTrainer):
         for constraint in self.constraints:
             constraint.prepare(self.policy)
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
-        self.average: WeightAverage | None = None
         self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
         self.add_callback(HalfSteps(self))
-
-    @property
-    def policy(self) -> Any:
-        """The model without what wraps it for several processes."""
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def sampled(self) -> bool:
         """Whether the responses are of this iteration."""
         return self.fewer_samples.sampled
-
-    @property
-    def sharded(self) -> bool:
-        """Whether a process holds a part of the weights only."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # ---- the task half-step ----
 
@@ -296,28 +284,6 @@ class L3MTrainer(TimingTrainer):
         for watch, state in zip(self.watches, before, strict=False):
             with self.reading():
                 watch.restore(state)
-
-    @property
-    def average_from(self) -> int:
-        """The first iteration whose weights are in the average; one past the last where none are."""
-        return math.floor(self.state.max_steps * (1 - self.args.average_fraction)) + 1  # type: ignore[attr-defined]
-
-    def average_weights(self) -> None:
-        """In an iteration, between its half-steps: from `average_from` on, add the weights to the average.
-
-        They are those that the estimates are of. A half-step later the mean is another: with lengths in [33, 40] and a momentum of 0.5 the
-        average was 2 tokens longer than the estimates (`python experiments/run.py length`).
-        """
-        if self.state.global_step + 1 >= self.average_from:
-            self.average = self.average or WeightAverage()
-            self.average.update(self.policy)
-
-    def averaged_model(self) -> nn.Module:
-        """A copy of the model with the average of the last fifth's weights; of the last iterate where nothing was averaged.
-
-        Of a sharded model every rank gets all of it, on the CPU; the ranks make it together.
-        """
-        return (self.average or WeightAverage()).copied(self.policy)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

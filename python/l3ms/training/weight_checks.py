@@ -39,7 +39,9 @@ class WeightChecks:
         parts = [(name, local(p.detach())) for name, p in trained(self.model)]
         if not parts:
             return
-        parameters = [(name, part) for name, part in parts if part.numel()]  # of a short one the last ranks have nothing
+        parameters = [
+            (name, part) for name, part in parts if part.numel()
+        ]  # of a short one the last ranks have nothing
         norms = torch._foreach_norm([p for _, p in parameters], float("inf"))  # pyright: ignore[reportPrivateImportUsage]
         bad = torch.stack([~norm.isfinite() for norm in norms] or [parts[0][1].new_zeros((), dtype=torch.bool)])
         any_bad = bad.any().float()

@@ -27,7 +27,11 @@ def found(tmp_path_factory):
 
 
 def start(folder, world, *names):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+    }
     outputs = [folder / f"{rank}.pt" for rank in range(world)]
     processes = [
         subprocess.Popen(

@@ -1,0 +1,102 @@
+"""One of four ranks of `test_same_run.py`: fifty iterations of one run by 1, 2 and 4 processes, whole and in parts; run as a program.
+
+python same_run_ranks.py RANK STORE OUTPUT. Two processes are two of the four; the other two make the same run beside them.
+"""
+
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+from sharded_ranks import VOCABULARY, Tokenizer, model, rows, shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import l3ms
+from l3ms.constraints.data_nll import sequence_nll
+from l3ms.model.batches import Collator
+from l3ms.model.losses import scored_lengths, shift
+from l3ms.model.sharding import whole
+
+RANKS = 4
+SPLITS = {1: [8], 2: [5, 3], 4: [3, 2, 2, 1]}  # rows of the batches
+KINDS = {"whole": (1,), "ddp": (2, 4), "fsdp": (2, 4), "hsdp": (4,)}
+STEPS = 50
+
+
+def responses_of(step):
+    """Of a fixed engine: 8 prompts and their responses; some rewards are missing, in two iterations all of the last rows'."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    draw = lambda size: torch.randint(3, VOCABULARY, (size,), generator=generator).tolist()  # noqa: E731
+    prompts = [draw(1 + n % 3) for n in range(8)]
+    answers = [l3ms.Response([*draw(1 + (n + step) % 6), 1], True) for n in range(8)]
+    polite = torch.randn(8, generator=generator, dtype=torch.float64).tolist()
+    missing = {3, 6} if step % 3 else {4, 5, 6, 7}
+    return prompts, answers, [None if n in missing else value for n, value in enumerate(polite)]
+
+
+def run(kind, world, dtype, groups):
+    """-> the whole weights, and the bits of each iteration's multipliers and estimates."""
+    rank = dist.get_rank() % world
+    group = groups[world]
+    made = model(dtype=dtype)
+    l3ms.fuse_head(made)
+    called = made
+    if kind == "ddp":
+        called = torch.nn.parallel.DistributedDataParallel(made, process_group=group)
+    elif kind == "fsdp":
+        shard(made, "accelerate", mesh=DeviceMesh.from_group(group, "cpu"))
+    elif kind == "hsdp":
+        shard(made, "accelerate", mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    constraints = [l3ms.Constraint("polite", min=0.3), l3ms.Length(min=2, max=3), l3ms.Constraint("nll", max=2.0)]
+    base = torch.optim.AdamW(made.parameters(), lr=5e-3)
+    mu = l3ms.NoiseFloorDecay(1.0, 1e-3, steps=STEPS)
+    optimizer = l3ms.L3MOptimizer(base, constraints, mu=mu, process_group=group)
+    start = sum(SPLITS[world][:rank])
+    own = slice(start, start + SPLITS[world][rank])
+    bits = []
+    for step in range(STEPS):
+        for part in range(2):  # of an accumulated batch
+            batch = Collator(0)(rows(8, seed=2 * step + part)[own])
+            weight = world / (16 * scored_lengths(shift(batch["labels"])).to(dtype))
+            called(**batch, seq_weight=weight, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        prompts, answers, polite = responses_of(step)
+        responses = l3ms.Rollout.from_tokens(Tokenizer(), [f"p{n}" for n in range(8)][own], prompts[own], answers[own])
+        rewards = {**responses.rewards(constraints), "polite": polite[own]}
+        weights = optimizer.observe(rewards, responses.lengths)
+        out = called(**responses.inputs(slice(None)), seq_weight=weights)
+        data = Collator(0)(rows(8, seed=500 + step)[own])
+        out.loss.backward()
+        optimizer.barrier_loss({"nll": sequence_nll(called, data)}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        last = optimizer.estimates.last
+        assert last is not None
+        bits.append(torch.cat([last.multiplier, last.estimate, last.stderr, optimizer.mu[None]]))
+    return [whole(p.detach()).clone() for p in made.parameters()], torch.stack(bits)
+
+
+def groups_of(rank):
+    """Of each number of processes the group that this rank is in."""
+    found = {}
+    for world in SPLITS:
+        for first in range(0, RANKS, world):
+            ranks = list(range(first, first + world))
+            made = dist.new_group(ranks)
+            if rank in ranks:
+                found[world] = made
+    return found
+
+
+if __name__ == "__main__":
+    rank = int(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=RANKS)
+    groups = groups_of(rank)
+    found = {}
+    for dtype, (kind, worlds) in itertools.product((torch.float32, torch.float64), KINDS.items()):
+        for world in worlds:
+            found[kind, world, dtype] = run(kind, world, dtype, groups)
+    torch.save(found, sys.argv[3])
+    dist.destroy_process_group()
