@@ -95,8 +95,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=RANKS)
     groups = groups_of(rank)
     found = {}
-    for dtype, (kind, worlds) in itertools.product((torch.float32, torch.float64), KINDS.items()):
+    for dtype, (kind, worlds) in itertools.product((torch.float64, torch.float32), KINDS.items()):
         for world in worlds:
             found[kind, world, dtype] = run(kind, world, dtype, groups)
-    torch.save(found, sys.argv[3])
+            torch.save(found, sys.argv[3])
     dist.destroy_process_group()
