@@ -8,7 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from sharded_ranks import VOCABULARY, Tokenizer, model, rows, shard
+from sharded_models import VOCABULARY, Tokenizer, model, rows, shard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import l3ms
