@@ -1,6 +1,7 @@
 """Each argument of transformers' Trainer does what it says, or is refused by name."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from training_runs import CONSTRAINTS, assert_same_weights, log_likelihood, losses, rows
 
 import l3ms
+from l3ms.training.honoured import check_parallelism
 
 
 def nothing(*args, **kwargs):
@@ -207,3 +209,37 @@ def test_data_seed_orders_the_prompts(tmp_path, tokenizer, make_model):
 
     assert taken(seed=1, data_seed=7) == taken(seed=2, data_seed=7) == taken(seed=7)
     assert taken(seed=1) != taken(seed=2)
+
+
+def parallel(**options):
+    """What `check_parallelism` takes of a trainer."""
+    plugin = types.SimpleNamespace(fsdp_version=options.pop("version", 2))
+    sizes = {f"get_{name}_size": (lambda: 1) for name in ("tp", "cp", "sp")}
+    return types.SimpleNamespace(
+        args=types.SimpleNamespace(fsdp=options.pop("fsdp", True), solver="barrier", device=torch.device("cpu")),
+        accelerator=types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)), is_deepspeed_enabled=False,
+        **{"is_fsdp_enabled": True, "model": torch.nn.Linear(1, 1), **sizes, **options},
+    )  # fmt: skip
+
+
+class Split(torch.nn.Linear):
+    """As fully_shard leaves a module."""
+
+    def unshard(self): ...
+
+    def reshard(self): ...
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"is_fsdp_enabled": False}, "fsdp is asked for, and accelerate does not shard on cpu"),
+        ({"version": 1}, "fsdp_config: version 1"),
+        ({"fsdp": False, "is_fsdp_enabled": False, "model": Split(1, 1)}, "model is in parts already"),
+    ],
+)
+def test_other_ways_of_sharding_are_refused_in_one_line(options, line):
+    check_parallelism(parallel())
+    with pytest.raises(ValueError, match=line) as found:
+        check_parallelism(parallel(**options))
+    assert "\n" not in str(found.value)
