@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
@@ -61,6 +62,8 @@ class L3MConfig(TrainingArguments):
     dataloader_drop_last: bool = field(default=True, metadata={"help": "equal batches: their means are the mean"})
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # accelerate otherwise takes each of several processes on CPUs for one that is alone, and says nothing
         super().__post_init__()
         if self.solver not in (*SOLVERS, "none"):
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")

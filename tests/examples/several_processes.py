@@ -1,0 +1,44 @@
+"""The examples for several processes, one after the other, in one process group: `torchrun several_processes.py MODEL ROWS.jsonl`.
+
+printed.json has what they print.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import ranks_loop
+import tensor_parallel
+import torch
+import torch.distributed as dist
+import trainer_ranks
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+BOUNDS = (4, 9, 4, 12)  # shortest, longest, iterations, tokens of a response at most
+CALLS = {
+    "ddp": lambda *files: ranks_loop.main(*files, "ddp", *BOUNDS),
+    "fsdp2": lambda *files: ranks_loop.main(*files, "fsdp2", *BOUNDS),
+    "tensor_parallel": lambda *files: tensor_parallel.main(*files, *BOUNDS),
+    "trainer": lambda *files: trainer_ranks.main(*files, *BOUNDS),
+}
+
+dist.init_process_group("gloo")
+dist.init_process_group = dist.destroy_process_group = lambda *arguments: (
+    None
+)  # a second one would take the first one's keys of the store
+printed = {}
+for name, call in CALLS.items():
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        call(*sys.argv[1:])
+    if os.environ["RANK"] == "0":
+        printed[name] = ast.literal_eval("{" + text.getvalue().rpartition("{")[2])
+if printed:
+    Path("printed.json").write_text(json.dumps(printed), encoding="utf-8")
