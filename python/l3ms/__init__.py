@@ -1,6 +1,7 @@
 """L3Ms: fine-tune a language model on a task while it is required to meet constraints (arXiv 2410.21533).
 
-`L3MOptimizer` adds constraints to any torch loop, `L3MTrainer` to transformers' Trainer, `l3ms --help` to a YAML file. Names are loaded
+`L3MOptimizer` adds constraints to any torch loop, `L3MTrainer` to transformers' Trainer, `constrained` to it and TRL's trainers as they
+are, `l3ms --help` to a YAML file. Names are loaded
 when they are first used, so that the command line answers at once.
 """
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from l3ms.rollouts.vllm_engine import VllmEngine
     from l3ms.rollouts.vllm_server import VllmServerEngine
     from l3ms.training.arguments import L3MConfig
+    from l3ms.training.constrained import constrained
+    from l3ms.training.settings import L3MSettings
     from l3ms.training.trainer import L3MTrainer
     from l3ms.verdicts.certificates import Verdict, declare, judge
     from l3ms.verdicts.certifying import certify
@@ -63,7 +66,9 @@ _MODULES = {
     "DualAscent": "barrier.solvers",
     "Penalty": "barrier.solvers",
     "L3MConfig": "training.arguments",
+    "L3MSettings": "training.settings",
     "L3MTrainer": "training.trainer",
+    "constrained": "training.constrained",
     "Watch": "watching.watch",
 }
 
@@ -79,6 +84,7 @@ __all__ = [
     "ExponentialDecay",
     "L3MConfig",
     "L3MOptimizer",
+    "L3MSettings",
     "L3MTrainer",
     "Length",
     "NoiseFloorDecay",
@@ -92,6 +98,7 @@ __all__ = [
     "Watch",
     "agree",
     "certify",
+    "constrained",
     "declare",
     "fuse_head",
     "judge",

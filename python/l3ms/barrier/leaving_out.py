@@ -82,6 +82,7 @@ class LeavingOut:
     schedule: MuSchedule
     _progress: Progress
     _norms: dict[str, Tensor]
+    _reports: Any
 
     @property
     def left_out(self) -> int:
@@ -102,11 +103,23 @@ class LeavingOut:
     def leave_out(self) -> None:
         """Instead of a constraint half-step: time passes, estimates are foretold, mu goes on. Errors as `comfortable`."""
         estimates, mu = self.estimates, self._progress.mu
+        self._reports.heard()
         foretold = estimates.foretell(mu)
         estimates.skip(foretold)
         self._norms.pop("constraint", None)  # there was no such gradient
         noise = estimates.noise(foretold).max()
         self._progress.mu = torch.as_tensor(self.schedule(self.passed, mu, noise)).to(mu)
+
+    def step_again(self, total: Tensor) -> None:
+        """The next step is once more on responses that were observed before a step that has been taken: on (task + barrier) / S with their
+        `total`, () float64, the S of then. The estimates and mu know of them and stay as they are.
+
+        Raises:
+            ValueError: something was observed since the last step.
+        """
+        if self.estimates.pending is not None:
+            raise ValueError("step_again: something was observed since the last step; step on it first")
+        self.estimates.total = total
 
     @property
     def passed(self) -> Tensor:

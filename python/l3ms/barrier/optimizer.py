@@ -264,6 +264,7 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         self._progress.skipped = self._progress.skipped + skipped
         # An exactly zero gradient of the constraints says nothing; stepping on it would only replay the task's momentum.
         apply(self.base, grads, clipped.factor, skipped | (clipped.norm == 0) if constrained else skipped)
+        self.estimates.total = self.estimates.total if constrained else None  # of `step_again`, for one step
         self._reports.send(self._advance(~skipped) if constrained else StepNumbers(self._progress.in_a_row))
         if self._reports.failure is not None:
             raise RuntimeError(self._reports.failure)

@@ -20,6 +20,8 @@ from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, noise_floor
 
 logger = logging.getLogger(__name__)
 
+UNOBSERVED = 20  # steps without a single observation, after which the constraints are taken to have been forgotten
+
 
 @dataclass
 class Progress:
@@ -59,15 +61,35 @@ class StepReports:
         self.failure: str | None = None
         self._waits = isinstance(schedule, NoiseFloorDecay)
         self._met_at: float | None = None  # the mu that was logged last
+        self._unobserved = 0 if names else -1  # steps so far, until something is observed; negative from then on
         self._under_way: deque[tuple[Copy, list[int]]] = deque()
 
     def send(self, numbers: StepNumbers) -> None:
         """Start the copies and look at those that have arrived."""
+        self._count(observed=numbers.applied is not None)
         parts = [part.reshape(-1).double() for part in numbers if part is not None]
         start = _copy_later if parts[0].device.type == "cuda" else _copy_now
         self._under_way.append((start(torch.cat(parts)), [len(part) for part in parts]))
         while self._under_way and self._under_way[0][0].arrived():
             self._look()
+
+    def heard(self) -> None:
+        """The constraints are looked after."""
+        self._unobserved = -1
+
+    def _count(self, observed: bool) -> None:
+        if observed:
+            self.heard()
+        if self._unobserved < 0:
+            return
+        self._unobserved += 1
+        if self._unobserved == UNOBSERVED:
+            logger.warning(
+                "L3MOptimizer: %d steps, and nothing was observed: the constraints (%s) have no part in this training; call observe(), "
+                "constraint_loss() or barrier_loss() before a backward and step() of their own, or let a trainer do so: "
+                "l3ms.constrained(TrainerClass)(..., constraints=[...]) with a plain optimizer",
+                UNOBSERVED, ", ".join(self.names),
+            )  # fmt: skip
 
     def wait(self) -> None:
         """Until everything that was sent has been looked at."""
@@ -108,6 +130,8 @@ class StepReports:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._under_way.clear()
+        before = state.get("constraint_steps") or state.get("left_out")
+        self._unobserved = -1 if before or not self.names else 0
         self.failure, self._met_at = None, state["reported_mu"]
         self.conflicts.load_state_dict(state["conflicts"])
 

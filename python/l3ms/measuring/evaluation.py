@@ -234,7 +234,9 @@ def _sampled(
             update=not start,
             **options,
         )
-        if len(found.lengths) == len(rows):  # of another rank's part of the model: asked once more, and measured with it
+        if len(found.lengths) == len(
+            rows
+        ):  # of another rank's part of the model: asked once more, and measured with it
             responses.rewards(constraints, model, training)
             continue
         found.lengths.extend(responses.lengths.tolist())

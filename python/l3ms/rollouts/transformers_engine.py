@@ -103,7 +103,12 @@ class TransformersEngine:
                             answers = sample_by_forward(model, part, pad, end, in_step=in_step, **stop)
                         else:
                             shrink = way.shrink and not options and not in_step
-                            faster = {"shrink": shrink, "room": room, "together": shrink and way.together, "in_step": in_step}
+                            faster = {
+                                "shrink": shrink,
+                                "room": room,
+                                "together": shrink and way.together,
+                                "in_step": in_step,
+                            }
                             answers = sample(model, part, pad, end, config, drawn=drawn, **faster)
                         for row, answer in zip(rows, answers, strict=True):
                             responses[row] = responses[row] or answer

@@ -1,59 +1,25 @@
 """`L3MConfig`: transformers' TrainingArguments, and what the constraints add."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from l3m_kernels import initial_state
-from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
-from l3ms.config.errors import explain
-from l3ms.config.rollout import RolloutConfig, wrong_rollout
+from l3ms.training.settings import L3MSettings
 
 
 @dataclass
-class L3MConfig(TrainingArguments):
+class L3MConfig(L3MSettings, TrainingArguments):
     """TrainingArguments, and what the constraints add. `max_steps` counts iterations; `max_grad_norm` clips each half-step."""
 
-    solver: str = field(default="barrier", metadata={"help": f"{', '.join(SOLVERS)}, or none: without the constraints"})
-    dual_rate: float = field(default=0.5, metadata={"help": "of dual_ascent and augmented_lagrangian, see solvers"})
-    penalty: float = field(default=5.0, metadata={"help": "of augmented_lagrangian and penalty, see solvers"})
-    mu: str = field(default="auto", metadata={"help": "auto: decay to the noise floor; paper: decay to mu_end"})
-    mu_end: float = field(default=1e-6, metadata={"help": "where the decay of mu from 1 ends"})
-    smoothing: str = field(  # a number, or one in a text, is right too
-        default="trend",
-        metadata={"help": "of the estimates: trend, ema, or the weight of a new batch, see L3MOptimizer"},
-    )
-    constraint_batch_size: int = field(default=32, metadata={"help": "responses per iteration and rank"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest response"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
     half_steps: str = field(
         default="alternating",
         metadata={
             "help": "alternating: task and constraints step in turn, each clipped; joint: one step on their sum, clipped"
         },
     )
-    rollout_every: str = field(  # the number 1 is right too
-        default="1",
-        metadata={"help": "1, or auto: constraint half-steps are left out while all constraints are comfortably met"},
-    )
-    rollout_reuse: int = field(default=1, metadata={"help": "constraint half-steps from one rollout, at most"})
-    rollout_importance: str = field(
-        default="none",
-        metadata={"help": "truncate: importance weights where an engine's probabilities are not the model's; or none"},
-    )
-    clipping: str = field(default="adaptive", metadata={"help": "adaptive or separate, see L3MOptimizer"})
-    length_norm: str = field(default="mean", metadata={"help": "mean, sequence or none, see L3MOptimizer"})
-    nonfinite: str = field(default="raise", metadata={"help": "a reward that is NaN or inf: raise, or drop and count"})
     average_fraction: float = field(
         default=0.2, metadata={"help": "last share of the iterations whose weights are averaged"}
-    )
-    agree_every: int = field(
-        default=50,
-        metadata={"help": "iterations after which ranks compare multipliers, mu and weights, bit for bit; 0: never"},
     )
     adam_beta1: float = field(
         default=0.5, metadata={"help": "momentum; 0.9 makes the constraints' pressure late: the mean swings"}
@@ -64,51 +30,7 @@ class L3MConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True  # accelerate otherwise takes each of several processes on CPUs for one that is alone, and says nothing
-        super().__post_init__()
-        if self.solver not in (*SOLVERS, "none"):
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
-        self.solver_object()
-        if self.half_steps not in ("alternating", "joint"):
-            raise ValueError(f"half_steps must be alternating or joint, got {self.half_steps!r}")
-        if self.mu not in ("auto", "paper"):
-            raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
-        if self.smoothing not in ("trend", "ema"):
-            try:
-                self.smoothing = float(self.smoothing)  # type: ignore[assignment]
-            except ValueError:
-                raise ValueError(
-                    f"smoothing must be trend, ema or a number in (0, 1], got {self.smoothing!r}"
-                ) from None
-            initial_state(0, smoothing=self.smoothing)  # type: ignore[arg-type]  # says whether it can be
-        if self.nonfinite not in ("raise", "drop"):
-            raise ValueError(f"nonfinite must be raise or drop, got {self.nonfinite!r}")
-        if self.constraint_batch_size < 2:
-            raise ValueError(
-                f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
-            )
-        if not 0 <= self.average_fraction <= 1:
-            raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
-        if self.agree_every < 0:
-            raise ValueError(f"agree_every must be at least 0 (never), got {self.agree_every}")
-        self._check_rollout()
-
-    def _check_rollout(self) -> None:
-        every: Any = 1 if self.rollout_every in (1, "1") else self.rollout_every
-        self.rollout_every = str(self.rollout_every)
-        try:
-            rollout = RolloutConfig(every=every, reuse=self.rollout_reuse, importance=self.rollout_importance)  # type: ignore[arg-type]
-        except ValidationError as error:
-            wrong = explain(error, RolloutConfig)
-            raise ValueError(f"rollout_{wrong.field} {wrong.message}") from None
-        options = {"solver": self.solver, "half_steps": self.half_steps, "smoothing": self.smoothing}
-        if (found := wrong_rollout(rollout, **options)) is not None:
-            raise ValueError(f"rollout_{found[0]} {found[1]}")
-
-    def solver_object(self) -> str | Solver:
-        """As `L3MOptimizer` takes it, with its settings."""
-        made: dict[str, Callable[[], Solver]] = {
-            "dual_ascent": lambda: DualAscent(self.dual_rate),
-            "augmented_lagrangian": lambda: AugmentedLagrangian(self.dual_rate, self.penalty),
-            "penalty": lambda: Penalty(self.penalty),
-        }
-        return made[self.solver]() if self.solver in made else self.solver
+        TrainingArguments.__post_init__(self)
+        if self.half_steps is None:
+            raise ValueError("half_steps must be alternating or joint, got None")
+        self.check()

@@ -6,14 +6,16 @@ import math
 from typing import Any
 
 from torch import nn
+from transformers import Trainer
 
 from l3ms.model.averaging import WeightAverage
-from l3ms.training.timing import TimingTrainer
+from l3ms.training.settings import L3MSettings
 
 
-class AveragingTrainer(TimingTrainer):
-    """`average_weights` in each iteration; `args` has the `average_fraction`."""
+class AveragingTrainer(Trainer):
+    """`average_weights` in each iteration; `l3m` has the `average_fraction`."""
 
+    l3m: L3MSettings
     average: WeightAverage | None = None
 
     @property
@@ -29,7 +31,7 @@ class AveragingTrainer(TimingTrainer):
     @property
     def average_from(self) -> int:
         """The first iteration whose weights are in the average; one past the last where none are."""
-        return math.floor(self.state.max_steps * (1 - self.args.average_fraction)) + 1  # type: ignore[attr-defined]
+        return math.floor(self.state.max_steps * (1 - self.l3m.average_fraction)) + 1
 
     def average_weights(self) -> None:
         """In an iteration, between its half-steps: from `average_from` on, add the weights to the average.

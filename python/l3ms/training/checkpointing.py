@@ -147,7 +147,7 @@ class CheckpointingTrainer(Trainer):
             save_tree(Path(output_dir), "scaler", scaler.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_tree(Path(output_dir), f"random{self.rank_suffix}", random_state(self.args.device))
+        save_tree(Path(output_dir), f"random{checkpoints.rank_suffix(self.args)}", random_state(self.args.device))
 
     # ---- loading ----
 
@@ -187,7 +187,7 @@ class CheckpointingTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        name = f"random{self.rank_suffix}"
+        name = f"random{checkpoints.rank_suffix(self.args)}"
         with self.reading():
             if (Path(checkpoint) / f"{name}.json").exists():
                 set_random_state(load_tree(Path(checkpoint), name), self.args.device)
@@ -202,11 +202,6 @@ class CheckpointingTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
-
-    @property
-    def rank_suffix(self) -> str:
-        """Of the names of files of which each rank has its own."""
-        return "" if self.args.world_size <= 1 else f"_{self.args.process_index}"
 
     @property
     def _stateful(self) -> dict[str, Any]:

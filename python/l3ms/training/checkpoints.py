@@ -14,12 +14,18 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from l3ms.regular_files import open_regular, read_regular
 
 MANIFEST = "manifest.json"
 PARTIAL = ".checkpoint.partial"  # beside the checkpoints; what is found here is of a process that was ended
 NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def rank_suffix(args: Any) -> str:
+    """Of the names of files of which each rank has its own."""
+    return "" if args.world_size <= 1 else f"_{args.process_index}"
 
 
 def begin(place: Path) -> Path:

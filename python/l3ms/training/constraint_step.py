@@ -80,7 +80,7 @@ def _data(trainer: Constrained) -> None:
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
 
 
-def _rewards(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
+def rewards_of(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
     """Of every constraint. The monitors come last, and draw nothing: what the others draw is what they draw without them."""
     policy, arguments = trainer.policy, trainer.reward_arguments()
     bounded = [constraint for constraint in trainer.constraints if not constraint.monitor]
@@ -102,7 +102,7 @@ def _sampled(trainer: Constrained) -> Rollout | None:
 
     -> the responses, None where they are those of before.
     """
-    args, optimizer, fewer = trainer.args, trainer.l3m_optimizer, trainer.fewer_samples
+    optimizer, fewer = trainer.l3m_optimizer, trainer.fewer_samples
     assert optimizer is not None
     looking_on = all(constraint.monitor for constraint in trainer.constraints if constraint.samples)
     again, kept = _again(trainer), fewer.kept
@@ -116,11 +116,11 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     fewer.sampled = True
     fewer.sampled_tokens += _of_all_ranks(trainer, responses.scored)
     with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
-        rewards = trainer.last_rewards = _rewards(trainer, responses)
+        rewards = trainer.last_rewards = rewards_of(trainer, responses)
     importance = policy = drawn = None
-    if not looking_on and (args.rollout_importance == "truncate" or fewer.reuse > 1):
+    if not looking_on and (trainer.l3m.rollout_importance == "truncate" or fewer.reuse > 1):
         policy = drawn = policy_log_likelihood(trainer, responses)
-        if args.rollout_importance == "truncate":
+        if trainer.l3m.rollout_importance == "truncate":
             with optimizer.estimates.errors_on_all_ranks():
                 drawn = engine_log_likelihood(responses)
             importance = truncated(policy - drawn)
@@ -153,17 +153,18 @@ def _of_all_ranks(trainer: Constrained, count: int) -> int:
 
 def _answers(trainer: Constrained) -> Rollout:
     """The policy's, to the next prompts."""
-    args = trainer.args
+    l3m = trainer.l3m
     assert trainer.prompts is not None
-    rows = trainer.prompts.take(args.constraint_batch_size)
+    rows = trainer.prompts.take(l3m.constraint_batch_size)
     with trainer.phases.inside("sampling"):
         responses = rollout(
             trainer.policy,
             trainer.processing_class,
             [row["prompt"] for row in rows],
-            prompt_ids=[prompt_part(row) for row in rows],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
+            prompt_ids=[prompt_part(row) for row in rows] if rows[0].keys() >= {"input_ids", "labels"} else None,
+            chat_template=False,  # a text is one as it stands
+            max_new_tokens=l3m.max_new_tokens,
+            temperature=l3m.temperature,
             columns=further_columns(rows),
             engine=trainer.engine,
             seed=sampling_seed(trainer),
@@ -173,7 +174,7 @@ def _answers(trainer: Constrained) -> Rollout:
         logger.warning(
             "iteration 1: all %d responses are cut at max_new_tokens=%d, so their lengths are those of cuts, and a bound on the length "
             "has no gradient until one ends by itself; raise max_new_tokens, or begin with a model that ends its responses",
-            len(responses), args.max_new_tokens,
+            len(responses), l3m.max_new_tokens,
         )  # fmt: skip
     return responses
 

@@ -27,7 +27,7 @@ class HalfSteps(TrainerCallback):
         self._checks = WeightChecks(self.trainer.policy, None if optimizer is None else optimizer.base)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.l3m_optimizer is not None and args.half_steps == "joint":
+        if self.trainer.l3m_optimizer is not None and self.trainer.l3m.half_steps == "joint":
             self.trainer.add_constraint_gradient()
         groups: list[dict[str, Any]] = self.trainer.optimizer.param_groups  # type: ignore[union-attr]
         self._checks.before_step(max(float(group["lr"]) for group in groups))
@@ -36,7 +36,7 @@ class HalfSteps(TrainerCallback):
         self._checks.after_step()
         self._checks.finite(state.global_step + 1, "task")
         self.trainer.average_weights()
-        if self.trainer.l3m_optimizer is not None and args.half_steps == "alternating":
+        if self.trainer.l3m_optimizer is not None and self.trainer.l3m.half_steps == "alternating":
             if self.trainer.fewer_samples.leaves_out(self.trainer, state.global_step + 1):
                 self.trainer.l3m_optimizer.leave_out()
                 return
@@ -45,7 +45,7 @@ class HalfSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ranks that have drifted apart go on as if they had not: each with a model of its own."""
-        if args.world_size > 1 and args.agree_every and state.global_step % args.agree_every == 0:
-            trainer = self.trainer
+        trainer, every = self.trainer, self.trainer.l3m.agree_every
+        if args.world_size > 1 and every and state.global_step % every == 0:
             named = {} if trainer.sharded else dict(trainer.policy.named_parameters())
             agree(trainer.l3m_optimizer or trainer.optimizer, named=named, what=f"iteration {state.global_step}")

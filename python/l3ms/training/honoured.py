@@ -13,6 +13,7 @@ from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.constraints.constraint import Constraint
 from l3ms.model.sharding import fully_sharded
 from l3ms.training.arguments import L3MConfig
+from l3ms.training.settings import L3MSettings
 
 IN_BACKWARD = ("lomo", "adalomo")  # and those that end with "_layerwise": they step where a gradient is made
 
@@ -21,17 +22,11 @@ def check_options(args: Any, options: Mapping[str, Any]) -> None:
     """Before the Trainer is made. `options`: what it was given beside model and arguments. Raises `ValueError` naming the argument."""
     if not isinstance(args, L3MConfig):
         raise ValueError(f"args must be an l3ms.L3MConfig, got {type(args).__name__}")
-    refused = {
-        "compute_loss_func": "is not taken: the fused head gives it no logits; override L3MTrainer.compute_loss for another task loss",
-        "model_init": "is not taken: constraints are prepared for one model; give model=, and make a trainer for each run",
-    }
-    for name, why in refused.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{name} {why}")
-    if isinstance((options.get("optimizers") or (None,))[0], L3MOptimizer):
+    if options.get("compute_loss_func") is not None:
         raise ValueError(
-            "optimizers: give the plain optimizer; the trainer wraps it in an L3MOptimizer with its constraints"
+            "compute_loss_func is not taken: the fused head gives it no logits; override L3MTrainer.compute_loss for another task loss"
         )
+    check_given(options)
     if args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor must be 0: the fused head forms no distribution to smooth towards, "
@@ -39,6 +34,23 @@ def check_options(args: Any, options: Mapping[str, Any]) -> None:
         )
     if args.label_names is not None and "labels" not in args.label_names:
         raise ValueError(f'label_names must hold "labels", which the task loss is of, got {args.label_names}')
+    check_arguments(args)
+
+
+def check_given(options: Mapping[str, Any]) -> None:
+    """What a constrained trainer of any task is given beside its arguments."""
+    if options.get("model_init") is not None:
+        raise ValueError(
+            "model_init is not taken: constraints are prepared for one model; give model=, and make a trainer for each run"
+        )
+    if isinstance((options.get("optimizers") or (None,))[0], L3MOptimizer):
+        raise ValueError(
+            "optimizers: give the plain optimizer; the trainer wraps it in an L3MOptimizer with its constraints"
+        )
+
+
+def check_arguments(args: Any) -> None:
+    """The arguments of a constrained trainer of any task."""
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel must be False: it replaces the forward that the fused head is in")
     if args.auto_find_batch_size:
@@ -51,6 +63,18 @@ def check_options(args: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"optim={kind!r} steps while gradients are made: clipping and the half-steps would not be seen"
         )
+
+
+def check_functions(settings: L3MSettings, constraints: Sequence[Constraint]) -> None:
+    """Raises `ValueError` where a training would be constrained by nothing, or by what it cannot evaluate."""
+    if settings.solver == "none":
+        return
+    if all(constraint.monitor for constraint in constraints):
+        what = "all are monitors" if constraints else "none given"
+        raise ValueError(f'constraints: {what}; use solver="none" to fine-tune without')
+    for constraint in constraints:
+        if not constraint.samples and not constraint.data:
+            raise ValueError(f"constraint {constraint.name!r} has no function: the trainer cannot evaluate it")
 
 
 def check_parallelism(trainer: Any) -> None:
@@ -69,7 +93,7 @@ def check_parallelism(trainer: Any) -> None:
         raise ValueError(
             'model is in parts already (fully_shard): give the whole model, and fsdp="full_shard" to have it split'
         )
-    if trainer.is_deepspeed_enabled and trainer.args.solver != "none":
+    if trainer.is_deepspeed_enabled and trainer.l3m.solver != "none":
         raise ValueError(
             "deepspeed is not taken: its engine steps inside backward, where the two half-steps cannot be told apart; use FSDP, "
             'or solver="none"'
@@ -82,11 +106,11 @@ def check_parallelism(trainer: Any) -> None:
         )
 
 
-def needs_responses(args: L3MConfig, constraints: Sequence[Constraint]) -> bool:
+def needs_responses(args: L3MSettings, constraints: Sequence[Constraint]) -> bool:
     return args.solver != "none" and any(constraint.samples for constraint in constraints)
 
 
-def check_rollout(args: L3MConfig, constraints: Sequence[Constraint]) -> None:
+def check_rollout(args: L3MSettings, constraints: Sequence[Constraint]) -> None:
     """Raises `ValueError` for what is asked of sampled responses where none are trained on."""
     if args.solver == "none" or any(item.samples and not item.monitor for item in constraints):
         return

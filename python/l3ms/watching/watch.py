@@ -167,7 +167,7 @@ class Watch(TrainerCallback):
         args: Any = trainer.args
         found = evaluate(
             trainer.policy, trainer.processing_class, self._rows,
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed + trainer.state.global_step,
+            max_new_tokens=trainer.l3m.max_new_tokens, temperature=trainer.l3m.temperature, seed=args.seed + trainer.state.global_step,
             constraints=trainer.constraints, training={**trl_arguments(), "trainer_state": trainer.state},
         )  # fmt: skip
         gaps: dict[str, float] = {}
@@ -193,7 +193,7 @@ class Watch(TrainerCallback):
         names = list(rewards)
         gradients = reward_gradients(
             trainer.policy, rollout, list(rewards.values()),
-            temperature=args.temperature, batch_size=args.per_device_train_batch_size,
+            temperature=trainer.l3m.temperature, batch_size=args.per_device_train_batch_size,
         )  # fmt: skip
         if gradients is None:
             return

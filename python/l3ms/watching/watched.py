@@ -13,7 +13,8 @@ from l3ms.rollouts.rollout import Rollout
 class Watched(Protocol):
     """A training under constraints: `L3MTrainer` is one."""
 
-    args: Any  # seed, process_index, world_size, max_new_tokens, temperature, per_device_train_batch_size
+    args: Any  # seed, process_index, world_size, per_device_train_batch_size
+    l3m: Any  # max_new_tokens, temperature
     state: Any  # global_step, the iteration
     lr_scheduler: Any
     processing_class: Any  # the tokenizer

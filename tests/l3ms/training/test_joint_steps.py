@@ -7,7 +7,7 @@ import torch
 from training_runs import assert_same_weights, losses
 
 import l3ms
-import l3ms.training.trainer
+import l3ms.training.constraining
 
 
 @pytest.mark.parametrize("mu", [0.1, 0.02])
@@ -51,7 +51,7 @@ def test_the_trainer_steps_on_task_plus_barrier(make_model, train, monkeypatch):
             p.grad = torch.full_like(p, 1e-3)
         seen.append(float(1 / trainer.l3m_optimizer.task_weight))
 
-    monkeypatch.setattr(l3ms.training.trainer, "constraint_backward", known)
+    monkeypatch.setattr(l3ms.training.constraining, "constraint_backward", known)
     joint, _ = train(make_model(), half_steps="joint", max_steps=1, max_grad_norm=0)
     assert seen[0] > 2.0
     rate = 0.05  # the learning rate of these runs

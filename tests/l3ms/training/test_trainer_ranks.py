@@ -130,7 +130,9 @@ def test_sharded_ranks_end_where_whole_ones_do(start, tmp_path, kind):
         places = [str(tmp_path / f"{name}-{number}") for number in range(3)]
         again = {"on_trip": "warn", "place": places[2], "after": (places[0], 6), **short}
         runs[name] = start(
-            {"on_trip": "warn", "place": places[0], **short}, {"on_trip": "rollback", "place": places[1], **short}, again
+            {"on_trip": "warn", "place": places[0], **short},
+            {"on_trip": "rollback", "place": places[1], **short},
+            again,
         )
     for number, (split_ranks, whole_ranks) in enumerate(zip(runs["sharded"], runs["whole"], strict=True)):
         for split, whole in zip(split_ranks, whole_ranks, strict=True):

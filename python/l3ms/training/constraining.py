@@ -1,0 +1,205 @@
+"""What makes a trainer of transformers' a constrained one, whatever its task: the optimizer with the constraints, the constraint half-step,
+weights that are averaged, checkpoints and lines of the log. `L3MTrainer` is one, `constrained` makes others.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l3ms.barrier.optimizer import L3MOptimizer
+from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
+from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.data_nll import DataNLL
+from l3ms.constraints.trl_arguments import RewardLog
+from l3ms.model.columns import check_names
+from l3ms.model.orders import PromptOrder
+from l3ms.rollouts.rollout import Rollout
+from l3ms.training.averaging import AveragingTrainer
+from l3ms.training.checkpoints import rank_suffix
+from l3ms.training.constraint_step import constraint_backward
+from l3ms.training.fewer_samples import FewerSamples
+from l3ms.training.half_steps import HalfSteps
+from l3ms.training.resuming import load_progress, save_progress
+from l3ms.training.state_trees import load_tree, save_tree
+from l3ms.watching.watch import Watch
+
+
+class Constraining(AveragingTrainer):
+    """Mixed in before a trainer; `set_up` is called when that is made.
+
+    Attributes:
+        l3m: the settings.
+        l3m_optimizer: the `L3MOptimizer` in use, None before training and for solver="none".
+        last_rollout, last_rewards: the responses that were sampled last, and their rewards by constraint; None and empty before.
+        fewer_samples: which iterations sample, and what is kept of a rollout.
+        last_extra: what reward functions gave to TRL's `log_extra` in it, by column; what they give to `log_metric` is in the log, as
+            `rewards/<name>`, the mean over the calls since the last line.
+        constraint_data: of each data constraint the batches, in the order in which they are taken.
+        watched: what callbacks add to the next line of the log.
+        average: of the weights, with how many they are; None before `average_from`.
+        prompts: the rows to be answered, in the order in which they are taken.
+    """
+
+    constraints: tuple[Constraint, ...]
+    engine: Any
+    phases: Any
+    reading: Any  # a context: what goes wrong in it is a checkpoint's
+
+    def set_up(self, rows: Any, where: str) -> None:
+        """`rows`: whose prompts are answered, the argument `where`."""
+        self.l3m_optimizer: L3MOptimizer | None = None
+        self.last_rollout: Rollout | None = None
+        self.last_rewards: dict[str, list[float | None]] = {}
+        self.reward_log = RewardLog()
+        self.watched: dict[str, float] = {}
+        self.fewer_samples = FewerSamples(self.l3m.rollout_every, self.l3m.rollout_reuse)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = {"seed": seed, "rank": self.args.process_index, "world": self.args.world_size}
+        self.prompts = PromptOrder(rows, **order) if hasattr(rows, "__len__") else None
+        if self.prompts is not None and any(constraint.samples for constraint in self.constraints):
+            check_names(where, self.prompts.rows[0])
+        for constraint in self.constraints:
+            constraint.prepare(self.policy)
+        self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
+        self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
+        self.add_callback(HalfSteps(self))
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the responses are of this iteration."""
+        return self.fewer_samples.sampled
+
+    # ---- the optimizer ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        l3m: Any = self.l3m
+        base = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if l3m.solver != "none" and self.l3m_optimizer is None:  # a second train() goes on with the first one's
+            schedule = (NoiseFloorDecay if l3m.mu == "auto" else ExponentialDecay)(
+                1.0, l3m.mu_end, max(self._iterations(), 1)
+            )
+            self.optimizer = L3MOptimizer(
+                base,
+                self.constraints,
+                mu=schedule,
+                smoothing=l3m.smoothing,
+                max_grad_norm=self.args.max_grad_norm or None,
+                solver=l3m.solver_object(),
+                clipping=l3m.clipping,
+                length_norm=l3m.length_norm,
+                nonfinite=l3m.nonfinite,
+            )
+            self.l3m_optimizer = self.optimizer
+        return self.optimizer  # type: ignore[return-value]
+
+    def _iterations(self) -> int:
+        if self.state.max_steps > 0:  # train() has counted them
+            return self.state.max_steps
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(self.args.num_train_epochs * len(self.train_dataset) / per_step)  # type: ignore[arg-type]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Ours clips inside its step; clipping before it would hide an infinite norm behind a zero gradient."""
+        return super()._clip_grad_norm(model) if self.l3m_optimizer is None else None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before the step, which computes the norm: `log` takes it from there."""
+        return super()._get_grad_norm(model, grad_norm) if self.l3m_optimizer is None else None
+
+    # ---- the constraint half-step ----
+
+    @property
+    def last_extra(self) -> dict[str, list[Any]]:
+        return self.reward_log.columns
+
+    def reward_arguments(self) -> dict[str, Any]:
+        """For the reward functions of a half-step, as in TRL."""
+        self.reward_log.columns = {}
+        log = self.reward_log
+        return {"trainer_state": self.state, "log_extra": log.log_extra, "log_metric": log.log_metric}
+
+    def constraint_half_step(self) -> None:
+        """Sample responses, weigh them by their rewards, take the batches of the data constraints, backpropagate, step."""
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        self._backpropagate_constraints()
+        with self.phases.inside("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def _backpropagate_constraints(self) -> None:
+        with self.phases.inside("constraint"):
+            responses = constraint_backward(self)
+        self.last_rollout = self.last_rollout if responses is None else responses
+
+    def add_constraint_gradient(self) -> None:
+        """For a joint step: the task's gradient in `.grad` becomes that of (task + barrier) / S. Holds a second gradient meanwhile."""
+        optimizer: Any = self.l3m_optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        task = [(p, p.grad) for p in parameters if p.grad is not None]
+        for p, _ in task:
+            p.grad = None
+        self._backpropagate_constraints()
+        weight = optimizer.task_weight
+        for p, grad in task:
+            grad = grad * weight.to(grad)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+    # ---- weights, checkpoints and logs ----
+
+    @property
+    def taken_at_once(self) -> int:
+        data = [c.batch_size for c in self.constraints if isinstance(c, DataNLL)]
+        return max([self.l3m.constraint_batch_size, *data])  # type: ignore[attr-defined]
+
+    @property
+    def watches(self) -> list[Watch]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
+
+    def begin_watching(self) -> None:
+        before, self._watched_before = self._watched_before, []
+        for watch in self.watches:
+            watch.begin(self)
+        for watch, state in zip(self.watches, before, strict=False):
+            with self.reading():
+                watch.restore(state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        folder, suffix = Path(output_dir), rank_suffix(self.args)
+        average = None if self.average is None else self.average.whole()  # gathered by all ranks
+        if self.args.should_save:
+            averaged, counts = 0 if self.average is None else self.average.n_averaged, self.fewer_samples.counts()
+            save_progress(folder, self.prompts, averaged, average, self.constraint_data, counts)
+        self.fewer_samples.save_rollout(folder, suffix)
+        if self.watches:
+            save_tree(folder, f"watch{suffix}", [watch.state() for watch in self.watches])
+
+    def load_constraints(self, folder: Path) -> None:
+        """Where the run was, from a checkpoint: all but what the optimizer has."""
+        model, suffix = self.policy, rank_suffix(self.args)
+        self.average, counts = load_progress(folder, self.prompts, model, self.constraint_data)
+        self.fewer_samples.restore_counts(counts)
+        self.fewer_samples.load_rollout(folder, suffix, self.l3m.temperature, model)
+        if (folder / f"watch{suffix}.json").exists():
+            self._watched_before = load_tree(folder, f"watch{suffix}")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.l3m_optimizer is not None and "loss" in logs:
+            metrics = self.l3m_optimizer.metrics()
+            own = "task" if self.l3m.half_steps == "alternating" else "constraint"  # type: ignore[attr-defined]
+            logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
+            logs.update(self.fewer_samples.metrics())
+            if self.last_rollout is not None and self.fewer_samples.sampled:
+                logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
+            means = self.reward_log.means(self.args.world_size)
+            logs.update({f"rewards/{name}": value for name, value in means.items()})
+            logs.update(self.watched)
+            self.watched.clear()
+        super().log(logs, start_time)
