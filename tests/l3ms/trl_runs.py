@@ -1,5 +1,6 @@
 """Short runs of TRL's trainers under constraints: prompts of one word, a model of 17 tokens, on a CPU."""
 
+import importlib
 from typing import Any
 
 import l3ms
@@ -8,13 +9,18 @@ WORDS = ("a", "b", "c", "d", "e", "f")
 PROMPTS = [{"prompt": word, "number": n} for n, word in enumerate(WORDS * 4)]
 LONG, SHORT = "e f def name ( ) e f", "e f"  # of 9 and 3 tokens with the end
 
+COMMON: dict[str, Any] = {
+    "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05, "optim": "sgd",
+    "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
+    "disable_tqdm": True, "activation_checkpointing": False,
+}  # fmt: skip
+
 
 def settings(kind: str, folder: Any, **options: Any) -> Any:
     """The arguments of a trainer of TRL, or transformers' own."""
     import transformers
-    import trl
 
-    name = {"Trainer": "TrainingArguments"}.get(kind, f"{kind.removesuffix('Trainer')}Config")
+    name = "TrainingArguments" if kind == "Trainer" else f"{kind.removesuffix('Trainer')}Config"
     own: dict[str, Any] = {
         "GRPOTrainer": {"num_generations": 4, "max_completion_length": 16, "per_device_train_batch_size": 8},
         "RLOOTrainer": {"num_generations": 4, "max_completion_length": 16, "per_device_train_batch_size": 8},
@@ -22,13 +28,8 @@ def settings(kind: str, folder: Any, **options: Any) -> Any:
         "DPOTrainer": {"max_length": None},
         "Trainer": {"remove_unused_columns": False},
     }
-    common = {
-        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05, "optim": "sgd",
-        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
-        "disable_tqdm": True, "activation_checkpointing": False,
-    }  # fmt: skip
-    made = getattr(transformers if kind == "Trainer" else trl, name)
-    return made(**{**common, **own[kind], **options})
+    made = getattr(transformers if kind == "Trainer" else importlib.import_module("trl"), name)
+    return made(**{**COMMON, "output_dir": str(folder), **own[kind], **options})
 
 
 def dataset(kind: str, tokenizer: Any) -> Any:
@@ -58,7 +59,6 @@ def make(
 ) -> Any:
     """A constrained trainer of a `kind` by name, or of the class `base` of that kind. Options of it, and of its arguments."""
     import transformers
-    import trl
 
     given = {
         name: options.pop(name)
@@ -76,7 +76,7 @@ def make(
     given.setdefault("train_dataset", dataset(kind, tokenizer))
     model.save_pretrained(f"{folder}/start")  # where TRL finds the reference model
     model.name_or_path = model.config._name_or_path = f"{folder}/start"
-    base = base or getattr(transformers if kind == "Trainer" else trl, kind)
+    base = base or getattr(transformers if kind == "Trainer" else importlib.import_module("trl"), kind)
     return l3ms.constrained(base)(
         model=model, args=settings(kind, folder, **options), processing_class=tokenizer, constraints=constraints, **given
     )  # fmt: skip

@@ -24,7 +24,8 @@ def number(prompts, completions, number, **columns):
     return [None if n == 3 else len(text) % 3 + 0.1 * n for n, text in zip(number, completions, strict=True)]
 
 
-CONSTRAINTS = (l3ms.Length(max=5), l3ms.Constraint("number", number, min=1.5, max=2.5), l3ms.KL(max=0.1))
+def bounds():
+    return l3ms.Length(max=5), l3ms.Constraint("number", number, min=1.5, max=2.5), l3ms.KL(max=0.1)
 
 
 class Steps:
@@ -62,12 +63,13 @@ class Steps:
         if pending is not None:
             self.total, self.last = optimizer.estimates.total, pending.multiplier
             self.rollout, self.rewards = trainer.last_rollout, trainer.last_rewards
+            self.old = None if self.rollout is None else self.token_log_likelihood(self.rollout).detach()
         kept = [p.grad for p in trainer.model.parameters()]
         trainer.model.zero_grad()
         for batch in self.batches:  # as TRL made it: its advantages are the task's
             loss = self.base._compute_loss(trainer, trainer.model, batch)
             (loss if self.base.__name__ == "GRPOTrainer" else loss / len(self.batches)).backward()
-        (self.barrier(optimizer.estimates) / self.divisor()).backward()
+        self.barrier(optimizer.estimates).backward()
         self.batches = []
         self.found.append((ours, self.gradient() / self.total))
         for p, grad in zip(trainer.model.parameters(), kept, strict=True):
@@ -78,27 +80,38 @@ class Steps:
         of = {"rloo": 1, "luspo": 1, "dr_grpo": self.trainer.max_completion_length}
         return of.get(kind, float(self.rollout.lengths.float().mean()))
 
+    def token_log_likelihood(self, batch, temperature=None):
+        logits = self.trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"][:, 1:]
+        logits = logits[:, :-1] / (batch.temperature if temperature is None else temperature)
+        token = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0].double()
+        return torch.where(labels != -100, token, 0.0)
+
     def barrier(self, estimates):
-        """sum_k lambda_k sign_k / scale_k mean_n (c_n - b_n) log pi(y_n), with b_n the mean of the others that have a value."""
-        inputs = {name: self.rollout[name] for name in ("input_ids", "attention_mask")}
-        logits = self.trainer.model(**inputs).logits[:, :-1] / self.rollout.temperature
-        labels = self.rollout.labels[:, 1:]
-        token = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        log_pi = (token * (labels != -100)).sum(1).double()
+        """sum_k lambda_k sign_k / scale_k C_k: of samples mean_n (c_n - b_n) ratio_n / d, b_n the mean of the others; of data the mean
+        loss."""
         loss = torch.zeros((), dtype=torch.float64)
         for k, owner in enumerate(estimates.owner):
             constraint = estimates.constraints[owner]
-            values = self.rewards[constraint.name]
-            known = [n for n, value in enumerate(values) if value is not None]
-            c = torch.tensor([values[n] for n in known], dtype=torch.float64)
-            others = (c.sum() - c) / (len(c) - 1)
             sign, _, scale = estimates.bounds.table[k, :3]
-            loss = loss + self.last[k] * sign / scale * ((c - others) * log_pi[known]).mean()
+            if constraint.data:
+                batch = self.trainer._data[constraint.name][0]
+                nll = -self.token_log_likelihood(batch, 1.0).sum(1) / (batch["labels"][:, 1:] != -100).sum(1)
+                value = nll.mean()
+            else:
+                values = self.rewards[constraint.name]
+                known = [n for n, value in enumerate(values) if value is not None]
+                c = torch.tensor([values[n] for n in known], dtype=torch.float64)
+                others = (c.sum() - c) / (len(c) - 1)
+                ratio = (self.token_log_likelihood(self.rollout) - self.old).exp()
+                ratio = (ratio * (self.rollout.labels[:, 1:] != -100)).sum(1)
+                value = ((c - others) * ratio[known]).mean() / self.divisor()
+            loss = loss + self.last[k] * sign / scale * value
         return loss
 
 
 def run(steps, kind, folder, tokenizer, model, **options):
-    constraints = options.pop("constraints", CONSTRAINTS)
+    constraints = options.pop("constraints", None) or bounds()
     steps.trainer = trl_runs.make(
         kind, folder, tokenizer, model, constraints=constraints, base=steps.recorded, **options
     )
@@ -140,3 +153,51 @@ def test_a_step_is_on_task_plus_barrier(kind, options, tmp_path, tokenizer, make
         options = {**options, "epsilon_high": 5.0}
     trainer = run(Steps(kind, monkeypatch), kind, tmp_path, tokenizer, make_model(gain=0.3), **options)
     assert trainer.l3m_optimizer.constraint_steps == 3
+
+
+def general(count=6):
+    return [{"input_ids": [3 + n, 4, 5 + n, 1], "labels": [-100, 4, 5 + n, 1]} for n in range(count)]
+
+
+def test_samples_are_observed_once_however_often_they_are_used(tmp_path, tokenizer, make_model, monkeypatch):
+    """Two optimizer steps from each sampling: the second is on the same gradient, with the ratios of then; mu and the estimates wait."""
+    steps = Steps("GRPOTrainer", monkeypatch)
+    constraints = (*bounds(), l3ms.DataNLL("general", general(), max=1.0, batch_size=3))
+    trainer = run(
+        steps, "GRPOTrainer", tmp_path, tokenizer, make_model(gain=0.3), constraints=constraints, num_iterations=2, max_steps=4,
+        loss_type="grpo", epsilon=1e9, learning_rate=0.01,
+    )  # fmt: skip
+    assert steps.fresh == [True, False, True, False]
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    assert log[0]["l3m/mu"] == log[1]["l3m/mu"] > log[2]["l3m/mu"] == log[3]["l3m/mu"]
+    assert log[0]["constraints/length/estimate"] == log[1]["constraints/length/estimate"]
+    assert log[1]["constraints/general/estimate"] != log[2]["constraints/general/estimate"]
+    assert trainer.l3m_optimizer.constraint_steps == 2
+    schedule = trainer.l3m_optimizer.schedule
+    assert schedule.steps == 2
+
+
+def test_a_sampling_for_two_steps_is_observed_once(tmp_path, tokenizer, make_model, monkeypatch):
+    trainer = trl_runs.make(
+        "RLOOTrainer", tmp_path, tokenizer, make_model(gain=0.3), constraints=bounds(), steps_per_generation=4,
+        gradient_accumulation_steps=2, max_steps=4, beta=0.0, per_device_train_batch_size=4,
+    )  # fmt: skip
+    fresh = []
+    step = L3MOptimizer.step
+
+    def seen(optimizer, closure=None):
+        fresh.append(optimizer.estimates.pending is not None)
+        step(optimizer)
+
+    monkeypatch.setattr(L3MOptimizer, "step", seen)
+    trainer.train()
+    assert fresh == [True, False, True, False]
+    assert len(trainer.last_rollout) == 16
+
+
+def test_data_alone_bounds_a_trainer_that_samples(tmp_path, tokenizer, make_model, monkeypatch):
+    steps = Steps("RLOOTrainer", monkeypatch)
+    constraints = (l3ms.DataNLL("general", general(), max=1.0, batch_size=3), l3ms.Length(monitor=True))
+    trainer = run(steps, "RLOOTrainer", tmp_path, tokenizer, make_model(gain=0.3), constraints=constraints, beta=0.0)
+    assert "constraints/length/estimate" in trainer.state.log_history[0]
+    assert float(steps.total) > 1

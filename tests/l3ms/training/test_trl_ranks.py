@@ -1,0 +1,73 @@
+"""TRL's trainers under constraints on two processes: the ranks agree bit for bit, and do what one process does with the whole batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("trl") is None, reason='trl is not installed: pip install ".[trl]"'),
+]
+SCRIPT = Path(__file__).resolve().parents[1] / "trl_ranks.py"
+KINDS = ("SFTTrainer", "DPOTrainer", "GRPOTrainer", "RLOOTrainer")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tokenizer):
+    """What one process found, and each of two."""
+    import transformers
+    from conftest import SIZES  # type: ignore[import-not-found]
+
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer.save_pretrained(folder / "model")
+    settings = transformers.LlamaConfig(**SIZES, vocab_size=17, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(settings).save_pretrained(folder / "model")
+    return [start(folder, world) for world in (1, 2)]
+
+
+def start(folder, world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = folder / str(world)
+    place.mkdir()
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    if world > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    command = [sys.executable, str(SCRIPT), str(folder / "model"), str(place), str(8 // world)]
+    of_rank = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {} for rank in range(world)]
+    processes = [subprocess.Popen(command, env={**environment, **own}) for own in of_rank]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0] * world
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_agree_and_do_what_one_process_does(ranks, kind):
+    [[one], [first, second]] = ranks
+    one, first, second = one[kind], first[kind], second[kind]
+    assert first["l3m"] == second["l3m"]
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert first["sampled"] == one["sampled"]
+    for ours, whole in zip(first["weights"], one["weights"], strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
+    assert len(first["log"]) == len(one["log"]) == 3
+    for ours, whole in zip(first["log"], one["log"], strict=True):
+        for name in whole:
+            if name.startswith("constraints/") or name == "l3m/mu":
+                assert ours[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
+    assert one["log"][-1]["constraints/length/lambda"] > 0

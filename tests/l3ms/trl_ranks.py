@@ -1,0 +1,97 @@
+"""One rank of `test_trl_ranks.py`, or all of it: trainers under constraints whose responses are scripted, started as torchrun does.
+
+python trl_ranks.py MODEL FOLDER ROWS; writes FOLDER/RANK.pt. ROWS: of a batch, on each rank.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl_runs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer, RLOOTrainer
+
+import l3ms
+from l3ms.rollouts.engines import Response, as_engine
+
+BATCH = 8  # of all ranks
+
+
+def scripted(place: int, turn: int) -> list[int]:
+    """The response at a place of a batch of all ranks, in a turn; some end, some are cut."""
+    length = 1 + (5 * place + 3 * turn + place * turn) % 7
+    return [*(3 + (place * 7 + turn * 3 + token) % 14 for token in range(length)), *([1] if place % 3 else [])]
+
+
+def online(kind: str, base: Any, folder: Path, tokenizer: Any, model: Any, rows: int, **options: Any) -> Any:
+    class Scripted(base):
+        turn = 0
+
+        def _generate_single_turn(self, prompt_ids, *rest, **named):
+            self.turn += 1
+            first = self.accelerator.process_index * len(prompt_ids)
+            answers = [scripted(first + row, self.turn) for row in range(len(prompt_ids))]
+            return (answers, None) if base is GRPOTrainer else answers
+
+    data = l3ms.DataNLL("general", general(), max=1.0, batch_size=rows // 2)
+    bounds = (l3ms.Length(max=3), l3ms.KL(max=0.1), data)
+    trainer = trl_runs.make(
+        kind, folder / kind, tokenizer, model, constraints=bounds, base=Scripted, per_device_train_batch_size=rows, **options
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def offline(kind: str, folder: Path, tokenizer: Any, model: Any, rows: int) -> Any:
+    l3m = l3ms.L3MSettings(constraint_batch_size=rows, max_new_tokens=16)
+    data = l3ms.DataNLL("general", general(), max=1.0, batch_size=rows // 2)
+    bounds = (l3ms.Length(max=3), l3ms.KL(max=0.1), data)
+    trainer = trl_runs.make(
+        kind, folder / kind, tokenizer, model, constraints=bounds, per_device_train_batch_size=rows, l3m=l3m
+    )
+    calls = []
+
+    def sample(prompts, *, end, **options):
+        """By the prompt alone, which is one word."""
+        calls.append(1)
+        return [Response(ids := scripted(prompt[-1], len(calls)), ids[-1] in end, None) for prompt in prompts]
+
+    trainer.engine = as_engine(sample)
+    trainer.train()
+    return trainer
+
+
+def general() -> list[dict[str, Any]]:
+    return [{"input_ids": [3 + n, 4, 5 + n, 1], "labels": [-100, 4, 5 + n, 1]} for n in range(BATCH // 2)]
+
+
+def found(trainer: Any) -> dict[str, Any]:
+    return {
+        "weights": [parameter.detach().clone() for parameter in trainer.policy.parameters()],
+        "l3m": trainer.l3m_optimizer.metrics(),
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+        "sampled": trainer.fewer_samples.sampled_tokens,
+    }
+
+
+def runs(model: str, folder: Path, rows: int) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def policy():
+        return AutoModelForCausalLM.from_pretrained(model)
+
+    grpo = {"loss_type": "grpo", "beta": 0.1, "learning_rate": 0.02}
+    return {
+        "SFTTrainer": found(offline("SFTTrainer", folder, tokenizer, policy(), rows)),
+        "DPOTrainer": found(offline("DPOTrainer", folder, tokenizer, policy(), rows)),
+        "GRPOTrainer": found(online("GRPOTrainer", GRPOTrainer, folder, tokenizer, policy(), rows, **grpo)),
+        "RLOOTrainer": found(online("RLOOTrainer", RLOOTrainer, folder, tokenizer, policy(), rows, learning_rate=0.02)),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, folder, rows = sys.argv[1:]
+    torch.save(runs(model, Path(folder), int(rows)), Path(folder) / f"{os.environ.get('RANK', '0')}.pt")
