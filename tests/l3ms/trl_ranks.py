@@ -3,6 +3,7 @@
 python trl_ranks.py MODEL FOLDER ROWS; writes FOLDER/RANK.pt. ROWS: of a batch, on each rank.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 import trl_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOTrainer, RLOOTrainer
 
 import l3ms
 from l3ms.rollouts.engines import Response, as_engine
 
+trl: Any = importlib.import_module("trl")
 BATCH = 8  # of all ranks
 
 
@@ -33,7 +34,7 @@ def online(kind: str, base: Any, folder: Path, tokenizer: Any, model: Any, rows:
             self.turn += 1
             first = self.accelerator.process_index * len(prompt_ids)
             answers = [scripted(first + row, self.turn) for row in range(len(prompt_ids))]
-            return (answers, None) if base is GRPOTrainer else answers
+            return (answers, None) if base is trl.GRPOTrainer else answers
 
     data = l3ms.DataNLL("general", general(), max=1.0, batch_size=rows // 2)
     bounds = (l3ms.Length(max=3), l3ms.KL(max=0.1), data)
@@ -86,8 +87,10 @@ def runs(model: str, folder: Path, rows: int) -> dict[str, Any]:
     return {
         "SFTTrainer": found(offline("SFTTrainer", folder, tokenizer, policy(), rows)),
         "DPOTrainer": found(offline("DPOTrainer", folder, tokenizer, policy(), rows)),
-        "GRPOTrainer": found(online("GRPOTrainer", GRPOTrainer, folder, tokenizer, policy(), rows, **grpo)),
-        "RLOOTrainer": found(online("RLOOTrainer", RLOOTrainer, folder, tokenizer, policy(), rows, learning_rate=0.02)),
+        "GRPOTrainer": found(online("GRPOTrainer", trl.GRPOTrainer, folder, tokenizer, policy(), rows, **grpo)),
+        "RLOOTrainer": found(
+            online("RLOOTrainer", trl.RLOOTrainer, folder, tokenizer, policy(), rows, learning_rate=0.02)
+        ),
     }
 
 

@@ -13,15 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.training.constraining import Constraining
 from l3ms.training.honoured import check_arguments, check_functions, check_given, check_parallelism, check_rollout
 from l3ms.training.own_forward import share_forward
 from l3ms.training.phases import Phases
 from l3ms.training.settings import L3MSettings
-from l3ms.training.trl_options import check_arguments_of, check_settings, check_whole_model, prompt_rows
+from l3ms.training.trl_options import (
+    check_arguments_of,
+    check_settings,
+    check_tokenizer,
+    check_whole_model,
+    prompt_rows,
+)
 
 
 class GivenTrainer(Constraining):
@@ -66,11 +70,8 @@ class GivenTrainer(Constraining):
         return prompt_rows(self.given_name, prompts, given.get("train_dataset"), self.constraints)
 
     def _check_samples(self, rows: Any) -> None:
-        if rows is not None and not isinstance(self.processing_class, PreTrainedTokenizerBase):
-            kind = type(self.processing_class).__name__
-            raise ValueError(
-                f"processing_class: constraints that sample responses need the model's tokenizer, got {kind}"
-            )
+        if rows is not None:
+            check_tokenizer(self.processing_class)
 
     def _calls_head(self) -> bool:
         """Whether anything goes through the fused head."""

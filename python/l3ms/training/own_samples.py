@@ -52,7 +52,7 @@ from l3ms.rollouts.engines import Response
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.constraint_step import rewards_of
 from l3ms.training.given_trainers import GivenTrainer
-from l3ms.training.trl_options import check_own_samples, check_sampling_of, own_tokenizer
+from l3ms.training.trl_options import check_own_samples, check_sampling_of, check_tokenizer
 
 OURS = "l3m_weights"  # (B,) beside the advantages in a batch: k / S
 BY_LENGTH = ("grpo", "sapo")  # loss types that divide by each response's own length
@@ -87,7 +87,8 @@ class OwnSamples(GivenTrainer):
 
     def _check_samples(self, rows: Any) -> None:
         if self.l3m.solver != "none":
-            check_sampling_of(self.given_name, self.args)
+            check_sampling_of(self.args)
+            check_tokenizer(self.processing_class)
         length = self.args.max_completion_length
         self.l3m = replace(self.l3m, max_new_tokens=length, temperature=self.args.temperature)  # for who reads them
 
@@ -133,8 +134,12 @@ class OwnSamples(GivenTrainer):
         theirs: Any = super()
         batch = theirs._generate_and_score_completions(inputs)
         if self._weights is not None:
+            if "tool_mask" in batch:
+                raise ValueError(
+                    "rollout_func: its env_mask says that parts of the completions are not the policy's, but rewards and lengths count them"
+                )
             batch[OURS], self._weights = self._weights, None
-            mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+            mask = batch["completion_mask"]
             sums: Any = torch.stack([mask.sum(), mask.new_tensor(len(mask))]).float()
             sums = self.accelerator.reduce(sums, reduction="sum")
             tokens, count = sums.tolist()
@@ -161,12 +166,13 @@ class OwnSamples(GivenTrainer):
         self._total = optimizer.estimates.total
 
     def _responses(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Rollout:
-        end = {*self.eos_token_ids, own_tokenizer(self).pad_token_id}  # as TRL tells those that were cut
+        tokenizer: Any = self.processing_class
+        end = {*self.eos_token_ids, tokenizer.pad_token_id}  # as TRL tells those that were cut
         answers = [Response(list(ids), ids[-1] in end, None) for ids in completion_ids]
         known = ("prompt", "completion", "completion_ids")
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in known}
         responses = Rollout.from_tokens(
-            own_tokenizer(self), prompts, self._prompt_ids, answers, columns,
+            tokenizer, prompts, self._prompt_ids, answers, columns,
             temperature=self.temperature, device=self.args.device,
         )  # fmt: skip
         return replace(responses, completions=list(completions))
@@ -190,7 +196,7 @@ class OwnSamples(GivenTrainer):
             return theirs._compute_loss(model, inputs)
         total = self._total.float()
         if weights is not None:
-            length = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).sum(1).float()
+            length = inputs["completion_mask"].sum(1).float()
             ours = weights * total * self._length_factor(length)
             inputs = {**inputs, "advantages": inputs["advantages"] + ours.to(inputs["advantages"])}
         return theirs._compute_loss(model, inputs) / total

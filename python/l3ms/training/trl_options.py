@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from l3ms.constraints.constraint import Constraint
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.settings import L3MSettings
@@ -66,7 +68,7 @@ def check_own_samples(where: str, l3m: L3MSettings, given: Mapping[str, Any], pr
             )
 
 
-def check_sampling_of(where: str, args: Any) -> None:
+def check_sampling_of(args: Any) -> None:
     """The arguments of a trainer that samples by itself, as it has completed them."""
     for name, plain in PLAIN_SAMPLING.items():
         value = getattr(args, name, None)
@@ -100,9 +102,12 @@ def check_whole_model(trainer: Any, where: str) -> None:
         )
 
 
-def own_tokenizer(trainer: Any) -> Any:
-    """Of a processor, which images have as well, the tokenizer in it."""
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+def check_tokenizer(given: Any) -> None:
+    """Of a trainer whose responses are looked at."""
+    if not isinstance(given, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class: constraints on responses need the model's tokenizer, and take no images, got {type(given).__name__}"
+        )
 
 
 def prompt_rows(where: str, prompts: Any, rows: Any, constraints: Sequence[Constraint]) -> Any:

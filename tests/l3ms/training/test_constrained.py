@@ -1,7 +1,10 @@
 """`constrained(TrainerClass)`: what all of them share, on transformers' own Trainer; TRL's where it is installed."""
 
+import importlib
 import logging
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +87,7 @@ def test_half_steps_are_those_of_the_trainer_of_ours(make, tmp_path, tokenizer, 
         make_model(gain=0.3), args, constraints=bounds(), train_dataset=rows, processing_class=tokenizer
     )
     ours.train()
+    assert ours.last_rollout is not None
     assert_same_weights(trainer.model, ours.model, tolerance=1e-5)
     assert trainer.last_rollout.completions == ours.last_rollout.completions
 
@@ -176,8 +180,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(make):
 @TRL
 def test_an_optimizer_of_ones_own_is_warned_of(make, caplog, tmp_path, tokenizer, make_model):
     """Given to a trainer of TRL its constraints have no part in the training."""
-    import trl
-
+    trl: Any = importlib.import_module("trl")
     model = make_model(gain=0.3)
     optimizer = l3ms.L3MOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), [l3ms.Length(max=5)])
     args = trl_runs.settings("SFTTrainer", tmp_path, max_steps=20, logging_steps=20)
@@ -185,7 +188,50 @@ def test_an_optimizer_of_ones_own_is_warned_of(make, caplog, tmp_path, tokenizer
     with caplog.at_level(logging.WARNING, logger="l3ms"):
         trl.SFTTrainer(
             model, args, train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, None)
-        ).train()  # type: ignore[arg-type]
+        ).train()
     [said] = [record.getMessage() for record in caplog.records if record.name.startswith("l3ms")]
     assert "20 steps, and nothing was observed: the constraints (length) have no part in this training" in said
     assert "l3ms.constrained(TrainerClass)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*OFFLINE, *ONLINE])
+def test_in_bfloat16_and_with_activations_made_again(kind, make):
+    plain, saving = make(kind), make(kind, activation_checkpointing=True)
+    for trainer in (plain, saving):
+        trainer.train()
+    assert_same_weights(saving.policy, plain.policy, tolerance=1e-5)
+    rounded = make(kind, bf16=True, max_steps=1)
+    rounded.train()
+    first = [trainer.state.log_history[0] for trainer in (plain, rounded)]
+    assert first[0]["constraints/length/estimate"] == pytest.approx(first[1]["constraints/length/estimate"], abs=4.0)
+    assert rounded.l3m_optimizer.constraint_steps == 1
+
+
+@TRL
+@pytest.mark.slow
+def test_the_quick_start_of_the_page_runs(tmp_path, tokenizer, make_model, monkeypatch):
+    """As it is written, but for the model, the data and where it runs."""
+    import datasets
+
+    trl: Any = importlib.import_module("trl")
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_model(gain=0.3, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "trl.md").read_text()
+    first, second = [block.split("```")[0] for block in page.split("```python\n")[1:3]]
+    changed = [line for line in first.splitlines() if line.rstrip().endswith(("# 1", "# 2", "# 3"))]
+    assert len(changed) == 3
+    data = datasets.Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in trl_runs.PROMPTS]
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
+    monkeypatch.setattr(importlib.import_module("trl.trainer.grpo_trainer"), "GRPOConfig", lambda folder: trl_runs.settings(
+        "GRPOTrainer", tmp_path / folder, max_completion_length=32, max_steps=2,
+    ))  # fmt: skip
+    monkeypatch.setattr(importlib.import_module("trl.rewards"), "accuracy_reward", trl_runs.longer)
+    names: dict[str, Any] = {}
+    exec(first.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "model")), names)
+    assert isinstance(names["trainer"], trl.GRPOTrainer)
+    assert names["trainer"].l3m_optimizer.constraint_steps == 2
+    exec(second, names)
+    assert names["verdict"].verdict in ("SATISFIED", "VIOLATED", "INCONCLUSIVE")

@@ -36,7 +36,7 @@ class Steps:
         self.batches: list[dict] = []  # since the last step
         self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.trainer: Any = None
-        self.multipliers: list[torch.Tensor] = []
+        self.old: Any = None
         self.fresh: list[bool] = []
         outer, step = self, L3MOptimizer.step
 
