@@ -241,7 +241,6 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         Where `base` is one of torch's Adam, AdamW, SGD (without dampening) or Adagrad with `fused=True` and no gradient is float64, the
         clipping is part of its kernel and the host waits for nothing; `.grad` holds the clipped gradient afterwards. Other optimizers
         cost a multiplication of the gradients where they are clipped, and on a GPU one wait.
-
         `closure` is called once, before all else, and its value returned: Lightning's manual optimization hands over one that does nothing.
 
         Raises:
@@ -264,8 +263,8 @@ class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
         self._progress.skipped = self._progress.skipped + skipped
         # An exactly zero gradient of the constraints says nothing; stepping on it would only replay the task's momentum.
         apply(self.base, grads, clipped.factor, skipped | (clipped.norm == 0) if constrained else skipped)
-        self.estimates.total = self.estimates.total if constrained else None  # of `step_again`, for one step
         self._reports.send(self._advance(~skipped) if constrained else StepNumbers(self._progress.in_a_row))
+        self.estimates.total = None  # also that of `step_again`, which is for one step
         if self._reports.failure is not None:
             raise RuntimeError(self._reports.failure)
         return loss
