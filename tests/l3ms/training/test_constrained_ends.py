@@ -15,7 +15,7 @@ TRL = pytest.mark.skipif(find_spec("trl") is None, reason='trl is not installed:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning"),
 ]
 BOUND = 0.3
 WANTED, UNWANTED = 7, 8  # "e", with which the answers of the data begin, and "f"

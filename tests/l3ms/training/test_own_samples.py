@@ -15,7 +15,7 @@ from l3ms.barrier.optimizer import L3MOptimizer
 trl = pytest.importorskip("trl", reason='trl is not installed: pip install ".[trl]"')
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning"),
 ]
 
 
