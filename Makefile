@@ -92,13 +92,13 @@ bench-gpu: $(VENV)/peers ## build for the CUDA device that is here, check, measu
 	-$(PIP) install -q $(GPU_PEERS)
 	$(BIN)/python bench/gpu_run.py --output $${OUT:-out/bench-gpu} $(ARGS)
 
-bench-results: $(VENV)/peers ## measure all for bench/results and the README: hours, on an idle machine
+bench-results: $(VENV)/peers ## measure all for bench/results and docs/benchmarks.md: hours, on an idle machine
 	$(BIN)/l3ms bench --full --output bench/results $(ARGS)
-	$(BIN)/python bench/update_readme.py
+	$(BIN)/python bench/update_page.py
 
-bench-iteration: $(VENV)/rivals ## a whole iteration beside a plain loop and TRL's steps, for bench/results and the README; ARGS="--model real --yes"
+bench-iteration: $(VENV)/rivals ## a whole iteration beside a plain loop and TRL's steps, for bench/results and docs/benchmarks.md; ARGS="--model real --yes"
 	$(BIN)/l3ms bench --op iteration --output bench/results --add $(ARGS)
-	$(BIN)/python bench/update_readme.py
+	$(BIN)/python bench/update_page.py
 
 conformance: dev ## every causal LM of transformers and adapter of peft against its own logits; docs/conformance.md; ARGS="llama LORA --dry"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance $(ARGS)

@@ -308,10 +308,10 @@ def _target(given: argparse.Namespace, device: str) -> Path:
 
 
 def results(given: argparse.Namespace) -> int:
-    """What the other steps found, entered into the file of the race; and what the README would say."""
+    """What the other steps found, entered into the file of the race; and what docs/benchmarks.md would say."""
     from l3ms.benchmark import parts
     from l3ms.benchmark.figure import save
-    from l3ms.benchmark.readme import section
+    from l3ms.benchmark.page import section
 
     device = "cpu" if given.rehearse else "cuda"
     target = _target(given, device)
@@ -319,7 +319,7 @@ def results(given: argparse.Namespace) -> int:
     found.parts = parts.parts_of(json.loads((given.output / "run.json").read_text())["records"])
     parts.save(found, target)
     print(section([found]))
-    print(f"to keep it: cp {target.with_suffix('')}.* bench/results/ && python bench/update_readme.py")
+    print(f"to keep it: cp {target.with_suffix('')}.* bench/results/ && python bench/update_page.py")
     if found.cases:
         save(found, target.with_suffix(".png"))
     return 0

@@ -1,4 +1,4 @@
-"""Results as tables: rows of text once, shown in the terminal (rich), in a Markdown file and in the README."""
+"""Results as tables: rows of text once, shown in the terminal (rich), in a Markdown file and in docs/benchmarks.md."""
 
 from __future__ import annotations
 

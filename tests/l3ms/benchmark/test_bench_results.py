@@ -1,4 +1,4 @@
-"""What a benchmark writes and shows, from results that are made up here; the README's table is the one that the committed JSON gives."""
+"""What a benchmark writes and shows, from results that are made up here; the tables of docs/benchmarks.md are those that the committed JSON gives."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,7 +8,7 @@ import pytest
 
 from l3ms.benchmark.environment import Environment, cpu_name, describe
 from l3ms.benchmark.figure import groups, save
-from l3ms.benchmark.readme import BEGIN, END, NOT_MEASURED, rewrite, section
+from l3ms.benchmark.page import BEGIN, END, NOT_MEASURED, rewrite, section
 from l3ms.benchmark.results import CaseResult, Measurement, Part, Results, Scaling, ScalingPoint, read, write
 from l3ms.benchmark.tables import bytes_text, case_grid, grids, markdown, report, scaling_grid, seconds_text
 from l3ms.config.yaml_reader import ConfigError
@@ -158,7 +158,7 @@ def test_report_and_picture(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_section_of_the_readme(tmp_path):
+def test_section_of_the_page(tmp_path):
     text = section([results(case("fp32"), case(masked=0.4), case(), case(op="frozen"))])
     assert (
         "| | bf16, all scored | bf16, 40% unscored | fp32, all scored | memory, bf16 | memory, fp32 |"
@@ -169,24 +169,24 @@ def test_section_of_the_readme(tmp_path):
     assert "not run: gone: needs a GPU" in text
     assert "25% in bf16 with 0% unscored" in text
     assert "bench/results/fast-cpu-2ghz-2-cores.md" in text
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n\n{BEGIN}\nold\n{END}\n\nb\n")
-    assert rewrite(readme, [results(case())])
-    assert not rewrite(readme, [results(case())])
-    assert readme.read_text().startswith(f"a\n\n{BEGIN}\n`weighted_log_likelihood`")
-    assert rewrite(readme, [])
-    assert readme.read_text() == f"a\n\n{BEGIN}\n{NOT_MEASURED}\n{END}\n\nb\n"
-    readme.write_text("nothing")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"a\n\n{BEGIN}\nold\n{END}\n\nb\n")
+    assert rewrite(page, [results(case())])
+    assert not rewrite(page, [results(case())])
+    assert page.read_text().startswith(f"a\n\n{BEGIN}\n`weighted_log_likelihood`")
+    assert rewrite(page, [])
+    assert page.read_text() == f"a\n\n{BEGIN}\n{NOT_MEASURED}\n{END}\n\nb\n"
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="has no <!-- benchmark"):
-        rewrite(readme, [])
+        rewrite(page, [])
 
 
-def test_readme_says_what_the_committed_results_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_says_what_the_committed_results_say():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     shown = text.partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
     committed = [read(path) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
-    assert shown == section(committed), "python bench/update_readme.py"
+    assert shown == section(committed), "python bench/update_page.py"
     for found in committed:
         assert (ROOT / "bench" / "results" / f"{found.name}.md").read_text(encoding="utf-8") == report(found)
     if not committed:
-        pytest.skip("no results are committed yet: the README says so")
+        pytest.skip("no results are committed yet: the page says so")

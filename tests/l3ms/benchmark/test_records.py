@@ -60,7 +60,7 @@ def test_what_is_none(value, message):
 def test_the_benchmark_needs_no_pydantic():
     code = (
         "import sys; sys.modules['pydantic'] = None\n"
-        "import l3ms.benchmark.run, l3ms.benchmark.figure, l3ms.benchmark.readme, l3ms.benchmark.scaling"
+        "import l3ms.benchmark.run, l3ms.benchmark.figure, l3ms.benchmark.page, l3ms.benchmark.scaling"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

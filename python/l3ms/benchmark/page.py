@@ -1,4 +1,4 @@
-"""The README's benchmark table, made from a committed results file and from nothing else."""
+"""The tables of docs/benchmarks.md, made from a committed results file and from nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ITERATION_NOT_MEASURED = (
 
 
 def section(measured: Sequence[Results]) -> str:
-    """What stands between the README's two marks: a table per machine."""
+    """What stands between the page's two marks: a table per machine."""
     tables = [_of_machine(results) for results in measured if results.cases]
     if not measured:
         return NOT_MEASURED
@@ -72,7 +72,7 @@ def _of_machine(results: Results) -> str:
 
 def _link(results: Results) -> str:
     name = f"bench/results/{results.name}.md"
-    return f"[{name}]({name})"
+    return f"[{name}](../{name})"  # from docs/
 
 
 def _shown(results: Results) -> list[CaseResult]:
@@ -119,12 +119,12 @@ def _limits(cases: list[CaseResult]) -> list[str]:
     return [f"ours runs at this share of the speed of the bare products: {', '.join(shares)}"] if shares else []
 
 
-def rewrite(readme: Path, measured: Sequence[Results]) -> bool:
-    """Put the section into the README; whether that changed it."""
-    text = readme.read_text(encoding="utf-8")
+def rewrite(page: Path, measured: Sequence[Results]) -> bool:
+    """Put the section into the page; whether that changed it."""
+    text = page.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?\n{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{readme}: has no {BEGIN} ... {END}")
+        raise ValueError(f"{page}: has no {BEGIN} ... {END}")
     changed = pattern.sub(lambda _: f"{BEGIN}\n{section(measured)}\n{END}", text)
-    readme.write_text(changed, encoding="utf-8")
+    page.write_text(changed, encoding="utf-8")
     return changed != text
