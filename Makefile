@@ -103,11 +103,12 @@ bench-iteration: $(VENV)/rivals ## a whole iteration beside a plain loop and TRL
 conformance: dev ## every causal LM of transformers and adapter of peft against its own logits; docs/conformance.md; ARGS="llama LORA --dry"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance $(ARGS)
 
-docs: $(VENV)/documented ## the pages as a site in build/site
+docs: $(VENV)/documented ## the pages as a site in build/site, with the API from the docstrings; a broken link or name is an error
 	rm -rf build/pages build/site
 	mkdir -p build/pages
-	cp -r *.md docs experiments bench build/pages
-	$(BIN)/mkdocs build --quiet
+	cp -r *.md LICENSE docs examples experiments bench build/pages
+	find build/pages -name __pycache__ -prune -exec rm -rf {} +
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: dev ## style: ruff and clang-format
 	$(BIN)/ruff check
@@ -164,5 +165,5 @@ $(VLLM)/installed: $(VENV)/installed
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed
-	$(PIP) install -q mkdocs-material
+	$(PIP) install -q mkdocs-material "mkdocstrings[python]"
 	@touch $@
