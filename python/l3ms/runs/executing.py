@@ -27,6 +27,7 @@ from l3ms.runs.models import try_model
 from l3ms.runs.progress import ProgressCallback
 from l3ms.runs.report import examples_table, plot_run, read_report, summary_table, write_report
 from l3ms.runs.terminal import say
+from l3ms.runs.trackers import Trackers
 from l3ms.runs.whole_files import remove
 from l3ms.training import checkpoints
 from l3ms.training.checkpoint_contents import CheckpointError
@@ -61,11 +62,20 @@ def train(
 def execute(run: Run, console: Console) -> dict[str, Any]:
     """What a run is: samples of its model, a training, samples of the last weights and of their average, a report."""
     transformers.set_seed(run.config.seed)  # whatever was drawn while it was loaded
-    trainer, metrics = _trainer(run, console)
+    trackers = Trackers(run.config, begun=bool(run.begun), console=console)
+    trainer, metrics = _trainer(run, trackers, console)
     try_model(trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
     try_engine(run.engine, trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
-    of_first(lambda: _begin_folder(run))  # the first that is written: what can be refused has been
-    same_folder(run.folder)
+    with trackers.running(trainer):
+        of_first(trackers.begin)
+        of_first(lambda: _begin_folder(run, trackers))  # the first that is written: what can be refused has been
+        same_folder(run.folder)
+        samples = _train_and_sample(run, trainer, metrics, console)
+        return of_first(lambda: _end(run, trainer, metrics, samples, trackers, console))
+
+
+def _train_and_sample(run: Run, trainer: L3MTrainer, metrics: MetricsWriter, console: Console) -> dict[str, Samples]:
+    """All of a run between its configuration and its report."""
     lookout.doing(lambda: f"iteration {trainer.state.global_step + 1}, {trainer.phases.now}")
     sample = evaluator(run, console)
     samples: dict[str, Samples] = {}
@@ -91,14 +101,20 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "close"):  # of this run: progress, event files
                 callback.close()
-    return of_first(lambda: _end(run, trainer, metrics, samples, console))
+    return samples
 
 
 def _end(
-    run: Run, trainer: L3MTrainer, metrics: MetricsWriter, samples: dict[str, Samples], console: Console
+    run: Run,
+    trainer: L3MTrainer,
+    metrics: MetricsWriter,
+    samples: dict[str, Samples],
+    trackers: Trackers,
+    console: Console,
 ) -> dict[str, Any]:
     """The report and the picture, written and shown."""
     report = _report(run, trainer, metrics, samples)
+    trackers.summarise(report)
     picture = write_report(run.folder, report, {key: found.lengths for key, found in samples.items()})
     remove(run.folder / "checkpoints")
     console.print(summary_table(report), examples_table(report["examples"], report))
@@ -120,23 +136,28 @@ def _go_on(run: Run, trainer: L3MTrainer, console: Console) -> None:
         raise ConfigError("resume", f"no checkpoint in {run.folder} can be gone on from; --overwrite begins anew")
 
 
-def _begin_folder(run: Run) -> None:
+def _begin_folder(run: Run, trackers: Trackers) -> None:
     """The first that is written: the configuration, and what the run starts from."""
-    names = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints") if run.begun else ()
+    names = (
+        ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "trackers.json", "emissions.csv")
+        if run.begun
+        else ()
+    )
     prepare_output(run.folder, keep=names)
     write_config(run.folder, run.config.model_dump())
+    trackers.write()
     resuming.write_inputs(run.folder, run.inputs)
 
 
-def _trainer(run: Run, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
+def _trainer(run: Run, trackers: Trackers, console: Console) -> tuple[L3MTrainer, MetricsWriter]:
     """The trainer with the run's callbacks, and the one that writes the log."""
     config = run.config
     metrics = MetricsWriter(run.folder / "metrics.jsonl")
     title = solver_label({"solver": config.train.solver})
-    callbacks: list[Any] = [metrics, ProgressCallback(bounds(config), title=title, console=console)]
+    callbacks: list[Any] = [metrics, ProgressCallback(bounds(config), title=title, console=console), trackers]
     if config.watch is not None:
         callbacks.append(Watch(config.watch, held_out=run.held_out.rows))
-    if config.logging.tensorboard and is_first():
+    if config.logging.tensorboard and not trackers.event_files and is_first():
         from l3ms.runs.event_files import EventFiles
 
         callbacks.append(EventFiles(run.folder / "tensorboard"))

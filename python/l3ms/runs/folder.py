@@ -1,6 +1,6 @@
 """The folder of a run: refused when it holds something, written piece by piece, each piece whole or not there.
 
-config.yaml  metrics.jsonl  tensorboard/  checkpoints/  model/  average/  report.json  report.png  certificate.json
+config.yaml  metrics.jsonl  tensorboard/  trackers.json  checkpoints/  model/  average/  report.json  report.png  certificate.json
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
-    "report.png", "certificate.json", "demo_inputs",
+    "report.png", "certificate.json", "demo_inputs", "trackers.json", "emissions.csv",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from l3ms.runs.joining import same_inputs
 from l3ms.runs.models import context_room, load_model
 from l3ms.runs.reading import files_of
 from l3ms.runs.terminal import say
+from l3ms.runs.trackers import check as check_trackers
 from l3ms.training.arguments import L3MConfig
 
 
@@ -78,6 +79,7 @@ def load_run(
         return begun, True
 
     config, going_on = of_first(decide)
+    of_first(lambda: check_trackers(config))
     of_first(lambda: check_output(folder, overwrite=overwrite or going_on, inputs=_local_inputs(config)))
     check_code(config, allow_code)
     with first_of_machine_first():
