@@ -120,6 +120,11 @@ class MLflow(Tracker):
     def begin(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         self._mlflow = importlib.import_module("mlflow")
         self._own = self._mlflow.active_run() is None
+        self.callback._ml_flow = _AtOnce(self._mlflow)
+        if self.before:  # a parameter that is there already must not change: it stays what the run was begun with
+            there = self._mlflow.MlflowClient().get_run(self.before["id"]).data.params
+            every = args.to_dict
+            args.to_dict = lambda: {name: value for name, value in every().items() if name not in there}
         super().begin(args, state, control, **of_trainer)
 
     def known(self) -> dict[str, str]:
@@ -133,11 +138,29 @@ class MLflow(Tracker):
         self._mlflow.log_metrics(dict(figures), step=state.global_step)
 
     def end(self, outcome: Outcome, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
-        self._mlflow.flush_async_logging()
         if self._own:
             status = {"finished": "FINISHED", "interrupted": "KILLED"}.get(outcome, "FAILED")
-            self._mlflow.end_run(status)  # with FINISHED whatever came, says transformers' callback
+            self._mlflow.end_run(status)
+        self.callback._auto_end_run = (
+            False  # as FINISHED, whatever came, and whichever run is active when it is collected
+        )
         super().end(outcome, args, state, control, **of_trainer)
+
+
+class _AtOnce:
+    """MLflow without its queue, in which the first error ends all that follows, and is heard of by nobody."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def log_params(self, params: dict[str, Any], **_: Any) -> Any:
+        return self._module.log_params(params)
+
+    def log_metrics(self, metrics: dict[str, float], step: int, **_: Any) -> Any:
+        return self._module.log_metrics(metrics, step=step)
 
 
 class Trackio(Tracker):

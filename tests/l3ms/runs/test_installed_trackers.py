@@ -108,6 +108,7 @@ def records(file: Path) -> Iterator[bytes]:
 
 def of_wandb(folder: Path) -> dict[str, Any]:
     """What is in the file of an offline run."""
+    importlib.import_module("wandb").teardown()  # its process has written all
     module: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     [file] = folder.glob("*.wandb")
     found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
@@ -181,6 +182,7 @@ def file_store(project, monkeypatch):
     mlflow: Any = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((project / "mlruns").as_uri())
+    mlflow.set_experiment("Default")  # not that of another test
     yield mlflow
     mlflow.set_tracking_uri(None)
 
@@ -213,6 +215,7 @@ def test_mlflow_is_interrupted_and_goes_on(tracked, project, file_store, stopped
     assert run.info.status == "FINISHED"
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(steps) == [1, 2, 3, 3, 4, 5]
+    assert run.data.params["train.save_steps"] == "2"
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
