@@ -15,7 +15,7 @@ from hostile_artefacts import HUGE, JUNK, REFUSED, Case, pickled
 ANY = (0, *REFUSED)
 NAMES = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json", "report.png",
-    "certificate.json", "demo_inputs",
+    "certificate.json", "demo_inputs", "trackers.json", "emissions.csv",
 )  # fmt: skip
 PARTIAL = (".report.partial.png", ".report.png.partial", ".report.json.partial", ".config.yaml.partial", ".metrics.jsonl.partial",
            ".certificate.json.partial", ".model.partial", ".average.partial")  # fmt: skip

@@ -49,6 +49,11 @@ a data set that `datasets` loads. Chat templates get the column `tools` and all 
     l3ms train short.yaml --output out/shorter --constraints.0.max 60
     l3ms train short.yaml --train.learning-rate 3e-6 --train.lora.r 16
 
+[bold]Trackers[/bold]: wandb, mlflow, trackio, and whichever transformers knows, with the responses in tables.
+
+\b
+    l3ms train short.yaml --logging.report-to wandb --logging.project lengths --logging.tags "[first]"
+
 [bold]The run folder[/bold] gets config.yaml (resolved), metrics.jsonl, tensorboard/, model/ (last iterate), average/ \
 (weights averaged over the last fifth: usually the ones you want), report.json and report.png, and until it ends \
 checkpoints/, from which --resume goes on.

@@ -5,6 +5,7 @@ import json
 import logging
 import types
 from pathlib import Path
+from typing import Any
 
 import fake_wandb
 import pytest
@@ -208,7 +209,7 @@ def running(project, monkeypatch):
                 held.on_log(args, trainer.state, trainer.control, logs={"loss": 1.0})
             if error is not None:
                 raise error
-        [tracker] = held.trackers
+        tracker: Any = held.trackers[0]
         return tracker.lines, tracker.outcomes
 
     return run
