@@ -14,7 +14,7 @@ WITH_TABLES = ("dagshub", "mlflow", "tensorboard", "trackio", "wandb")
 WITHOUT = {
     "run_name": ("azure_ml", "codecarbon", "dvclive", "flyte", "kubeflow"),
     "project": ("azure_ml", "dvclive", "flyte", "kubeflow"),
-    "tags": ("azure_ml", "clearml", "codecarbon", "comet_ml", "dvclive", "flyte", "kubeflow", "swanlab", "trackio"),
+    "tags": ("azure_ml", "codecarbon", "dvclive", "flyte", "kubeflow", "trackio"),
 }
 
 

@@ -242,16 +242,46 @@ class TensorBoard(Tracker):
 class Comet(Tracker):
     project_variable = "COMET_PROJECT_NAME"
 
+    def begin(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
+        super().begin(args, state, control, **of_trainer)
+        if self.logging.tags:
+            importlib.import_module("comet_ml").get_running_experiment().add_tags(self.logging.tags)
+
 
 class ClearML(Tracker):
     project_variable = "CLEARML_PROJECT"
 
     def environment(self) -> dict[str, str]:
-        return {"CLEARML_TASK": self.run_name, **super().environment()}
+        upload = os.environ.get("CLEARML_LOG_MODEL", "FALSE")  # as transformers says it is, and is not
+        return {"CLEARML_TASK": self.run_name, "CLEARML_LOG_MODEL": upload, **super().environment()}
+
+    def begin(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
+        super().begin(args, state, control, **of_trainer)
+        task = importlib.import_module("clearml").Task.current_task()
+        task.connect(dict(args.run_parameters), name="run")  # of the arguments it is shown the fields alone
+        if self.logging.tags:
+            task.add_tags(self.logging.tags)
 
 
 class SwanLab(Tracker):
-    project_variable = "SWANLAB_PROJECT"
+    def begin(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
+        """The run itself is begun here: transformers' callback asks for one in a way that newer ones answer with an error."""
+        self._swanlab = importlib.import_module("swanlab")
+        try:
+            self._own = self._swanlab.get_run() is None
+        except RuntimeError:
+            self._own = True
+        if self._own:
+            options = {"project": self.logging.project, "tags": self.logging.tags}
+            given = {name: value for name, value in options.items() if value}
+            self._swanlab.init(experiment_name=self.run_name, **given)
+        super().begin(args, state, control, **of_trainer)
+
+    def end(self, outcome: Outcome, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
+        super().end(outcome, args, state, control, **of_trainer)
+        if self._own:
+            ends = {"finished": {}, "interrupted": {"state": "aborted"}}
+            self._swanlab.finish(**ends.get(outcome, {"state": "crashed", "error": "the run has failed"}))
 
 
 class Neptune(Tracker):

@@ -249,6 +249,7 @@ def _with(args: Any, parameters: Mapping[str, Any], **changed: Any) -> Any:
         setattr(shown, name, value)
     own = shown.to_dict
     shown.to_dict = lambda: {**own(), **parameters}
+    shown.run_parameters = parameters
     return shown
 
 
