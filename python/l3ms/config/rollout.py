@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from l3ms.config.sections import Section, Text
+
+
+def _one_is_a_number(value: Any) -> Any:
+    """To a Literal `true` is 1, and 1.0 is."""
+    if value == 1 and type(value) is not int:
+        raise ValueError(f"must be 1 or 'auto', got {value!r}")
+    return value
 
 
 class RolloutConfig(Section):
@@ -22,7 +29,7 @@ class RolloutConfig(Section):
     )  # of vllm.LLM: max_model_len, enforce_eager, ...
     # auto: the constraint half-step is left out while all constraints are comfortably met; at most 4 in a row, none in the warm-up, in the
     # last fifth or while weights are averaged
-    every: Literal[1, "auto"] = 1
+    every: Annotated[Literal[1, "auto"], BeforeValidator(_one_is_a_number)] = 1
     # constraint half-steps that are taken from one rollout, in as many iterations, with importance weights; ends early where few responses
     # would count
     reuse: Annotated[int, Field(ge=1, le=64)] = 1
