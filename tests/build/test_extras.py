@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from l3ms.extras import REAL, TRAIN, missing
 
@@ -24,6 +26,64 @@ def test_the_extra_is_the_list_that_messages_go_by():
     assert {IMPORTED_AS.get(name, name) for name in names["train"]} == TRAIN
     assert names["real"] - {"l3m-kernels[train]"} == REAL
     assert {re.split("[>=;]", line)[0] for line in project["dependencies"]} == {"torch", "triton"}
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_what_is_installed_is_torch_and_what_torch_brings():
+    """Triton is torch's own where it has CUDA, on Linux; the bound must let torch choose which."""
+    torch, triton = (Requirement(line) for line in project()["dependencies"])
+    assert (torch.name, triton.name) == ("torch", "triton")
+    assert torch.marker is None
+    assert triton.marker is not None
+    assert triton.marker.evaluate({"sys_platform": "linux"})
+    assert not triton.marker.evaluate({"sys_platform": "darwin"})
+    assert all(bound.operator == ">=" for requirement in (torch, triton) for bound in requirement.specifier)
+
+
+def packages(extra: str, extras: dict[str, list[str]], above: tuple[str, ...] = ()) -> list[Requirement]:
+    """All that an extra installs, those that it names included."""
+    assert extra in extras, f"{above[-1]} names {extra}, which is no extra"
+    assert extra not in above, f"a circle of extras: {above}"
+    found = []
+    for requirement in map(Requirement, extras[extra]):
+        if requirement.name == "l3m-kernels":
+            assert not requirement.specifier
+            for other in requirement.extras:
+                found += packages(other, extras, (*above, extra))
+        else:
+            found.append(requirement)
+    return found
+
+
+def test_each_extra_alone_brings_what_it_needs():
+    """Those that it builds on, once each and without a circle; and leaves torch to the user."""
+    extras = project()["optional-dependencies"]
+    for extra in extras:
+        names = [requirement.name for requirement in packages(extra, extras)]
+        assert len(names) == len(set(names)), f"{extra} names a package twice: {sorted(names)}"
+        assert not {"torch", "triton", "l3m-kernels"} & set(names), extra
+    for extra in ("real", "test", "bench", "experiments", "trl", "versus"):  # they import l3ms.L3MTrainer or run `l3ms`
+        assert {"transformers", "typer"} <= {requirement.name for requirement in packages(extra, extras)}
+
+
+def test_the_extras_admit_the_versions_that_are_tested():
+    """The locked ones, and those that the Makefile installs beside them."""
+    text = (ROOT / "requirements.lock").read_text() + "\n".join((ROOT / "Makefile").read_text().split())
+    tested = {
+        canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)
+    }
+    extras = project()["optional-dependencies"]
+    checked = set()
+    for requirement in [r for extra in extras for r in packages(extra, extras)] + list(
+        map(Requirement, project()["dependencies"])
+    ):
+        if version := tested.get(canonicalize_name(requirement.name)):
+            assert requirement.specifier.contains(version, prereleases=True), f"{requirement} does not admit {version}"
+            checked.add(requirement.name)
+    assert {"torch", "transformers", "trl", "liger-kernel", "gguf", "vaderSentiment", "pytest", "ruff"} <= checked
 
 
 def test_optimizer_and_constraints_work(python):
