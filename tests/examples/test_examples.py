@@ -72,6 +72,45 @@ def test_grpo(here, checkpoint, capsys):
     assert capsys.readouterr().out.startswith("reward ")
 
 
+def test_accelerate(here, checkpoint, capsys):
+    example("accelerate_loop").main(checkpoint, "rows.jsonl", low=4, high=9, iterations=2, new_tokens=16, cpu=True)
+    assert "'constraints/length/lambda': " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@pytest.mark.filterwarnings("ignore")  # its own
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_trls_trainers(here, checkpoint, capsys, kind):
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "pad_token": "</s>"}))
+    example("trl_trainers").main(
+        kind, checkpoint, "rows.jsonl", low=4, high=9, iterations=2, new_tokens=16, use_cpu=True, bf16=False
+    )
+    assert "'constraints/length/lambda': " in capsys.readouterr().out
+
+
+def test_the_notebook_trains_certifies_and_plots(here, checkpoint, monkeypatch, capsys):
+    """Its cells, one after the other; a Jupyter is not needed for that."""
+    for name, value in {
+        "MODEL": checkpoint,
+        "ROWS": "rows.jsonl",
+        "LONGEST": 16,
+        "ITERATIONS": 4,
+        "MPLBACKEND": "Agg",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    notebook = json.loads((EXAMPLES / "train_certify_plot.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # nothing of the machine where it was last run
+            exec("".join(cell["source"]), names)
+    assert names["verdict"].verdict == "VIOLATED"  # after 4 iterations, far above its bound
+    assert "VIOLATED: mean " in capsys.readouterr().out
+    assert (here / "run.png").stat().st_size > 10_000
+
+
 class Scores(http.server.BaseHTTPRequestHandler):
     """The share of vowels of each text."""
 
