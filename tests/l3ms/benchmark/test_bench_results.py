@@ -1,4 +1,4 @@
-"""What a benchmark writes and shows, from results that are made up here; the tables of docs/benchmarks.md are those that the committed JSON gives."""
+"""What a benchmark writes and shows, from results made up here; docs/benchmarks.md has the tables that the committed JSON gives."""
 
 import json
 from dataclasses import asdict, replace

@@ -9,8 +9,8 @@ from l3ms.benchmark import iterations
 from l3ms.benchmark.environment import describe
 from l3ms.benchmark.iteration_results import SHOWN, IterationMeasurement, IterationResult
 from l3ms.benchmark.iterations import BenchClock, Work, measure
-from l3ms.benchmark.plain_loop import backward, difference
 from l3ms.benchmark.page import ITERATION_NOT_MEASURED, section
+from l3ms.benchmark.plain_loop import backward, difference
 from l3ms.benchmark.results import Results, read, write
 from l3ms.benchmark.tables import iteration_grid, markdown, report
 from l3ms.commands.command_line import main
