@@ -18,7 +18,7 @@ import ranks_loop
 import tensor_parallel
 import torch
 import torch.distributed as dist
-import trainer_ranks
+import trainer_launch
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ CALLS = {
     "ddp": lambda *files: ranks_loop.main(*files, "ddp", *BOUNDS),
     "fsdp2": lambda *files: ranks_loop.main(*files, "fsdp2", *BOUNDS),
     "tensor_parallel": lambda *files: tensor_parallel.main(*files, *BOUNDS),
-    "trainer": lambda *files: trainer_ranks.main(*files, *BOUNDS),
+    "trainer": lambda *files: trainer_launch.main(*files, *BOUNDS),
 }
 
 dist.init_process_group("gloo")

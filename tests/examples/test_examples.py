@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +182,6 @@ def test_on_several_processes(on_two_ranks, name):
 def test_accelerate_reads_the_configuration_for_fsdp2():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(EXAMPLES / "fsdp2.yaml"))
+    config: Any = load_config_from_file(str(EXAMPLES / "fsdp2.yaml"))
     assert config.distributed_type == "FSDP"
     assert config.fsdp_config["fsdp_version"] == 2

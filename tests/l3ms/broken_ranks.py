@@ -107,6 +107,6 @@ def _reward():
         raise ValueError("constraint 'polite': no luck")
 
     def act(trainer):
-        constraint_step._rewards = broken
+        constraint_step.rewards_of = broken
 
     _in_iteration(act)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class TrlSteps:
             output_dir=str(folder / "grpo"), num_generations=self.group, max_completion_length=max_new_tokens, beta=0.0, **common
         )  # fmt: skip
         self.grpo = GRPOTrainer(
-            model, self._lengths, args=grpo, train_dataset=unused.remove_columns("completion"), processing_class=tokenizer
+            model, cast(Any, self._lengths), args=grpo, train_dataset=unused.remove_columns("completion"), processing_class=tokenizer
         )  # fmt: skip
         self.forwards[self.grpo] = self.inner.forward
         for trainer in (self.sft, self.grpo):  # what train() sets before its loop

@@ -36,7 +36,7 @@ class TrainConfig(Section):
     # adamw, muon (matrices; AdamW has the rest), sgd ..., or transformers' name of another package's
     optimizer: Text = "adamw_fused"
     # of torch's own, beside the fields here: eps: 1e-6, nesterov: true ...
-    optimizer_options: dict[str, bool | int | float | str | None] = Field({})
+    optimizer_options: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     # a momentum of 0.9 makes the constraints' pressure late, and the mean swings (experiments/ablations); muon has the first alone
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = BETAS
     weight_decay: NonNegative = 0.0

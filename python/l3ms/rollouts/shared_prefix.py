@@ -18,7 +18,8 @@ LEAST = 64  # tokens that need not go through the model: fewer are not worth ano
 
 def shared(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, and none of them ends with."""
-    ends = [list(of(prompts)) for of in (min, max)]  # in lexical order, between which all others are
+    rows: Any = prompts
+    ends = [list(of(rows)) for of in (min, max)]  # in lexical order, between which all others are
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if ends[0][i] != ends[1][i]), most)
 

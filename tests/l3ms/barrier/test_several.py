@@ -28,7 +28,7 @@ def wrapped(base):
 def train(opt, params, steps, start=0):
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
     for step in range(start, start + steps):
-        size = sum((p - step).square().mean() for p in params)
+        size: Any = sum((p - step).square().mean() for p in params)
         (opt.barrier_loss({"size": size}) if step % 2 else size).backward()
         opt.step()
         opt.zero_grad()

@@ -1,7 +1,7 @@
 """L3MTrainer on several processes: nothing in the script knows of them.
 
-torchrun --nproc-per-node 4 examples/trainer_ranks.py MODEL ROWS.jsonl          # rows of {"prompt": ..., "completion": ...}
-accelerate launch --config_file examples/fsdp2.yaml examples/trainer_ranks.py MODEL ROWS.jsonl        # weights in parts, on GPUs
+torchrun --nproc-per-node 4 examples/trainer_launch.py MODEL ROWS.jsonl          # rows of {"prompt": ..., "completion": ...}
+accelerate launch --config_file examples/fsdp2.yaml examples/trainer_launch.py MODEL ROWS.jsonl        # weights in parts, on GPUs
 """
 
 import json
