@@ -96,7 +96,11 @@ def list_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
             for section in sections[:1]:
                 yield from list_fields(section, f"{prefix}{name}.")
         if not sections:
-            default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True)
+            default = (
+                "required"
+                if info.is_required()
+                else yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True)
+            )
             yield f"{prefix}{name}", default.removesuffix("...\n").strip()
 
 

@@ -38,13 +38,13 @@ def test_over_workspaces(monkeypatch):
 def test_the_workspace_is_the_one_that_is_set(monkeypatch):
     """Not the default one, which a contestant otherwise has."""
     seen: list[int] = []
-    real = sys.modules["l3m_kernels.ops"].workspace
+    real = sys.modules["l3m_kernels.backends"].workspace
 
     def told(*arguments) -> int:
         seen.append(real(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr("l3m_kernels.ops.workspace", told)
+    monkeypatch.setattr(sys.modules["l3m_kernels.backends"], "workspace", told)
     assert len(list(parts.over_workspaces((1 << 20,), CASE, "reference", 1, 0))) == 1
     assert set(seen) == {1 << 20}
 
