@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from sharded_models import VOCABULARY, Tokenizer, model, rows, shard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import l3ms
 from l3ms.constraints.data_nll import sequence_nll
@@ -19,7 +20,7 @@ from l3ms.model.sharding import whole
 
 RANKS = 4
 SPLITS = {1: [8], 2: [5, 3], 4: [3, 2, 2, 1]}  # rows of the batches
-KINDS = {"whole": (1,), "ddp": (2, 4), "fsdp": (2, 4), "hsdp": (4,)}
+KINDS = {"whole": (1,), "ddp": (2, 4), "fsdp": (2, 4), "hsdp": (4,), "vocabulary": (2, 4), "fsdp x vocabulary": (4,)}
 STEPS = 50
 
 
@@ -34,12 +35,18 @@ def responses_of(step):
     return prompts, answers, [None if n in missing else value for n, value in enumerate(polite)]
 
 
+def split_vocabulary(made, mesh):
+    """The head's rows over the ranks of `mesh`, as transformers' plans have it."""
+    apply_tensor_parallelism(made, mesh, dict.fromkeys(("lm_head.weight", "lm_head"), "colwise_gather_output"))
+
+
 def run(kind, world, dtype, groups):
     """-> the whole weights, and the bits of each iteration's multipliers and estimates."""
     rank = dist.get_rank() % world
     group = groups[world]
     made = model(dtype=dtype)
-    l3ms.fuse_head(made)
+    if "vocabulary" not in kind:  # a head is fused before it is sharded, or afterwards
+        l3ms.fuse_head(made)
     called = made
     if kind == "ddp":
         called = torch.nn.parallel.DistributedDataParallel(made, process_group=group)
@@ -47,11 +54,23 @@ def run(kind, world, dtype, groups):
         shard(made, "accelerate", mesh=DeviceMesh.from_group(group, "cpu"))
     elif kind == "hsdp":
         shard(made, "accelerate", mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    elif kind == "vocabulary":  # all have one batch
+        split_vocabulary(made, DeviceMesh.from_group(group, "cpu"))
+        rank, world, group = 0, 1, groups[1]
+    elif kind == "fsdp x vocabulary":  # two batches, each of the two ranks that share the vocabulary
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        split_vocabulary(made, mesh["tp"])
+        shard(made, "layers", mesh=mesh["dp"])
+        rank, world, group = mesh["dp"].get_local_rank(), 2, mesh["dp"].get_group()
+    if "vocabulary" in kind:
+        l3ms.fuse_head(made)
     constraints = [l3ms.Constraint("polite", min=0.3), l3ms.Length(min=2, max=3), l3ms.Constraint("nll", max=2.0)]
     if dtype == torch.float64:
-        base = torch.optim.AdamW(made.parameters(), lr=5e-3)
+        base = torch.optim.AdamW(
+            made.parameters(), lr=5e-3, foreach=False
+        )  # one list may hold parts over different ranks
     else:  # Adam makes steps of the rounding of gradients that are nearly 0: in float32 weights would be 2e-5 apart after all
-        base = torch.optim.SGD(made.parameters(), lr=0.02, momentum=0.5)
+        base = torch.optim.SGD(made.parameters(), lr=0.02, momentum=0.5, foreach=False)
     mu = l3ms.NoiseFloorDecay(1.0, 1e-3, steps=STEPS)
     optimizer = l3ms.L3MOptimizer(base, constraints, mu=mu, process_group=group)
     start = sum(SPLITS[world][:rank])
@@ -99,7 +118,7 @@ if __name__ == "__main__":
     groups = groups_of(rank)
     found = {}
     for dtype, (kind, worlds) in itertools.product((torch.float64, torch.float32), KINDS.items()):
-        for world in worlds:
+        for world in worlds if not sys.argv[4:] or kind in (*sys.argv[4:], "whole") else ():
             found[kind, world, dtype] = run(kind, world, dtype, groups)
             torch.save(found, sys.argv[3])
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One run by 1, 2 and 4 processes, by whole models under DDP and by parts under fully_shard (also replicated), is the same run."""
+"""One run by 1, 2 and 4 processes is the same run: DDP, fully_shard (also replicated), the vocabulary in parts, and both of these."""
 
 import os
 import subprocess
