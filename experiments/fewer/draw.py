@@ -58,6 +58,7 @@ def figure(results: Sequence[Result]) -> Figure:
             panel.set_ylim(4, 24)
             shade(panel.axhspan, panel.axhline, low, high, panel.get_ylim())
             panel.set_title(NAMES.get(way, way), fontsize=8.5)
+            panel.locator_params(axis="x", nbins=4)
             panel.set_xlabel("sampled tokens", fontsize=8)
             if column == 0:
                 panel.set_ylabel("estimated mean length", fontsize=8)
