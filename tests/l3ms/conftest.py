@@ -10,16 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # modules that tests of several rooms share
 
 from cli_projects import checkpoint, project  # noqa: F401  (fixtures)
+from tiny_models import SIZES
 
 WORDS = ("a", "b", "c", "d", "e", "f", "def", "name", "(", ")", "user", "assistant", "system", ":")
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
 CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SIZES
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +23,6 @@ KINDS = ("SFTTrainer", "DPOTrainer", "GRPOTrainer", "RLOOTrainer")
 def ranks(tmp_path_factory, tokenizer):
     """What one process found, and each of two."""
     import transformers
-    from conftest import SIZES  # type: ignore[import-not-found]
 
     folder = tmp_path_factory.mktemp("ranks")
     tokenizer.save_pretrained(folder / "model")
