@@ -1,11 +1,11 @@
 // A gradient times a number on the device, in place. The number is 1 wherever the loss itself is differentiated, which the
 // host cannot see without waiting: all blocks see it at once, and leave.
-#include "cuda/scale.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstring>
+
+#include "cuda/scale.h"
 
 namespace l3m::cuda {
 namespace {

@@ -13,8 +13,8 @@
 namespace l3m::cuda {
 namespace {
 
-constexpr int kBlocks = 2;  // per multiprocessor: one computes while the other waits at its barriers; one where rows
-                            // are not aligned, whose addresses need more registers
+constexpr int kBlocks = 2;   // per multiprocessor: one computes while the other waits at its barriers; one where rows
+                             // are not aligned, whose addresses need more registers
 constexpr int kVectors = 2;  // loads of 128 bits in flight per thread; 4 spill registers on two architectures
 
 using row::Statistics;

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kMostThreads, two_fit(kVectors, kGradient && s
     softmax_cluster_kernel(SoftmaxGradient a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __shared__ Sum warps[kMostThreads / kWarp];
-  __shared__ Sum part;  // of this block; the others read it
+  __shared__ Sum part;   // of this block; the others read it
   __shared__ Value own;  // the target's
   __shared__ Shared found;
   const auto cluster = cooperative_groups::this_cluster();
@@ -222,8 +222,7 @@ __global__ void __launch_bounds__(kMostThreads, two_fit(kVectors, kGradient && s
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        x[v][e] =
-            capped ? row::gradient(row::transform(x[v][e], transform), statistics, scale) : x[v][e] * factor;
+        x[v][e] = capped ? row::gradient(row::transform(x[v][e], transform), statistics, scale) : x[v][e] * factor;
       }
       store(out + first, held, v, x[v]);
     }
@@ -288,7 +287,8 @@ const char* cluster_obstacle(const SoftmaxGradient& a) {
     return "this GPU has no thread block clusters, which came with compute capability 9.0";
   }
   // Code for 8.0 that the driver compiled for this GPU, say.
-  if (cudaFuncGetAttributes(&code, softmax_cluster_kernel<8, false, false, float>) != cudaSuccess || code.ptxVersion < 90) {
+  if (cudaFuncGetAttributes(&code, softmax_cluster_kernel<8, false, false, float>) != cudaSuccess ||
+      code.ptxVersion < 90) {
     return "l3m_kernels was built without an architecture of 9.0 or above (TORCH_CUDA_ARCH_LIST)";
   }
   return nullptr;

@@ -24,16 +24,18 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 BOUNDS = (4, 9, 4, 12)  # shortest, longest, iterations, tokens of a response at most
 CALLS = {
-    "ddp": lambda *files: ranks_loop.main(*files, "ddp", *BOUNDS),
-    "fsdp2": lambda *files: ranks_loop.main(*files, "fsdp2", *BOUNDS),
-    "tensor_parallel": lambda *files: tensor_parallel.main(*files, *BOUNDS),
-    "trainer": lambda *files: trainer_launch.main(*files, *BOUNDS),
+    "ddp": lambda model, rows: ranks_loop.main(model, rows, "ddp", *BOUNDS),
+    "fsdp2": lambda model, rows: ranks_loop.main(model, rows, "fsdp2", *BOUNDS),
+    "tensor_parallel": lambda model, rows: tensor_parallel.main(model, rows, *BOUNDS),
+    "trainer": lambda model, rows: trainer_launch.main(model, rows, *BOUNDS),
 }
 
 dist.init_process_group("gloo")
-dist.init_process_group = dist.destroy_process_group = lambda *arguments: (
-    None
-)  # a second one would take the first one's keys of the store
+for name in (
+    "init_process_group",
+    "destroy_process_group",
+):  # a second group would take the first one's keys of the store
+    setattr(dist, name, lambda *arguments: None)
 printed = {}
 for name, call in CALLS.items():
     with contextlib.redirect_stdout(io.StringIO()) as text:

@@ -1,6 +1,8 @@
 """The sizes of the tiny models that tests of several rooms make."""
 
-SIZES = {
+from typing import Any
+
+SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,

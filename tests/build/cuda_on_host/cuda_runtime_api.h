@@ -63,7 +63,8 @@ inline std::vector<float> slots;   // of shuffles
 inline unsigned current;           // fiber
 inline unsigned cluster_blocks;
 inline unsigned phase, arrived, live;  // the cluster's barrier: how often it opened, who is there, who can still come
-inline std::vector<std::map<int, std::vector<char>>> shared;  // per block: a variable's place in the source -> its memory
+inline std::vector<std::map<int, std::vector<char>>>
+    shared;  // per block: a variable's place in the source -> its memory
 inline std::function<void()> body;
 inline std::mt19937 order;
 
@@ -146,7 +147,7 @@ inline void cluster() {
   const auto draw = [](size_t below) { return static_cast<unsigned>(order() % below); };
   const unsigned steadiness = draw(9);  // of eight turns, how many stay with a block that can go on
   unsigned favourite = 0;
-  std::vector<unsigned> ready;   // lanes
+  std::vector<unsigned> ready;     // lanes
   std::vector<unsigned> runnable;  // blocks, or warps of a block
   const auto lanes = [&](unsigned block, unsigned warp) {
     ready.clear();
@@ -166,7 +167,8 @@ inline void cluster() {
   for (;;) {
     unsigned block = favourite;
     if (draw(8) >= steadiness) block = draw(cluster_blocks);
-    for (unsigned tried = 0; tried < cluster_blocks && !find_warps(block); ++tried) block = (block + 1) % cluster_blocks;
+    for (unsigned tried = 0; tried < cluster_blocks && !find_warps(block); ++tried)
+      block = (block + 1) % cluster_blocks;
     if (runnable.empty()) {
       for (const Fiber& fiber : fibers) {
         if (fiber.state != State::done) die("a thread waits at a barrier that not all threads reach");
@@ -244,7 +246,8 @@ struct cudaLaunchConfig_t {
 };
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   const unsigned blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1, most = 8;
   if (!on_host::has_clusters || blocks > most || config->gridDim.x % blocks != 0) return cudaErrorInvalidValue;
   on_host::launch_clusters(config->gridDim.x, config->blockDim.x, blocks, [=] { kernel(arguments...); });
