@@ -6,6 +6,7 @@ each before its own `step()`: an optimizer that steps inside a backward cannot t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,12 @@ def check_given(options: Mapping[str, Any]) -> None:
 
 def check_arguments(args: Any) -> None:
     """The arguments of a constrained trainer of any task."""
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if args.world_size == 1 and launched != "1":
+        raise ValueError(
+            f"use_cpu must be True where {launched} processes are started on CPUs: without it accelerate takes each of them for one "
+            "that is alone"
+        )
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel must be False: it replaces the forward that the fused head is in")
     if args.auto_find_batch_size:

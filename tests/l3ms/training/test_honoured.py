@@ -9,7 +9,7 @@ import transformers
 from training_runs import CONSTRAINTS, assert_same_weights, log_likelihood, losses, rows
 
 import l3ms
-from l3ms.training.honoured import check_parallelism
+from l3ms.training.honoured import check_arguments, check_parallelism
 
 
 def nothing(*args, **kwargs):
@@ -209,6 +209,15 @@ def test_data_seed_orders_the_prompts(tmp_path, tokenizer, make_model):
 
     assert taken(seed=1, data_seed=7) == taken(seed=2, data_seed=7) == taken(seed=7)
     assert taken(seed=1) != taken(seed=2)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, tmp_path):
+    """As accelerate leaves them on CPUs without use_cpu; each would train and write alone."""
+    args = l3ms.L3MConfig(output_dir=str(tmp_path), report_to="none")
+    check_arguments(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="use_cpu must be True where 2 processes are started on CPUs"):
+        check_arguments(args)
 
 
 def parallel(**options):
