@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l3ms.barrier.optimizer import L3MOptimizer
+from l3ms.model.sharding import in_shards
 from l3ms.ranks.agreement import same_tensors
 
 
@@ -37,12 +38,6 @@ def agree(
         tensors["mu"] = ours.mu
         if ours.estimates.last is not None:
             tensors["the multipliers"] = ours.estimates.last.multiplier
-    tensors |= {name: p for name, p in named.items() if not _in_shards(p)}
+    tensors |= {name: p for name, p in named.items() if not in_shards(p)}
     group = ours.estimates.process_group if ours is not None else None
     same_tensors(tensors, what, None if not dist.is_available() or group is dist.group.WORLD else group)
-
-
-def _in_shards(parameter: Any) -> bool:
-    return (
-        hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False)
-    )

@@ -25,7 +25,7 @@ from l3ms.barrier.reward_tables import Values
 from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.barrier.solvers import Solver, as_solver
 from l3ms.barrier.step_reports import Progress, StepNumbers, StepReports
-from l3ms.barrier.wrapped import Modes, as_one, call_once, first_parameter
+from l3ms.barrier.wrapped import Wrapping, as_one, call_once, first_parameter
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.model.losses import scored_lengths, shift
 
@@ -42,7 +42,7 @@ class ConstraintLoss(NamedTuple):
     seq_weight: Tensor  # (N,) fp32
 
 
-class L3MOptimizer(Modes, LeavingOut, torch.optim.Optimizer):
+class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
     """Adds constraints to an optimizer: `observe`, `constraint_loss` or `barrier_loss`, then backward and `step()` as usual.
 
     A `step()` after one of these is the constraint half-step, any other the task half-step. Shares `param_groups` and `state`

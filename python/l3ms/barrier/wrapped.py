@@ -60,10 +60,19 @@ def first_parameter(base: torch.optim.Optimizer) -> nn.Parameter:
     return next(parameter for group in base.param_groups for parameter in group["params"])
 
 
-class Modes:
-    """`train()` and `eval()` of a `base` that has two modes (schedule-free); nothing for others."""
+class Wrapping:
+    """What is passed on to `base`: new groups; `train()` and `eval()` where it has two modes (schedule-free)."""
 
     base: torch.optim.Optimizer
+    _share: Callable[[], None]  # of groups and state there is one, of both
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """To `base`, which steps it, with its defaults. Raises `ValueError` where that is several, of which nobody says which."""
+        if "estimates" not in vars(self):  # torch's own __init__
+            super().add_param_group(param_group)  # type: ignore[misc]
+            return
+        self.base.add_param_group(param_group)
+        self._share()
 
     def train(self) -> None:
         """The weights that steps are made with."""

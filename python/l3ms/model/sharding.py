@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.ranks.group import world
 
 _FSDP2 = (
     "use fully_shard (FSDP2), which accelerate takes as fsdp_version=2 and transformers as fsdp_config={'version': 2}"
@@ -31,12 +32,16 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether ranks hold parts of it, so that each takes every forward with the others."""
     if not several_ranks():
         return False
-    parts = any(is_part(p) or hasattr(p, "ds_id") for p in model.parameters())
-    return parts or next(fully_sharded(model), None) is not None
+    return any(map(in_shards, model.parameters())) or next(fully_sharded(model), None) is not None
 
 
 def several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world() > 1
+
+
+def in_shards(parameter: Any) -> bool:
+    """Whether this process has a part of it only, in whatever form: a DTensor, what FSDP1 has flattened, ZeRO-3's."""
+    return is_part(parameter) or hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False)
 
 
 def is_part(tensor: Any) -> bool:

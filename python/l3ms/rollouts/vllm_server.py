@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from l3ms.model.sharding import several_ranks
 from l3ms.rollouts.engines import Response
 from l3ms.rollouts.vllm_weights import (
     PROVEN,
@@ -62,7 +63,7 @@ class VllmServerEngine:
         Raises:
             ValueError: it cannot be reached, was started otherwise, or computes another model.
         """
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        several = several_ranks()
         error: Exception | None = None
         if several:
             dist.barrier()  # nobody samples of the old weights any more

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from l3ms.model.autocasting import outside_autocast
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.random_numbers import undrawn
+from l3ms.model.sharding import in_shards
 from l3ms.rollouts.engines import Engine, Response, name_of
 from l3ms.rollouts.stepping import scored_logits
 from l3ms.rollouts.ways import STRIDE
@@ -69,7 +70,7 @@ def save_policy(engine: Engine, model: Any, folder: str | Path) -> None:
         ValueError: it is not what vLLM would make of its configuration, by name.
     """
     where = name_of(engine)
-    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):
+    if any(in_shards(p) or p.is_meta for p in model.parameters()):
         raise ValueError(f"{where}: this process has a part of the weights only; keep the whole model on each rank")
     if hasattr(model, "get_base_model"):
         model = _merged(where, model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from two_modes import TwoModes
 
 import l3ms
 from l3ms.barrier.several import SeveralOptimizers
@@ -130,19 +131,9 @@ def test_a_copy_has_parts_of_its_own(again):
         assert torch.equal(a, b)
 
 
-class TwoModes(torch.optim.SGD):
-    mode = "eval"
-
-    def train(self):
-        self.mode = "train"
-
-    def eval(self):
-        self.mode = "eval"
-
-
 def test_modes_are_passed_on_to_the_parts_that_have_them():
     params = parameters()
-    parts = [torch.optim.SGD(params[:1], lr=0.1), TwoModes(params[1:], lr=0.1)]
+    parts: list[Any] = [torch.optim.SGD(params[:1], lr=0.1), TwoModes(params[1:], lr=0.1)]
     opt = wrapped(parts)
     opt.train()
     assert parts[1].mode == "train"
@@ -163,6 +154,8 @@ def test_what_cannot_be_one_is_refused():
     several = SeveralOptimizers([torch.optim.AdamW([a])])
     with pytest.raises(ValueError, match="add_param_group: add the group to one of the optimizers"):
         several.add_param_group({"params": [b]})
+    with pytest.raises(ValueError, match="add_param_group: add the group to one of the optimizers"):
+        wrapped([torch.optim.AdamW([a])]).add_param_group({"params": [b]})
     with pytest.raises(ValueError, match="the state has 2 groups, the optimizers have 1"):
         several.load_state_dict({"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]})
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from two_modes import TwoModes
 
 import l3ms
 
@@ -25,22 +26,6 @@ def test_nothing_to_train_and_a_step_with_a_closure_are_refused():
         l3ms.L3MOptimizer(torch.optim.LBFGS([x]), CONSTRAINTS)
 
 
-class TwoModes(torch.optim.SGD):
-    """As schedule-free optimizers are: other weights for steps than for evaluation."""
-
-    mode = "eval"
-
-    def train(self):
-        self.mode = "train"
-
-    def eval(self):
-        self.mode = "eval"
-
-    def step(self, closure=None):
-        assert self.mode == "train"
-        return super().step(closure)
-
-
 def test_train_and_eval_are_passed_on_where_there_are_two_modes():
     x = torch.nn.Parameter(torch.ones(1))
     base = TwoModes([x], lr=0.1)
@@ -54,3 +39,15 @@ def test_train_and_eval_are_passed_on_where_there_are_two_modes():
     plain = l3ms.L3MOptimizer(torch.optim.SGD([x], lr=0.1), CONSTRAINTS)
     plain.train()
     plain.eval()
+
+
+def test_a_group_that_is_added_is_stepped_by_the_wrapped_one_with_its_defaults():
+    x, y = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    base = torch.optim.SGD([x], lr=0.1)
+    opt = l3ms.L3MOptimizer(base, CONSTRAINTS)
+    opt.add_param_group({"params": [y]})
+    assert base.param_groups[1] is opt.param_groups[1]
+    assert opt.param_groups[1]["lr"] == 0.1
+    (x + y).sum().backward()
+    opt.step()
+    assert y.item() < 1
