@@ -30,7 +30,7 @@ HUB_KERNELS := kernels==0.17.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize aot bench bench-results bench-iteration conformance docs kernels-hub test-vllm lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize trust aot bench bench-results bench-iteration conformance docs kernels-hub test-vllm lint type format dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -85,6 +85,9 @@ aot: dev ## every Triton kernel compiled for sm_80, 90, 100, 120 without a GPU: 
 test-vllm: $(VLLM)/installed ## constrained fine-tunes that a real vLLM samples on a CPU, in an environment of its own; ARGS="-m slow" with L3M_REAL_MODEL: SmolLM2
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/python $(VLLM)/bin/python -m pytest -rs \
 	  tests/l3ms/rollouts/test_real_vllm.py $(ARGS)
+
+trust: dev ## count how far it can be trusted: trust/*.json and RELIABILITY.md; an hour, goes on where it was ended; ARGS="--only G1,G6 --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trust --jobs $(JOBS) $(ARGS)
 
 test-gpu: dev ## what needs a CUDA device: every GPU backend there, one process
 	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)

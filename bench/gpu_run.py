@@ -34,6 +34,7 @@ STALL = 75.0  # seconds without a line, after which a contestant of the race is 
 LEAST = 15.0  # seconds that a race needs to begin again
 EXTRA = 0.5  # of its seconds that a step may have more, where others left some
 PIP = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target"]
+SITE = "import os, site; site.addsitedir(os.path.dirname(__file__))"  # reads .pth files
 PYTEST = ["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40"]
 TOOLS = {
     "memcheck": "compute-sanitizer --tool memcheck --error-exitcode 7",
@@ -106,8 +107,10 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.outcomes: list[Outcome] = []
         self.children: set[subprocess.Popen[str]] = set()
-        self.site = Path(tempfile.mkdtemp(prefix="gpu-run-"))
-        weakref.finalize(self, shutil.rmtree, self.site, ignore_errors=True)
+        self.site = Path(tempfile.mkdtemp(prefix="gpu-run-")) / "site-packages"  # how QuACK knows what is installed
+        self.site.mkdir()
+        weakref.finalize(self, shutil.rmtree, self.site.parent, ignore_errors=True)
+        (self.site / "sitecustomize.py").write_text(SITE)
         path = [self.site, ROOT, ROOT / "python", *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONUNBUFFERED": "1"}
 
@@ -216,9 +219,12 @@ class Run:
             variables = {"L3M_BUILD": "cpu" if rehearse else "cuda", "TORCH_CUDA_ARCH_LIST": capability}
             return self.process(name, [python, "setup.py", "build_ext", "--inplace"], seconds, **variables)
         if name == "tests":
-            workers = "-n0" if rehearse else "-n6 --dist worksteal"
-            chosen = ["-k", "not sanitizer and not compiled"]
-            return self.process(name, [python, *PYTEST, *workers.split(), *chosen], seconds, OMP_NUM_THREADS="1")
+            options = [
+                *(["-n0"] if rehearse else ["-n12", "--dist", "worksteal"]),
+                "-k",
+                "not sanitizer and not compiled",
+            ]
+            return self.process(name, [python, *PYTEST, *options], seconds, OMP_NUM_THREADS="1")
         if name == "race":
             return self.race(seconds)
         if name == "cluster":
@@ -324,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder; default: $OUT")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install, for this run alone")
-    parser.add_argument("--seconds", type=float, help=f"for all, default {SECONDS:g}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all, default {SECONDS:g}")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny")
     parser.add_argument("--steps", default="", metavar="NAME,...", help=f"only these of {', '.join(NAMES)}")
     parser.add_argument("--contestants", default="", metavar="NAME,...", help="of the race, only these")
@@ -333,13 +339,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--output: names the folder for what is found (or $OUT does)")
     if given.wheels and not given.wheels.is_dir():
         parser.error(f"--wheels: no such folder: {given.wheels}")
-    if given.seconds is not None and not 0 < given.seconds < math.inf:
+    if not 0 < given.seconds < math.inf:
         parser.error(f"--seconds: must be a positive number, got {given.seconds:g}")
     chosen = given.steps.split(",") if given.steps else NAMES
     if unknown := set(chosen) - set(NAMES):
         parser.error(f"--steps: must be of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is ended, and the table printed
-    run = Run(Path(given.output).resolve(), Clock(given.seconds or SECONDS), given)
+    run = Run(Path(given.output).resolve(), Clock(given.seconds), given)
     return 0 if run.all([step for step in STEPS if step.name in chosen]) else 1
 
 
