@@ -3,7 +3,8 @@
 Each step has seconds of its own and is a process of its own, so that one which hangs, is killed or leaves the device unusable costs itself
 alone; what it found before that is in FOLDER/run.json at once, all output in FOLDER/log. The results are FOLDER/<device>.json
 and .md, as bench/results has them. Wanted are Python and torch; `--wheels` brings what else there is, such as peers, without a network.
-`--rehearse` does all of it on a CPU, tiny, in a minute or two, and says what was not the real thing. `gpu_steps.py` has what is measured.
+`--rehearse` does all of it on a CPU, tiny, in a minute or two, and says what was not the real thing. `gpu_steps.py` has what is measured,
+`gpu_profile.py` what the time goes to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gpu_report import Outcome, summary, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "@record "  # begins a line of a step's output that is a measurement, as JSON
@@ -58,12 +60,13 @@ STEPS = (
     Step("build", 60, "the native CPU library that is here, or one built now"),
     Step("products", 60, "tiny, by the CPU", beside=True),
     Step("smoke", 30, "backend cpp, and Triton's kernels in its interpreter"),
-    Step("tests", 100, "collected and skipped"),
+    Step("tests", 95, "collected and skipped"),
     Step("row kernel", 15, "in Triton's interpreter"),
     Step("cluster", 15, "nothing"),
+    Step("profile", 20, "by the CPU's clock"),
     Step("workspaces", 40, "tiny, by the CPU"),
-    Step("race", 175, "tiny, by the CPU, without who compiles itself", stretches=True),
-    Step("memcheck", 35, "nothing"),
+    Step("race", 165, "tiny, by the CPU, without who compiles itself", stretches=True),
+    Step("memcheck", 30, "nothing"),
     Step("ncu", 20, "nothing"),
     Step("results", 15, "of a CPU", stretches=True),
 )
@@ -86,16 +89,6 @@ class Clock:
         if spare < 0:
             return own * self.left / (own + sum(others))
         return own + (spare if step.stretches else min(spare, EXTRA * own))
-
-
-@dataclass
-class Outcome:
-    name: str
-    status: str  # "done", or what became of it
-    seconds: float = 0.0
-    good: bool = True
-    instead: str = ""
-    at: dict[str, Any] | None = None  # the last thing that it said it was at
 
 
 class Run:
@@ -219,18 +212,19 @@ class Run:
             variables = {"L3M_BUILD": "cpu" if rehearse else "cuda", "TORCH_CUDA_ARCH_LIST": capability}
             return self.process(name, [python, "setup.py", "build_ext", "--inplace"], seconds, **variables)
         if name == "tests":
-            options = [
-                *(["-n0"] if rehearse else ["-n12", "--dist", "worksteal"]),
-                "-k",
-                "not sanitizer and not compiled",
-            ]
-            return self.process(name, [python, *PYTEST, *options], seconds, OMP_NUM_THREADS="1")
+            workers = "-n0" if rehearse else "-n12 --dist worksteal"
+            chosen = ["-k", "not sanitizer and not compiled"]
+            return self.process(name, [python, *PYTEST, *workers.split(), *chosen], seconds, OMP_NUM_THREADS="1")
         if name == "race":
             return self.race(seconds)
         if name == "cluster":
             if rehearse or not _has_cluster():
                 return Outcome(name, "skipped: needs a GPU" if rehearse else "skipped: this tree has no such kernel")
             return self.own("row kernel", seconds, L3M_ROW_KERNEL="cluster")
+        if name == "profile":
+            return self.process(
+                name, [python, str(ROOT / "bench" / "gpu_profile.py"), *["--rehearse"] * rehearse], seconds
+            )
         if name == "workspaces":
             kernels = "two_pass,cluster" if _has_cluster() and not rehearse else "auto"
             return self.own(name, seconds, "--row-kernels", kernels)
@@ -298,32 +292,6 @@ def _built() -> str:
 
 def _has_cluster() -> bool:
     return any("L3M_ROW_KERNEL" in path.read_text() for path in (ROOT / "csrc").glob("*.cpp"))
-
-
-def summary(records: Sequence[dict[str, Any]]) -> str:
-    """A line for each part that was timed."""
-    lines = []
-    for record in (record for record in records if "group" in record):
-        line = f"{record['group']}: {record['title']}  {record.get('reason') or ''}"
-        if record.get("seconds"):
-            seconds = statistics.median(record["seconds"])
-            line += f"{seconds * 1e3:.3f} ms"
-            line += f"  {record['flops'] / seconds / 1e12:.3g} TFLOP/s" if record.get("flops") else ""
-            line += f"  {record['bytes'] / seconds / 1e9:.4g} GB/s" if record.get("bytes") else ""
-            line += f"  {record['memory'] / 2**20:.0f} MiB" if record.get("memory") else ""
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    width = max((len(outcome.name) for outcome in outcomes), default=0)
-    lines = []
-    for outcome in outcomes:
-        instead = f"  (not the real thing: {outcome.instead})" if outcome.instead else ""
-        lines.append(f"{outcome.name:<{width}}  {outcome.seconds:6.1f} s  {outcome.status}{instead}")
-    bad = [outcome.name for outcome in outcomes if not outcome.good]
-    lines.append(f"NOT DONE: {', '.join(bad)}" if bad else "all steps are done, or were skipped for the reason given")
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

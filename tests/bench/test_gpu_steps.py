@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
+import gpu_profile
 import gpu_run
 import gpu_steps
 
@@ -36,9 +37,17 @@ def records(capsys) -> list[dict]:
 
 def test_every_step_is_one():
     assert gpu_steps.MARK == gpu_run.MARK
-    elsewhere = {"wheels", "build", "tests", "cluster", "memcheck", "ncu"}
+    elsewhere = {"wheels", "build", "tests", "cluster", "profile", "memcheck", "ncu"}
     assert {step.name for step in gpu_run.STEPS} == gpu_steps.STEPS.keys() | elsewhere
     assert gpu_steps._cases(given(Path(), rehearse=False)) == GPU_FULL
+
+
+def test_the_profile_names_what_the_time_goes_to(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_profile.py", "--rehearse"])
+    gpu_profile.main()
+    first, *kernels = capsys.readouterr().out.splitlines()
+    assert first.startswith("cpp, workspace as it comes: ")
+    assert any("weighted_log_likelihood" in kernel for kernel in kernels)
 
 
 def test_versions(tmp_path, capsys):
