@@ -59,7 +59,7 @@ cuda::RowKernel row_kernel() {
 void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& upstream,
                       const std::optional<Tensor>& bias, double softcap, double inverse_temperature,
                       at::ScalarType grad_dtype, const std::optional<Tensor>& token, const Tensor& lse,
-                      const Tensor& flag, bool known_lse) {
+                      const Tensor& flag, bool known_lse, const std::optional<Tensor>& gradient) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.scalar_type() == at::kFloat, "softmax_gradient: logits must be (n, V) ",
                     "float32, got ", logits.sizes(), " ", logits.scalar_type());
   const int64_t n = logits.size(0), V = logits.size(1);
@@ -72,6 +72,14 @@ void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::op
   if (token) check("token", *token, logits, at::kFloat, n);
   if (upstream) check("upstream", *upstream, logits, at::kFloat, n);
   if (bias) check("bias", *bias, logits, bias->scalar_type(), V);
+  if (gradient) {
+    TORCH_CHECK_VALUE(upstream && gradient->device() == logits.device() && gradient->scalar_type() == grad_dtype &&
+                          gradient->sizes() == logits.sizes() && (V == 1 || gradient->stride(1) == 1) &&
+                          (n < 2 || gradient->stride(0) >= V),
+                      "softmax_gradient: gradient must be ", logits.sizes(), " ", grad_dtype, " on ", logits.device(),
+                      " with contiguous rows, and wants upstream, got ", gradient->sizes(), " with strides ",
+                      gradient->strides(), " ", gradient->scalar_type(), " on ", gradient->device());
+  }
 
   const c10::cuda::CUDAGuard guard(logits.device());
   const cuda::SoftmaxGradient arguments{
@@ -90,6 +98,8 @@ void softmax_gradient(const Tensor& logits, const Tensor& targets, const std::op
       .token = token && !known_lse ? token->data_ptr<float>() : nullptr,
       .lse = lse.data_ptr<float>(),
       .flag = flag.data_ptr<int32_t>(),
+      .out = gradient ? gradient->data_ptr() : nullptr,
+      .out_stride = gradient ? std::max(gradient->stride(0), V) : 0,
   };
   const cuda::RowKernel kernel = row_kernel();
   if (kernel == cuda::RowKernel::cluster && n > 0 && !known_lse) {
@@ -166,8 +176,8 @@ BarrierOutputs barrier_weights(const Tensor& rewards, const Tensor& norm, const 
 TORCH_LIBRARY_FRAGMENT(l3m_kernels, m) {
   m.def(
       "cuda_softmax_gradient(Tensor(a!) logits, Tensor targets, Tensor? upstream, Tensor? bias, float softcap, float "
-      "inverse_temperature, ScalarType grad_dtype, Tensor(b!)? token, Tensor(c!) lse, Tensor(d!) flag, bool known_lse) "
-      "-> ()");
+      "inverse_temperature, ScalarType grad_dtype, Tensor(b!)? token, Tensor(c!) lse, Tensor(d!) flag, bool known_lse, "
+      "Tensor(e!)? gradient=None) -> ()");
   m.def("cuda_product(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
   m.def("cuda_scale(Tensor(a!) values, Tensor factor) -> ()");
   m.def("cuda" L3M_BARRIER_WEIGHTS);

@@ -11,6 +11,9 @@ A chunk of m rows is three products, each cut into tiles of 128 x 256 results, o
 768 rows at D = 4096 are 96 tiles on 132 multiprocessors, a wave that is 73% full; 1024 rows are 128 tiles, 97%; 1536 are 192, 73% again.
 So what fits the workspace is no answer yet: of the least number of chunks, and larger ones whose chunks have `LEAST_ROWS`, the one is
 chosen that takes the least time by this count, and the rows are dealt out to it equally.
+
+Where the gradients of all rows' logits fit into 16 bits in the place of the fp32 sum, n up to about 2 D, they are gathered: only NT is cut,
+NN and TN are one product each, of which there is no sum to read and write. `gathered_rows` has the rows of a chunk of logits then.
 """
 
 import functools
@@ -24,6 +27,7 @@ MOST_TRIED = 32  # numbers of chunks beside the least
 
 DEFAULT_WORKSPACE = 512 << 20  # bytes
 LEAST_ROWS = 1024  # that the default holds, whatever V and D; chunks are not made smaller for the sake of whole waves
+LEAST_GATHERED = 512  # of a chunk of logits alone: below, reading the weight takes more than half of the product's time
 
 
 def waves(height: int, columns: int, multiprocessors: int) -> float:
@@ -79,6 +83,25 @@ def chunk_rows(
         return scored
     limit = min(max(workspace_bytes // each, 1), scored)
     return _cheapest(scored, limit, vocabulary, width, multiprocessors, d_hidden, d_weight)
+
+
+def gathered_rows(
+    scored: int, vocabulary: int, width: int, *, workspace_bytes: int, accumulator_bytes: int, itemsize: int = 2
+) -> int:
+    """Rows of each chunk of logits where the gradients of all `scored` rows are gathered; 0: they do not fit, or are fp32 already.
+
+    `accumulator_bytes`: of the sum that is not held then, as for `chunk_rows`.
+    """
+    if not scored or itemsize != 2:
+        return 0
+    row = itemsize * row_stride(vocabulary) + width * (
+        itemsize + 4
+    )  # of all: gradient, input, and its gradient in fp32
+    limit = (workspace_bytes + accumulator_bytes - scored * row) // (4 * row_stride(vocabulary))
+    if limit < min(LEAST_GATHERED, scored):
+        return 0
+    equal = -(-scored // -(-scored // limit))
+    return next(size for m in (TILE_ROWS, 1) if (size := -(-equal // m) * m) <= limit)
 
 
 @functools.lru_cache(maxsize=1024)

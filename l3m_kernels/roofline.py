@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l3m_kernels.gpu_rates import GPUS, Gpu
-from l3m_kernels.step_times import AFTER, BEFORE, ITEMSIZE, Estimate, Problem, Step, estimate, held
+from l3m_kernels.step_times import AFTER, BEFORE, ITEMSIZE, Estimate, Problem, Step, estimate
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 # What docs/kernels.md shows: R, the benchmark's other shapes on a GPU, the wide vocabulary of a small model, a small one of a large model.
@@ -48,10 +48,10 @@ def _total(found: Estimate) -> str:
 
 
 def _cut(found: Estimate) -> str:
-    """8 x 1024 rows, or 10 x 768 and 512."""
+    """8 x 1024 rows, or 10 x 768 and 512; of the logits alone where the gradients are gathered."""
     first, last = found.chunks[0], found.chunks[-1]
     count = len(found.chunks) - (last != first)
-    return f"{count} x {first}{f' and {last}' if last != first else ''}"
+    return f"{count} x {first}{f' and {last}' if last != first else ''}{', gathered' if found.gathered else ''}"
 
 
 def _rows_of(before: Estimate, after: Estimate) -> list[list[str]]:
@@ -95,7 +95,7 @@ def describe(problem: Problem, gpu: Gpu) -> str:
         [
             f"n={n} ({problem.scored} scored), D={D}, V={V}, {problem.dtype}: {PASSES[len(problem.products)]}",
             f"limit {after.limit * 1e3:.1f} ms: {len(problem.products)} x 2 n D V = {after.limit_flops / 1e12:.4g} TFLOP",
-            f"chunks: {_cut(before)} rows before, {_cut(after)} with the mends ({held(problem, after.chunks) / 2**20:.0f} MiB)",
+            f"chunks: {_cut(before)} rows before, {_cut(after)} with the mends ({after.held / 2**20:.0f} MiB)",
             *(f"  {line.rstrip()}" for line in table),
             f"largest loss before, {before.largest_loss.lost * 1e3:.2f} ms: {before.largest_loss.why}",
             f"largest loss with the mends, {worst.lost * 1e3:.2f} ms: {worst.why}",

@@ -5,7 +5,8 @@ Letters: T tokens of a packed batch, n scored rows (of a chunk), N sequences, D 
 Scored rows are brought into the order [gradient | log-likelihood only], unscored ones dropped (`row_order`). A chunk of rows is multiplied
 into one fp32 buffer of logits, the row kernel turns these in place into the gradient of the logits, in the inputs' dtype, and two products
 carry it on: to the hidden states, and into one fp32 accumulator of the weight's gradient. Chunks are as large as the workspace allows,
-since each reads and writes the whole accumulator. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose
+since each reads and writes the whole accumulator. Where the gradients of all rows fit into its place in 16 bits, they are gathered there
+and each of the two products is one. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose
 logits are computed again (8 n D V FLOPs instead of 6), and each block of the weight's gradient is written once.
 
 Counting the rows makes the host wait for the device, once a call; where the caller gives their number (`scored_rows`) nothing waits.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from l3m_kernels import device_flags
-from l3m_kernels.chunk_sizes import chunk_rows, row_stride
+from l3m_kernels.chunk_sizes import chunk_rows, gathered_rows, row_stride
 from l3m_kernels.chunked import NEEDS, Head, sequence_index, sequence_lengths, weighted_loss
 from l3m_kernels.chunked import sequence_sums as segment_sums
 from l3m_kernels.gradient_sums import GradientSums, multiprocessors
@@ -38,7 +39,7 @@ def sequence_sums(token: Tensor, targets: Tensor, cu_seqlens: Tensor, ignore_ind
 class RowKernels(NamedTuple):
     """What a backend supplies. All tensors are on one device; nothing here may make the host wait.
 
-    softmax_gradient(logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse) -> None
+    softmax_gradient(logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse, gradient)
         logits (n, V) fp32, row stride ld >= V; all n * ld elements may be read and written. Products only, before bias, softcap and
             temperature. Overwritten where upstream is given: the gradient of the products, upstream * (onehot - p) *
             inverse_temperature * softcap'(.), in `grad_dtype` (bf16, fp16 or fp32) from the beginning of each row, so with a row stride
@@ -48,6 +49,8 @@ class RowKernels(NamedTuple):
         flag (1,) int32: set to 1 where a target is outside [0, V), whose row is NaN (token, lse and gradient) and never an access there.
         known_lse: lse is read instead; the columns may be a part of the vocabulary, targets outside them are in another part and not
             wrong: their rows are -upstream * p * ... throughout. token may be None and flag is not touched.
+        gradient (n, V) in `grad_dtype`, or None: where it is written instead, the logits' rows are then left or spoilt. Its rows are
+            contiguous, and apart by at least the row stride of the logits in elements: all of a row may be written.
         upstream 0 gives a row of zeros, also where p is NaN. 1 - p of a target is the sum of the others' p (with known_lse 1 - p will do).
         A -inf logit has p = 0 (no gradient); a row of -inf, a +inf and a NaN give a NaN row.
     sequence_sums: as the function above, which is the default.
@@ -124,18 +127,27 @@ class _Batch:
         rows, stride = len(logits), logits.stride(0)
         return self.buffer[: rows * stride].view(rows, stride).view(dtype)[:, : logits.shape[1]]
 
-    def fused(self, logits: Tensor, chunk: slice, upstream: Tensor | None = None) -> None:
+    def fused(
+        self, logits: Tensor, chunk: slice, upstream: Tensor | None = None, gradient: Tensor | None = None
+    ) -> None:
         """The row kernel on the whole vocabulary; statistics go to `token` and `lse`."""
         rows = (logits, self.targets[chunk], upstream, self.bias)
-        self.kernels.softmax_gradient(*rows, *self.settings, self.token[chunk], self.lse[chunk], self.flag, False)
+        statistics = (self.token[chunk], self.lse[chunk], self.flag, False)
+        self.kernels.softmax_gradient(*rows, *self.settings, *statistics, gradient)
 
     def fused_with_lse(
-        self, logits: Tensor, chunk: slice, upstream: Tensor, first: int = 0, last: int | None = None
+        self,
+        logits: Tensor,
+        chunk: slice,
+        upstream: Tensor,
+        first: int = 0,
+        last: int | None = None,
+        gradient: Tensor | None = None,
     ) -> None:
         """The row kernel on columns [first, last) of the vocabulary, with the `lse` that is known."""
         bias = None if self.bias is None else self.bias[first:last]
         rows = (logits, self.targets[chunk] - first, upstream, bias)
-        self.kernels.softmax_gradient(*rows, *self.settings, None, self.lse[chunk], self.flag, known_lse=True)
+        self.kernels.softmax_gradient(*rows, *self.settings, None, self.lse[chunk], self.flag, True, gradient)
 
     def forward(self, start: int, end: int) -> None:
         for chunk in self.chunks(start, end):
@@ -163,17 +175,40 @@ class _Batch:
                 self.forward(0, len(upstream))
             self._by_vocabulary(sums, upstream)
             return sums.finish()
-        for chunk in self.chunks(0, len(upstream), sums):
+        count, every = len(upstream), slice(0, len(upstream))
+        chunks = list(self.chunks(0, count, sums))
+        if len(chunks) > 1 and (size := self._gathered(sums, count)):
+            whole = self.hidden.new_empty(count, row_stride(self.vocabulary))[:, : self.vocabulary]
+            inputs = self.inputs(every)
+            for chunk in (slice(first, min(first + size, count)) for first in range(0, count, size)):
+                self._fused(self.logits(inputs[chunk]), chunk, upstream, known_lse, whole[chunk])
+            self.buffer = None
+            sums.add_rows(every, self._without_idle(inputs, upstream), whole, only=True)
+            return sums.finish()
+        for chunk in chunks:
             inputs = self.inputs(chunk)
             logits = self.logits(inputs)
-            if known_lse:
-                self.fused_with_lse(logits, chunk, upstream[chunk])
-            else:
-                self.fused(logits, chunk, upstream[chunk])
+            self._fused(logits, chunk, upstream, known_lse)
             gradient = self.gradient_of(logits, self.hidden.dtype)
-            only = chunk == slice(0, len(upstream))
-            sums.add_rows(chunk, self._without_idle(inputs, upstream[chunk]), gradient, only)
+            sums.add_rows(chunk, self._without_idle(inputs, upstream[chunk]), gradient, only=chunk == every)
         return sums.finish()
+
+    def _gathered(self, sums: GradientSums, rows: int) -> int:
+        """Rows of a chunk of logits where the gradients of all `rows` are held in 16 bits; 0: they are not."""
+        return gathered_rows(
+            rows,
+            self.vocabulary,
+            self.width,
+            workspace_bytes=self.head.workspace,
+            accumulator_bytes=sums.saved_by_one_chunk,
+            itemsize=self.hidden.itemsize,
+        )
+
+    def _fused(
+        self, logits: Tensor, chunk: slice, upstream: Tensor, known_lse: bool, gradient: Tensor | None = None
+    ) -> None:
+        fused = self.fused_with_lse if known_lse else self.fused
+        fused(logits, chunk, upstream[chunk], gradient=gradient)
 
     def _by_vocabulary(self, sums: GradientSums, upstream: Tensor) -> None:
         """All rows with a block of the vocabulary at a time: nothing of the weight's size is held but its gradient."""

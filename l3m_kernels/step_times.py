@@ -17,7 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l3m_kernels.chunk_sizes import TILE_COLUMNS, TILE_ROWS, chunk_rows, row_bytes, waves
+from l3m_kernels.chunk_sizes import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    chunk_rows,
+    default_workspace,
+    gathered_rows,
+    row_bytes,
+    row_stride,
+    waves,
+)  # fmt: skip
 from l3m_kernels.gpu_rates import Gpu
 from l3m_kernels.gradient_sums import WHOLE_WAVES
 
@@ -63,10 +72,11 @@ class Design:
     one_read: bool  # the row kernel reads a row once, where blocks form clusters and V fits: L3M_ROW_KERNEL=cluster
     sums_in_16_bits: bool  # with a single chunk the product writes the weight's gradient as it is returned
     free_scaling: bool  # nothing is multiplied where the loss's gradient is 1
+    gathers: bool  # gradients of all rows are held in 16 bits where they fit in the place of the fp32 sum
 
 
-BEFORE = Design("as in 0.1", False, False, False, False)
-AFTER = Design("with the mends", True, True, True, True)
+BEFORE = Design("as in 0.1", False, False, False, False, False)
+AFTER = Design("with the mends", True, True, True, True, True)
 
 
 class Step(NamedTuple):
@@ -89,7 +99,8 @@ class Estimate:
     problem: Problem
     design: Design
     gpu: Gpu
-    chunks: tuple[int, ...]  # rows of each
+    chunks: tuple[int, ...]  # rows of logits that are held at a time
+    gathered: bool  # NN and TN are of all rows at once
     limit: float  # seconds
     steps: tuple[Step, ...]
 
@@ -106,6 +117,15 @@ class Estimate:
         """Of the limit, from nothing hidden to everything hidden."""
         least, most = self.seconds
         return self.limit / most, self.limit / least
+
+    @property
+    def held(self) -> int:
+        """Bytes beside inputs and gradients: of the largest chunk, and of what is gathered in the place of the fp32 sum."""
+        problem, most = self.problem, max(self.chunks)
+        if not self.gathered:
+            return most * row_bytes(problem.vocabulary, problem.hidden, problem.itemsize)
+        row = problem.itemsize * row_stride(problem.vocabulary) + problem.hidden * (problem.itemsize + 4)
+        return problem.scored * row + most * 4 * row_stride(problem.vocabulary)
 
     @property
     def largest_loss(self) -> Step:
@@ -143,6 +163,18 @@ def chunks_of(problem: Problem, gpu: Gpu, design: Design) -> tuple[int, ...]:
     return tuple(min(rows, n - first) for first in range(0, n, rows))
 
 
+def gathered_chunks(problem: Problem, gpu: Gpu) -> tuple[int, ...]:
+    """Rows of the logits that are held at a time where all gradients are gathered; none where they are not."""
+    n, D, V, size = problem.scored, problem.hidden, problem.vocabulary, problem.itemsize
+    rows = gathered_rows(
+        n, V, D,
+        workspace_bytes=problem.workspace or default_workspace(V, D, size),
+        accumulator_bytes=4 * D * V if _rounded_by_product(problem, gpu) else 0,
+        itemsize=size,
+    )  # fmt: skip
+    return tuple(min(rows, n - first) for first in range(0, n, rows)) if rows and problem.gradients else ()
+
+
 def _rounded_by_product(problem: Problem, gpu: Gpu) -> bool:
     """Whether a single chunk's product writes the weight's gradient in 16 bits, as `gradient_sums` has it."""
     tiles = waves(problem.vocabulary, problem.hidden, int(gpu.multiprocessors.value))
@@ -161,11 +193,14 @@ def busy(height: int, width: int, multiprocessors: int) -> float:
 
 def estimate(problem: Problem, gpu: Gpu, design: Design = AFTER) -> Estimate:
     chunks = chunks_of(problem, gpu, design)
-    steps = [_product(name, problem, gpu, chunks, design) for name in problem.products]
+    gathered = gathered_chunks(problem, gpu) if design.gathers and len(chunks) > 1 else ()
+    chunks, later = (gathered, (problem.scored,)) if gathered else (chunks, chunks)
+    steps = [_product(name, problem, gpu, chunks if name == "NT" else later, design) for name in problem.products]
     steps.insert(1, _row_kernel(problem, gpu, design))
     if "TN" in problem.products:
-        steps += [_sums(problem, gpu, chunks, design, steps[-1]), _closing(problem, gpu, chunks, design)]
-    return Estimate(problem, design, gpu, chunks, limit(problem, gpu), tuple(step for step in steps if step.most))
+        steps += [_sums(problem, gpu, later, design, steps[-1]), _closing(problem, gpu, later, design)]
+    steps = tuple(step for step in steps if step.most)
+    return Estimate(problem, design, gpu, chunks, bool(gathered), limit(problem, gpu), steps)
 
 
 def _sums_are_returned(problem: Problem, gpu: Gpu, chunks: tuple[int, ...], design: Design) -> bool:
@@ -241,8 +276,3 @@ def _gigabytes(data: float) -> str:
 
 def _chunks(chunks: tuple[int, ...]) -> str:
     return f"{len(chunks)} chunk{'s' * (len(chunks) != 1)}"
-
-
-def held(problem: Problem, chunks: tuple[int, ...]) -> int:
-    """Bytes of the largest chunk."""
-    return max(chunks) * row_bytes(problem.vocabulary, problem.hidden, problem.itemsize)

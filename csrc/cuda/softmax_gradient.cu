@@ -1,9 +1,10 @@
-// Softmax, log-likelihood of the target and gradient of a row of logits, in place, in two passes. One block per row.
+// Softmax, log-likelihood of the target and gradient of a row of logits, in place or into `out`, in two passes. One
+// block per row.
 //
 // Pass 1 reads the row from its end to its beginning (running maximum and sum), pass 2 from its beginning to its end:
 // what was read last is still in the cache. Pass 2 overwrites the row by its gradient. A 16-bit gradient begins where
 // the row does: element i is written over element i / 2, which was read when all threads had loaded their part of the
-// tile.
+// tile. Into `out` nothing waits.
 #include <algorithm>
 
 #include "cuda/softmax_gradient.h"
@@ -128,15 +129,14 @@ __device__ Sum others(const Row& one) {
   return sum;
 }
 
-// Overwrites the row by its gradient, but that of the target.
+// Writes the row's gradient, but that of the target.
 template <bool kAligned, typename Gradient>
-__device__ void overwrite(const Row& one, const Statistics& statistics, float scale) {
-  Gradient* out = reinterpret_cast<Gradient*>(one.logits);
+__device__ void write(const Row& one, Gradient* out, const Statistics& statistics, float scale) {
   for (int index = 0; index < one.tiles(); ++index) {
     one.with_tile<kAligned>(index, [&](auto tile) {
       float x[kVectors][kWidth];
       tile.load(one.logits, x);
-      if (sizeof(Gradient) < sizeof(float)) __syncthreads();
+      if (sizeof(Gradient) < sizeof(float) && one.a.out == nullptr) __syncthreads();
       tile.add_bias(one.a, x);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -152,11 +152,11 @@ __device__ void overwrite(const Row& one, const Statistics& statistics, float sc
 }
 
 template <bool kAligned, typename Gradient>
-__device__ void fill(const Row& one, float value) {
+__device__ void fill(const Row& one, Gradient* out, float value) {
   const float g[kWidth] = {value, value, value, value};
   for (int index = 0; index < one.tiles(); ++index) {
     one.with_tile<kAligned>(index, [&](auto tile) {
-      for (int v = 0; v < kVectors; ++v) tile.store(reinterpret_cast<Gradient*>(one.logits), v, g);
+      for (int v = 0; v < kVectors; ++v) tile.store(out, v, g);
     });
   }
 }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kMostThreads, kAligned ? kBlocks : 1) softmax_
         *a.flag = 1;  // every block that writes it writes this
         a.token[r] = a.lse[r] = NAN;
       }
-      if (kGradient) fill<kAligned, Gradient>(one, scale == 0.0f ? 0.0f : NAN);
+      if (kGradient) fill<kAligned>(one, gradient_of<Gradient>(a, r), scale == 0.0f ? 0.0f : NAN);
       continue;
     }
     // Everyone reads the target before anyone overwrites it: a barrier is between.
@@ -197,11 +197,12 @@ __global__ void __launch_bounds__(kMostThreads, kAligned ? kBlocks : 1) softmax_
     __syncthreads();
     if (kGradient) {
       const Statistics statistics = found;
-      overwrite<kAligned, Gradient>(one, statistics, scale);
+      Gradient* out = gradient_of<Gradient>(a, r);
+      write<kAligned>(one, out, statistics, scale);
       __syncthreads();  // the target's gradient comes after all the others
       if (threadIdx.x == 0 && inside) {
         const float g = row::target_gradient(statistics.complement, own.slope, scale);
-        reinterpret_cast<Gradient*>(one.logits)[one.target] = of_float<Gradient>(g);
+        out[one.target] = of_float<Gradient>(g);
       }
     }
     // The next row may take the shared memory: everyone has read it before the last barrier.

@@ -11,7 +11,7 @@ namespace l3m::cuda {
 enum class Dtype { none, fp32, bf16, fp16 };
 
 struct SoftmaxGradient {
-  float* logits;          // (n, V) products, overwritten by their gradient from each row's beginning
+  float* logits;          // (n, V) products, overwritten by their gradient from each row's beginning unless `out` is
   int64_t stride;         // elements from one row of logits to the next
   int64_t rows;           // n
   int64_t vocabulary;     // V, at most 2^31 - 2^16
@@ -25,14 +25,17 @@ struct SoftmaxGradient {
   // False: token, lse (and flag) are written, and a target outside [0, V) makes its row NaN. True: lse is read, the
   // columns may be a part of the vocabulary, and a target outside is in another part; one pass over the row.
   bool known_lse;
-  float* token;   // (n,) log-likelihoods; null with known_lse
-  float* lse;     // (n,)
-  int32_t* flag;  // (1,) becomes 1 where a target is outside [0, V); null with known_lse
+  float* token;        // (n,) log-likelihoods; null with known_lse
+  float* lse;          // (n,)
+  int32_t* flag;       // (1,) becomes 1 where a target is outside [0, V); null with known_lse
+  void* out;           // (n, V) of dtype `gradient`, where it is written; null: over the logits
+  int64_t out_stride;  // elements from one row of it to the next
 };
 
 // The accesses of four floats are possible.
 inline bool aligned(const SoftmaxGradient& a) {
-  return reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 && (a.stride % 4 == 0 || a.rows == 1);
+  const auto addresses = reinterpret_cast<uintptr_t>(a.logits) | reinterpret_cast<uintptr_t>(a.out);
+  return addresses % 16 == 0 && ((a.stride | a.out_stride) % 4 == 0 || a.rows == 1);
 }
 
 enum class RowKernel {

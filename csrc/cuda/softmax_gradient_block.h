@@ -55,6 +55,13 @@ __device__ void store_four(Gradient* to, const float (&g)[kWidth]) {
   *reinterpret_cast<Four*>(to) = four;
 }
 
+// Where the gradient of row r begins.
+template <typename Gradient>
+__device__ Gradient* gradient_of(const SoftmaxGradient& a, int64_t r) {
+  if (a.out != nullptr) return static_cast<Gradient*>(a.out) + r * a.out_stride;
+  return reinterpret_cast<Gradient*>(a.logits + r * a.stride);
+}
+
 // In an order that depends on nothing; valid in lane 0.
 __device__ inline row::Sum sum_of_warp(row::Sum sum) {
   for (int step = kWarp / 2; step > 0; step /= 2) {

@@ -1,5 +1,5 @@
-// Softmax, log-likelihood of the target and gradient of a row of logits, in place, each logit read once: a thread block
-// cluster holds the row in its registers. Letters: C blocks of a cluster, V vocabulary.
+// Softmax, log-likelihood of the target and gradient of a row of logits, in place or into `out`, each logit read once: a
+// thread block cluster holds the row in its registers. Letters: C blocks of a cluster, V vocabulary.
 //
 // Why overwriting is safe. A 16-bit gradient begins where the row does: element i is written over the fp32 element
 // i / 2, which another block of the cluster may hold. Of a row there is one barrier of the whole cluster (`part` is
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kMostThreads, two_fit(kVectors, kGradient && s
   const int64_t r = blockIdx.x / blocks;
   const int64_t wanted = a.target[r];
   float* logits = a.logits + r * a.stride;
-  Gradient* out = reinterpret_cast<Gradient*>(logits);
+  Gradient* out = gradient_of<Gradient>(a, r);
   const float scale = kGradient ? a.upstream[r] * a.inverse_temperature : 0.0f;
   if (wanted < 0 || wanted >= a.vocabulary) {
     if (rank == 0 && thread == 0) {

@@ -1,4 +1,4 @@
-"""A row of logits to its log-likelihood and, in place, to the gradient of the logits: two passes over the row, one program a row.
+"""A row of logits to its log-likelihood and, in place or elsewhere, to the gradient of the logits: two passes, one program a row.
 
 Letters: n rows, V vocabulary. With products x of hidden and weight, z = softcap(x + bias) / temperature and p = softmax(z), the row of
 x becomes u (onehot - p) / temperature * softcap'(x + bias). The first pass keeps a maximum and a sum of exponentials of all but the
@@ -53,7 +53,7 @@ def _logits(logits_ptr, bias_ptr, columns, readable, real, softcap, inverse_temp
 def softmax_gradient_kernel(
     logits_ptr,  # (n, V) fp32, rows `stride` elements apart
     stride,
-    gradient_ptr,  # the same memory as elements of the gradient's dtype, rows `gradient_stride` elements apart; None: no gradient
+    gradient_ptr,  # rows `gradient_stride` elements apart, the same memory as the logits or not; None: no gradient
     gradient_stride,
     targets_ptr,  # (n,) int64
     upstream_ptr,  # (n,) fp32
@@ -135,6 +135,7 @@ def softmax_gradient(
     lse: Tensor,
     flag: Tensor,
     known_lse: bool = False,
+    gradient: Tensor | None = None,
 ) -> None:
     """As `row_chunks.RowKernels` says."""
     rows, vocabulary = logits.shape
@@ -143,8 +144,7 @@ def softmax_gradient(
     if not rows:
         return
     stride = logits.stride(0)
-    gradient = None
-    if upstream is not None:
+    if upstream is not None and gradient is None:
         gradient = logits.as_strided((rows, stride), (stride, 1)).view(grad_dtype)
     config = for_rows(vocabulary)
     options: dict[str, Any] = {

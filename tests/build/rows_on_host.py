@@ -71,8 +71,12 @@ def softmax_gradient(
     shift=0,
     order=0,
     cluster=False,
+    apart=None,
 ) -> tuple[Tensor, Tensor, int, Any]:
-    """-> token (n,), lse (n,), flag, gradients (n, V) in dtype `gradient` or None; the buffers are guarded and poisoned."""
+    """-> token (n,), lse (n,), flag, gradients (n, V) in dtype `gradient` or None; the buffers are guarded and poisoned.
+
+    apart: elements from one row of the gradients to the next, where they are not written over the logits.
+    """
     rows, vocabulary = logits.shape
     stride = stride or vocabulary
     buffer = torch.full((GUARD + shift + rows * stride + GUARD,), 77.0)
@@ -80,6 +84,8 @@ def softmax_gradient(
     body = buffer[GUARD + shift : GUARD + shift + rows * stride].view(rows, stride)
     body[:, :vocabulary] = logits
     before = buffer.clone()
+    out = None if apart is None else torch.full((GUARD + rows * apart + GUARD,), 77.0, dtype=gradient)
+    written = None if out is None else out[GUARD : GUARD + rows * apart].view(rows, apart)
     token, found_lse = torch.full((rows,), 5.0), torch.full((rows,), 6.0) if lse is None else lse.clone()
     flag = torch.zeros(1, dtype=torch.int32)
     kernels.set_order(order)
@@ -87,15 +93,18 @@ def softmax_gradient(
         pointer(body), ctypes.c_int64(stride), ctypes.c_int64(rows), ctypes.c_int64(vocabulary), pointer(targets),
         pointer(upstream if gradient else None), pointer(bias), DTYPES[bias.dtype if bias is not None else None],
         DTYPES[gradient], ctypes.c_float(softcap or 0.0), ctypes.c_float(1 / temperature), int(lse is not None),
-        pointer(token), pointer(found_lse), pointer(flag), int(cluster),
+        pointer(token), pointer(found_lse), pointer(flag), int(cluster), pointer(written), ctypes.c_int64(apart or 0),
     )  # fmt: skip
     assert status == 0
     assert torch.equal(buffer[: GUARD + shift], before[: GUARD + shift])
     assert torch.equal(buffer[-GUARD:], before[-GUARD:])
     assert bool((body[:, vocabulary:] == 77).all()), "between the rows"
-    if gradient is None:
+    if written is not None:
+        assert out is not None
+        assert bool((out[:GUARD] == 77).all() and (out[-GUARD:] == 77).all() and (written[:, vocabulary:] == 77).all())
+    if gradient is None or written is not None:
         assert torch.equal(body.view(torch.int32), before[GUARD + shift : -GUARD].view(rows, stride).view(torch.int32))
-        return token, found_lse, int(flag), None
+        return token, found_lse, int(flag), None if written is None else written[:, :vocabulary].clone()
     return token, found_lse, int(flag), body.view(gradient)[:, :vocabulary].clone()
 
 
@@ -152,14 +161,15 @@ def row_kernels(kernels, cluster: bool) -> row_chunks.RowKernels:
     """The kernel as `csrc/cuda_ops.cpp` launches it."""
 
     def run(
-        logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse=False
+        logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse, out=None
     ):
+        apart = ctypes.c_int64(0 if out is None else max(out.stride(0), out.shape[1]))
         sizes = map(ctypes.c_int64, (logits.stride(0) if len(logits) > 1 else logits.shape[1], *logits.shape))
         status = kernels.softmax_gradient(
             pointer(logits), *sizes, pointer(targets), pointer(upstream), pointer(bias),
             DTYPES[None if bias is None else bias.dtype], DTYPES[None if upstream is None else grad_dtype],
             ctypes.c_float(softcap), ctypes.c_float(inverse_temperature), int(known_lse),
-            *map(pointer, (token, lse, flag)), int(cluster),
+            *map(pointer, (token, lse, flag)), int(cluster), pointer(out), apart,
         )  # fmt: skip
         assert status == 0
 

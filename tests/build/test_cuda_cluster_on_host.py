@@ -33,6 +33,8 @@ def test_rows_of_every_size_of_a_cluster(kernels, vocabulary, seed):
         right.statistics(*found[:2])
         if gradient is not None:
             right.gradient(found[3], known=False)
+            options = {"stride": stride, "order": seed + 1, "cluster": True, "apart": stride + draw.choice((0, 4))}
+            assert torch.equal(softmax_gradient(kernels, *case, gradient, **options)[3], found[3])
 
 
 @pytest.mark.parametrize("vocabulary", [3, 1000, 20001, 131076])
@@ -150,7 +152,17 @@ def test_where_it_cannot_run_it_says_why_and_runs_nothing(kernels, device, obsta
     kernels.cluster_obstacle.restype = ctypes.c_char_p
     assert kernels.cluster_obstacle(body, *sizes).decode().startswith(message)
     numbers = torch.zeros(2), torch.zeros(2), torch.zeros(1, dtype=torch.int32)
-    rest = (0, DTYPES[torch.float32], ctypes.c_float(0), ctypes.c_float(1), 0, *map(pointer, numbers), 1)
+    rest = (
+        0,
+        DTYPES[torch.float32],
+        ctypes.c_float(0),
+        ctypes.c_float(1),
+        0,
+        *map(pointer, numbers),
+        1,
+        None,
+        ctypes.c_int64(0),
+    )
     targets, upstream = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     status = kernels.softmax_gradient(body, *sizes, pointer(targets), pointer(upstream), pointer(None), *rest)
     assert status == 801  # cudaErrorNotSupported
@@ -185,7 +197,7 @@ def test_rows_beyond_2_to_the_31_elements(kernels, gradient, cluster):
         kernels.set_order(1)
         status = kernels.softmax_gradient(
             pointer(body), *sizes, pointer(targets), pointer(upstream), pointer(None), 0, DTYPES[gradient],
-            ctypes.c_float(0), ctypes.c_float(1), 0, *map(pointer, (token, lse, flag)), int(cluster),
+            ctypes.c_float(0), ctypes.c_float(1), 0, *map(pointer, (token, lse, flag)), int(cluster), None, ctypes.c_int64(0),
         )  # fmt: skip
         assert status == 0
         found = whole[half // 4 :].view(rows, stride).view(gradient)[:, :vocabulary].clone()

@@ -9,7 +9,7 @@ from barrier_problems import bits, fresh_state, random_problem
 from row_cases import exact
 from rows_on_host import COMPILER, DTYPES, GUARD, Tolerance, pointer, problem, row_kernels, softmax_gradient
 
-from l3m_kernels import chunked, reference, row_chunks
+from l3m_kernels import chunk_sizes, chunked, reference, row_chunks
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 
@@ -37,6 +37,11 @@ def test_rows_against_float64(kernels, seed, cluster):
         right.gradient(again[3], known is not None)
         if known is None:
             assert torch.equal(again[3], found[3]), "another order of the threads, other bits"
+        apart = layout["stride"] + draw.choice((0, -layout["stride"] % 4, 3) if not cluster else (0, 4))
+        elsewhere = softmax_gradient(kernels, *arguments, gradient, lse=known, order=seed + 2, apart=apart, **layout)
+        right.gradient(elsewhere[3], known is not None)
+        if layout["shift"] == 0 and layout["stride"] % 4 == apart % 4 == 0:  # or the order of the sum is another
+            assert torch.equal(elsewhere[3], again[3]), "where it is written decides what is"
 
 
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,7 +99,7 @@ def test_parts_of_the_vocabulary_are_the_whole(kernels, bounds, gradient):
 
 def test_what_cannot_be_launched_is_refused(kernels):
     null, zero = pointer(None), ctypes.c_int64(0)
-    options = (null, null, null, 0, 0, ctypes.c_float(0), ctypes.c_float(1), 0, null, null, null, 0)
+    options = (null, null, null, 0, 0, ctypes.c_float(0), ctypes.c_float(1), 0, null, null, null, 0, null, zero)
     one, large = ctypes.c_int64(1), ctypes.c_int64(1 << 31)
     assert kernels.softmax_gradient(null, zero, zero, one, *options) == 0  # no rows
     assert kernels.softmax_gradient(null, zero, one, zero, *options) != 0
@@ -117,10 +122,10 @@ def test_scale_has_the_bits_of_torch(kernels, factor, shift, dtype):
 
 
 @kernel
-@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("way", ["chunks", "low_memory", "gathered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory, cluster):
+def test_the_head_with_this_kernel(kernels, seed, dtype, way, cluster, monkeypatch):
     """row_chunks on a CPU with the CUDA kernel, against the reference in float64: strides, parts and dtypes fit each other."""
     generator = torch.Generator().manual_seed(seed)
     tokens, width, vocabulary = 23, 8, (40, 77, 1030)[seed % 3]
@@ -132,10 +137,22 @@ def test_the_head_with_this_kernel(kernels, seed, dtype, low_memory, cluster):
     cu_seqlens, seq_weight = torch.tensor([0, 4, 4, 15, 23]), torch.tensor([1.0, 2.0, 0.0, -0.5])
     grad_sequence, grad_token = torch.randn(4, generator=generator), torch.randn(tokens, generator=generator)
     options = ((None, 5.0)[seed // 3], 0.7)
-    head = chunked.Head(weight, bias, *options, 5000 if seed % 2 else 1 << 20, low_memory)
+    workspace = 5000 if seed % 2 else 1 << 20
+    if way == "gathered":
+        if dtype == torch.float32:
+            pytest.skip("gradients of fp32 are as large as the logits")
+        monkeypatch.setattr(chunk_sizes, "LEAST_GATHERED", 1)
+        stride = chunk_sizes.row_stride(vocabulary)
+        workspace = (
+            18 * (2 * stride + 6 * width)
+            + 5 * 4 * stride
+            - (4 * vocabulary * width) * (dtype == torch.bfloat16 and seed % 3 == 2)
+        )
+        monkeypatch.setattr(row_chunks._Batch, "gradient_of", None)  # of logits in place
+    head = chunked.Head(weight, bias, *options, workspace, way == "low_memory")
     exact_head = chunked.Head(weight.double(), None if bias is None else bias.double(), *options, 1 << 20)
     needs, rows = (True, True, bias is not None), row_kernels(kernels, cluster)
-    count = int((targets != -100).sum()) if seed % 2 else None
+    count = int((targets != -100).sum()) if seed % 2 or way == "gathered" else None
 
     found = row_chunks.weighted_log_likelihood(rows, hidden, targets, seq_weight, cu_seqlens, head, -100, needs, count)
     batch = (hidden.double(), targets)

@@ -204,14 +204,14 @@ def cluster_kernel(source: str, gradient: torch.dtype | None, extras: bool, bloc
 
 def _cuda_arguments(rows: Rows, buffers: Buffers, program: Program) -> list[bytes]:
     """The struct `SoftmaxGradient` of csrc/cuda/softmax_gradient.h"""
-    layout = struct.Struct("<QqqqQQQiiff?7xQQQ")
+    layout = struct.Struct("<QqqqQQQiiff?7xQQQQq")
     bias = CUDA_DTYPES[None if rows.bias is None else rows.bias.dtype]
     count, vocabulary = rows.logits.shape
     return [
         layout.pack(
             buffers.logits, buffers.stride, count, vocabulary, buffers.targets, buffers.upstream, buffers.bias,
             bias, CUDA_DTYPES[rows.gradient], rows.softcap, 1 / rows.temperature, rows.lse is not None,
-            buffers.token, buffers.lse, buffers.flag,
+            buffers.token, buffers.lse, buffers.flag, 0, 0,
         )
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The count of what the head takes on a GPU: against numbers worked out by hand, its laws, its command, and the page that quotes it."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from l3m_kernels.step_times import AFTER, BEFORE, Estimate, Problem, break_even,
 
 H200 = GPUS["h200"]
 R = Problem(8192, 4096, 128256)
+CHUNKED = replace(AFTER, gathers=False)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 
@@ -45,9 +47,10 @@ def test_tiles():
 
 def test_shape_r_before_and_after():
     """By hand: 11 and 8 chunks; 10 and 6 bytes a logit at 4.3 TB/s; 8 D V bytes a chunk, half for the first; 6 + 4 and 6 bytes of D V."""
-    before, after = estimate(R, H200, BEFORE), estimate(R, H200, AFTER)
+    before, after = estimate(R, H200, BEFORE), estimate(R, H200, CHUNKED)
     assert before.chunks == (*[768] * 10, 512)
     assert after.chunks == (1024,) * 8
+    assert not after.gathered
     logits, matrix = 8192 * 128256, 4096 * 128256
     for found, element, traffic, closing in ((before, 10, 84, 10), (after, 6, 60, 6)):
         assert step(found, "row kernel").least == pytest.approx(element * logits / 4.3e12)
@@ -57,6 +60,19 @@ def test_shape_r_before_and_after():
     assert before.share == pytest.approx((0.63, 0.89), abs=0.01)
     assert after.share == pytest.approx((0.76, 0.93), abs=0.01)
     assert before.largest_loss.name == after.largest_loss.name == "sum of TN"
+
+
+def test_shape_r_gathered():
+    """By hand: two products of all rows, 1024 tiles in 8 waves and 16,032 in 122; no sum and no pass at the end."""
+    found = estimate(R, H200, AFTER)
+    assert found.gathered
+    assert found.chunks == (*[640] * 12, 512)
+    assert {each.name for each in found.steps} == {"NT", "row kernel", "NN", "TN"}
+    assert step(found, "NN").most == pytest.approx(limit(R, H200, 1) * 8 * 132 / 1024)
+    assert step(found, "TN").most == pytest.approx(limit(R, H200, 1) * 122 * 132 / 16032)
+    assert found.held == 8192 * (2 * 128256 + 6 * 4096) + 640 * 4 * 128256
+    assert found.share == pytest.approx((0.94, 0.95), abs=0.01)
+    assert not estimate(R._replace(rows=16384), H200, AFTER).gathered
 
 
 def test_one_chunk_has_no_sum_and_no_rounding():
@@ -111,7 +127,7 @@ def test_a_product_of_few_rows_waits_for_memory():
 @pytest.mark.parametrize("device", GPUS)
 def test_more_rows_take_longer(device, design):
     """At one number of rows a chunk: where rows are dealt out to fewer chunks, more of them may take less."""
-    sizes = [estimate(R._replace(rows=1024 * count), GPUS[device], design) for count in range(8, 20)]
+    sizes = [estimate(R._replace(rows=1024 * count), GPUS[device], design) for count in range(9, 20)]
     same = [found for found in sizes if found.chunks[0] == sizes[0].chunks[0]]
     assert len(same) > 2
     for one, other in itertools.pairwise(same):
@@ -155,7 +171,7 @@ def test_the_command(capsys):
     assert main(["8192", "4096", "128256", "64", "896", "151936", "--device", "h100"]) == 0
     out = capsys.readouterr().out
     for words in (
-        "NVIDIA H100", "of the 3.35 in NVIDIA's H100 datasheet", "limit 32.6 ms", "8 x 1024 with the mends (525 MiB)",
+        "NVIDIA H100", "of the 3.35 in NVIDIA's H100 datasheet", "limit 32.6 ms", "12 x 640 and 512, gathered with the mends (2509 MiB)",
         "largest loss with the mends", "n=64 (64 scored), D=896", "share of the limit",
     ):  # fmt: skip
         assert words in out

@@ -4,17 +4,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from head_cases import Case, Inputs, assert_close_to_oracle
+from head_cases import HEAD_BACKENDS, Case, Inputs, assert_close_to_oracle, sequence_of
 from torch import Tensor
 
 from l3m_kernels import chunk_sizes, chunked, row_chunks
+from l3m_kernels.chunk_sizes import gathered_rows
 from l3m_kernels.row_order import Rows, ordered
 
 NEEDS = (True, True, True)
 
 
 def softmax_gradient(
-    logits, targets, upstream, bias, softcap, inverse_temperature, grad_dtype, token, lse, flag, known_lse=False
+    logits,
+    targets,
+    upstream,
+    bias,
+    softcap,
+    inverse_temperature,
+    grad_dtype,
+    token,
+    lse,
+    flag,
+    known_lse=False,
+    out=None,
 ) -> None:
     """What `RowKernels` asks for, one torch op after the other."""
     z = logits if bias is None else logits + bias
@@ -36,10 +48,15 @@ def softmax_gradient(
         rows, stride = logits.shape[0], logits.stride(0)
         whole = logits.as_strided((rows, stride), (stride, 1))
         whole.fill_(torch.nan)  # nothing else of the row may be used
-        whole.view(grad_dtype)[:, : logits.shape[1]] = gradient
+        (whole.view(grad_dtype) if out is None else out)[:, : logits.shape[1]] = gradient
 
 
 KERNELS = row_chunks.RowKernels(softmax_gradient)
+GATHERING = [KERNELS]
+if "triton" in HEAD_BACKENDS:  # in its interpreter: `test_triton.py`
+    from l3m_kernels import triton_ops
+
+    GATHERING.append(row_chunks.RowKernels(triton_ops.softmax_gradient, triton_ops.sequence_sums))
 
 
 def head_of(case: Case, inputs: Inputs, workspace: int, low_memory: bool) -> chunked.Head:
@@ -106,6 +123,55 @@ def test_without_compaction_unscored_rows_may_hold_anything(low_memory, weighted
     found = run(case, inputs, weighted, 5000, low_memory)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """Rows are few here; -> the numbers of rows whose gradients were gathered."""
+    found = []
+
+    def rows(scored, *sizes, **options):
+        found.append(scored)
+        return gathered_rows(scored, *sizes, **options)
+
+    monkeypatch.setattr(chunk_sizes, "LEAST_GATHERED", 1)
+    monkeypatch.setattr(row_chunks, "gathered_rows", rows)
+    return found
+
+
+@pytest.mark.parametrize("kernels", GATHERING, ids=["torch", "triton"][: len(GATHERING)])
+@pytest.mark.parametrize("scored", ["counted", "given"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_all_rows_may_be_gathered(dtype, extras, weighted, scored, kernels, gathered):
+    """A workspace that holds the 16-bit gradients of all rows and the logits of some; bf16 has the sum's memory too."""
+    settings = {"softcap": 30.0, "temperature": 0.7} if extras else {"softcap": None, "temperature": 1.0}
+    case = Case.plain(
+        dtype=dtype, lengths=(30, 0, 41, 1), width=16, vocabulary=601, unscored=0.2, bias=extras, **settings
+    )
+    inputs = case.build()
+    taken = inputs.targets != case.ignore_index
+    count = int(taken.sum())
+    if scored == "counted":  # rows without a gradient go through the logits alone
+        upstream = inputs.grad_token + inputs.grad_sequence[sequence_of(inputs)]
+        taken = taken & ((inputs.seq_weight[sequence_of(inputs)] if weighted else upstream) != 0)
+    rows = int(taken.sum())
+    wanted = rows * (2 * chunk_sizes.row_stride(601) + 6 * 16) + 10 * 4 * chunk_sizes.row_stride(601)
+    saved = 4 * 601 * 16 if dtype == torch.bfloat16 else 0
+    found = run(case, inputs, weighted, wanted - saved, False, count if scored == "given" else None, kernels)
+    assert gathered == [rows]
+    assert_close_to_oracle(case, inputs, found, weighted, backend="triton")  # products of 16-bit numbers
+
+
+def test_what_is_gathered_fits_where_the_sum_would_be():
+    workspace, sum_bytes = 551_000_000, 4 * 4096 * 128256  # shape R
+    rows = gathered_rows(8192, 128256, 4096, workspace_bytes=workspace, accumulator_bytes=sum_bytes)
+    held = 8192 * (2 * 128256 + 6 * 4096) + rows * 4 * 128256
+    assert rows >= chunk_sizes.LEAST_GATHERED
+    assert held <= workspace + sum_bytes
+    assert gathered_rows(8193 + 1000, 128256, 4096, workspace_bytes=workspace, accumulator_bytes=sum_bytes) == 0
+    assert gathered_rows(8192, 128256, 4096, workspace_bytes=workspace, accumulator_bytes=sum_bytes, itemsize=4) == 0
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, 0, 10])

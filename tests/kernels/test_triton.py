@@ -19,6 +19,7 @@ SUITES = {
         "test_triton_fuzz": "",
         "test_triton_small": "",
         "test_offsets": "triton",
+        "test_row_chunks": "gathered and triton",
         "test_ops_hazards": "triton",
         "test_ops_compile": "triton and (fullgraph_with or scaler or autocast) and not float64",
     },

@@ -34,10 +34,12 @@ const char* cluster_obstacle(const float* logits, int64_t stride, int64_t rows, 
 // dtypes: 0 none, 1 fp32, 2 bf16, 3 fp16
 int softmax_gradient(float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const int64_t* target,
                      const float* upstream, const void* bias, int bias_dtype, int gradient, float softcap,
-                     float inverse_temperature, int known_lse, float* token, float* lse, int32_t* flag, int kernel) {
-  return cuda::softmax_gradient({logits, stride, rows, vocabulary, target, upstream, bias, cuda::Dtype(bias_dtype),
-                                 cuda::Dtype(gradient), softcap, inverse_temperature, known_lse != 0, token, lse, flag},
-                                nullptr, cuda::RowKernel(kernel));
+                     float inverse_temperature, int known_lse, float* token, float* lse, int32_t* flag, int kernel,
+                     void* out, int64_t out_stride) {
+  return cuda::softmax_gradient(
+      {logits, stride, rows, vocabulary, target, upstream, bias, cuda::Dtype(bias_dtype), cuda::Dtype(gradient),
+       softcap, inverse_temperature, known_lse != 0, token, lse, flag, out, out_stride},
+      nullptr, cuda::RowKernel(kernel));
 }
 
 int scale(void* values, int dtype, int64_t count, const float* factor, int blocks) {
