@@ -1,6 +1,6 @@
 """One rank of `test_trl_ranks.py`, or all of it: trainers under constraints whose responses are scripted, started as torchrun does.
 
-python trl_ranks.py MODEL FOLDER ROWS; writes FOLDER/RANK.pt. ROWS: of a batch, on each rank.
+python trl_ranks.py MODEL FOLDER ROWS [fsdp]; writes FOLDER/RANK.pt. ROWS: of a batch, on each rank. fsdp: the model is split by FSDP2.
 """
 
 import importlib
@@ -68,9 +68,14 @@ def general() -> list[dict[str, Any]]:
     return [{"input_ids": [3 + n, 4, 5 + n, 1], "labels": [-100, 4, 5 + n, 1]} for n in range(BATCH // 2)]
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    value: Any = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+
+
 def found(trainer: Any) -> dict[str, Any]:
     return {
-        "weights": [parameter.detach().clone() for parameter in trainer.policy.parameters()],
+        "weights": [whole(parameter) for parameter in trainer.policy.parameters()],
         "l3m": trainer.l3m_optimizer.metrics(),
         "log": [line for line in trainer.state.log_history if "loss" in line],
         "sampled": trainer.fewer_samples.sampled_tokens,
@@ -94,7 +99,49 @@ def runs(model: str, folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
+def resumed(kind: str, model: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """What a run of four steps found, and what one that goes on from its second did; they sample by themselves."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    checkpoint, ended = str(folder / "first" / "checkpoint-2"), []
+    for name in ("first", "again"):
+        torch.manual_seed(3)
+        policy = AutoModelForCausalLM.from_pretrained(model)
+        bounds = (l3ms.Length(max=3), l3ms.KL(max=0.1))
+        settings = {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "optim": "adamw_torch",
+            "learning_rate": 0.01,
+        }
+        trainer = trl_runs.make(kind, folder / name, tokenizer, policy, constraints=bounds, **settings, **options)
+        trainer.train(resume_from_checkpoint=checkpoint if name == "again" else None)
+        ended.append(found(trainer))
+    return ended
+
+
+def sharded(folder: Path, model: str, rows: int) -> dict[str, Any]:
+    import peft
+
+    plain = trl_runs.COMMON | {"fsdp": True}
+    trl_runs.COMMON |= plain | {"fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+    whole = runs(model, folder, rows)
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+    whole["resumed GRPOTrainer"] = resumed("GRPOTrainer", model, folder / "full", peft_config=lora)
+    trl_runs.COMMON |= plain | {"fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    settings = l3ms.L3MSettings(constraint_batch_size=4, max_new_tokens=8)
+    whole["resumed SFTTrainer"] = resumed("SFTTrainer", model, folder / "sharded", l3m=settings)
+    return whole
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, folder, rows = sys.argv[1:]
-    torch.save(runs(model, Path(folder), int(rows)), Path(folder) / f"{os.environ.get('RANK', '0')}.pt")
+    model, folder, rows, *how = sys.argv[1:]
+    if how:
+        import fsdp_on_cpus
+
+        fsdp_on_cpus.patch()
+        ended = sharded(Path(folder), model, int(rows))
+    else:
+        ended = runs(model, Path(folder), int(rows))
+    torch.save(ended, Path(folder) / f"{os.environ.get('RANK', '0')}.pt")

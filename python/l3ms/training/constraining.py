@@ -17,6 +17,7 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import RewardLog
 from l3ms.model.columns import check_names
 from l3ms.model.orders import PromptOrder
+from l3ms.ranks.group import gather
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.averaging import AveragingTrainer
 from l3ms.training.checkpoints import rank_suffix
@@ -197,7 +198,8 @@ class Constraining(AveragingTrainer):
             logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
             logs.update(self.fewer_samples.metrics())
             if self.last_rollout is not None and self.fewer_samples.sampled:
-                logs["l3m/truncated"] = float((~self.last_rollout.ended).float().mean())
+                ended = [each for of_rank in gather(self.last_rollout.ended.tolist()) for each in of_rank]
+                logs["l3m/truncated"] = ended.count(False) / len(ended)
             means = self.reward_log.means(self.args.world_size)
             logs.update({f"rewards/{name}": value for name, value in means.items()})
             logs.update(self.watched)

@@ -23,7 +23,6 @@ from l3ms.training.trl_options import (
     check_arguments_of,
     check_settings,
     check_tokenizer,
-    check_whole_model,
     prompt_rows,
 )
 
@@ -55,7 +54,6 @@ class GivenTrainer(Constraining):
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         check_parallelism(self)
-        check_whole_model(self, where)
         self._check_samples(rows)
         self.phases = Phases(self.args.device)  # not begun: nothing is timed
         self._fused = self.l3m.solver != "none" and self._calls_head()

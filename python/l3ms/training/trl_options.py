@@ -94,14 +94,6 @@ def check_sampling_of(args: Any) -> None:
         )
 
 
-def check_whole_model(trainer: Any, where: str) -> None:
-    """How the model is spread over processes, beyond what is looked at for `L3MTrainer` too."""
-    if trainer.is_fsdp_enabled and trainer.l3m.solver != "none":
-        raise ValueError(
-            f"fsdp is not taken by constrained({where}): each process holds the whole model (DDP); L3MTrainer takes fsdp"
-        )
-
-
 def check_tokenizer(given: Any) -> None:
     """Of a trainer whose responses are looked at."""
     if not isinstance(given, PreTrainedTokenizerBase):

@@ -21,7 +21,7 @@ KINDS = ("SFTTrainer", "DPOTrainer", "GRPOTrainer", "RLOOTrainer")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tokenizer):
-    """What one process found, and each of two."""
+    """What one process found, and each of two, with the whole model and with a half of it."""
     import transformers
 
     folder = tmp_path_factory.mktemp("ranks")
@@ -30,14 +30,14 @@ def ranks(tmp_path_factory, tokenizer):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(settings).save_pretrained(folder / "model")
-    return [start(folder, world) for world in (1, 2)]
+    return [start(folder, world) for world in (1, 2)] + [start(folder, 2, "fsdp")]
 
 
-def start(folder, world):
+def start(folder, world, *how):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = folder / str(world)
+    place = folder / "-".join((str(world), *how))
     place.mkdir()
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1",
@@ -45,7 +45,7 @@ def start(folder, world):
     }  # fmt: skip
     if world > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, str(SCRIPT), str(folder / "model"), str(place), str(8 // world)]
+    command = [sys.executable, str(SCRIPT), str(folder / "model"), str(place), str(8 // world), *how]
     of_rank = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {} for rank in range(world)]
     processes = [subprocess.Popen(command, env={**environment, **own}) for own in of_rank]
     try:
@@ -56,10 +56,11 @@ def start(folder, world):
     return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_agree_and_do_what_one_process_does(ranks, kind):
-    [[one], [first, second]] = ranks
-    one, first, second = one[kind], first[kind], second[kind]
+def test_ranks_agree_and_do_what_one_process_does(ranks, kind, sharded):
+    [[one], whole, split] = ranks
+    one, (first, second) = one[kind], [rank[kind] for rank in (split if sharded else whole)]
     assert first["l3m"] == second["l3m"]
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     assert first["sampled"] == one["sampled"]
@@ -68,6 +69,15 @@ def test_ranks_agree_and_do_what_one_process_does(ranks, kind):
     assert len(first["log"]) == len(one["log"]) == 3
     for ours, whole in zip(first["log"], one["log"], strict=True):
         for name in whole:
-            if name.startswith("constraints/") or name == "l3m/mu":
+            if name.startswith("constraints/") or name in ("l3m/mu", "l3m/truncated"):
                 assert ours[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
     assert one["log"][-1]["constraints/length/lambda"] > 0
+
+
+@pytest.mark.parametrize("kind", ["GRPOTrainer", "SFTTrainer"])
+def test_a_sharded_run_goes_on_where_it_was(ranks, kind):
+    """From whole and from sharded checkpoints, with LoRA and without, to the bit."""
+    for rank in ranks[2]:
+        first, again = rank[f"resumed {kind}"]
+        assert all(torch.equal(a, b) for a, b in zip(first["weights"], again["weights"], strict=True))
+        assert first["log"][-1]["loss"] == again["log"][-1]["loss"]
