@@ -13,6 +13,7 @@ from torch import Tensor
 from l3m_kernels import reference, trend
 from l3m_kernels.backends import select
 from l3m_kernels.reference import BOUNDS, STATE, BarrierWeights
+from l3m_kernels.transforms import refuse_transforms, wants_gradient
 
 
 def relaxed_log_barrier(z: Tensor | float, mu: Tensor | float, s: Tensor | float | None = None) -> Tensor:
@@ -30,6 +31,7 @@ def relaxed_log_barrier(z: Tensor | float, mu: Tensor | float, s: Tensor | float
 
     Raises:
         ValueError: mu or s is not 0-dim, not positive (seen on a CPU), or requires a gradient.
+        RuntimeError: it is differentiated in forward mode or by `torch.func`, or a third time.
     """
     return _relaxed_log_barrier(*_barrier_arguments("relaxed_log_barrier", z, mu, s))
 
@@ -118,8 +120,10 @@ def barrier_weights(
 
     Raises:
         ValueError: a shape or dtype is wrong (named), or smoothing, mu or s is out of range.
+        RuntimeError: it is differentiated: the weights are constants.
     """
     op = "barrier_weights"
+    refuse_transforms(op, rewards, state, norm, sums, bounds.table)
     mu, s = _constants(op, rewards.device, mu, s)
     tensors = _checked(op, rewards, norm, sums, state, bounds, smoothing)
     return BarrierWeights(*_barrier_weights(*tensors, mu, s, _number(smoothing), leave_one_out, backend or "auto"))
@@ -212,10 +216,11 @@ def _checked(
 def _constants(op: str, device: torch.device, mu: Tensor | float, s: Tensor | float | None) -> tuple[Tensor, Tensor]:
     mu = torch.as_tensor(mu, dtype=torch.float64, device=device)
     s = mu * mu if s is None else torch.as_tensor(s, dtype=torch.float64, device=device)
+    refuse_transforms(op, mu, s)
     for name, value in (("mu", mu), ("s", s)):
-        if value.ndim != 0 or value.requires_grad:
+        if value.ndim != 0 or wants_gradient(value):
             raise ValueError(
-                f"{op}: {name} must be a 0-dim constant, got shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+                f"{op}: {name} must be a 0-dim constant, got shape {tuple(value.shape)}, requires_grad={wants_gradient(value)}"
             )
     return mu, s
 
@@ -224,6 +229,7 @@ def _barrier_arguments(
     op: str, z: Tensor | float, mu: Tensor | float, s: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = torch.as_tensor(z, dtype=torch.float64)
+    refuse_transforms(op, z)
     return z, *_constants(op, z.device, mu, s)
 
 

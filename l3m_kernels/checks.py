@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from l3m_kernels import device_flags
+from l3m_kernels.transforms import refuse_transforms, wants_gradient
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -41,6 +42,7 @@ def packed_batch(
 
     `part`: `weight` and `bias` are a part of the vocabulary, which may be empty.
     """
+    refuse_transforms(op, hidden, weight, bias)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
@@ -96,6 +98,7 @@ def packed_batch(
 
 def check_seq_weight(op: str, seq_weight: Tensor, batch: Batch) -> None:
     """(N,) constants, one for each sequence."""
+    refuse_transforms(op, seq_weight)
     wanted = (batch.cu_seqlens.shape[0] - 1,)
     if seq_weight.shape != wanted or not seq_weight.is_floating_point():
         raise ValueError(
@@ -103,7 +106,7 @@ def check_seq_weight(op: str, seq_weight: Tensor, batch: Batch) -> None:
         )
     if seq_weight.device != batch.hidden.device:
         raise ValueError(f"{op}: seq_weight must be on hidden's device {batch.hidden.device}, got {seq_weight.device}")
-    if seq_weight.requires_grad:
+    if wants_gradient(seq_weight):
         raise ValueError(
             f"{op}: seq_weight is a constant, got one that requires a gradient; detach it, or use log_likelihood"
         )

@@ -17,6 +17,7 @@ from l3m_kernels.backends import head_of, scale_in_place, select
 from l3m_kernels.checks import check_seq_weight, check_values, offsets_on, packed_batch
 from l3m_kernels.chunked import NEEDS, gradient_dtype
 from l3m_kernels.likelihoods import LogLikelihood, refuse_double
+from l3m_kernels.transforms import is_batched, wants_gradient
 from l3m_kernels.vocabulary_shards import is_dtensor
 
 
@@ -60,8 +61,8 @@ def log_likelihood(
         IndexError: a target outside [0, V) that is not `ignore_index`. On a GPU nothing waits to see: its row is NaN, a later call or
             `check_targets` raises; so for a wrong `scored`, which makes all results NaN, and for wrong cu_seqlens on the GPU, which make
             the sequences and all gradients NaN.
-        RuntimeError: the named backend is not available here, a second derivative is asked for, or the first call on a GPU is made while
-            a CUDA graph is captured.
+        RuntimeError: the named backend is not available here, a second derivative is asked for, or one in forward mode or by `torch.func`
+            (`torch.vmap` makes one call after the other), or the first call on a GPU is made while a CUDA graph is captured.
     """
     if is_dtensor(weight):
         options = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index}
@@ -107,10 +108,7 @@ def weighted_log_likelihood(
     op = "weighted_log_likelihood"
     batch = packed_batch(op, hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
     check_seq_weight(op, seq_weight, batch)
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (batch.hidden, batch.weight, batch.bias)
-    ]
+    needs = [torch.is_grad_enabled() and wants_gradient(each) for each in (batch.hidden, batch.weight, batch.bias)]
     tensors = (batch.hidden, batch.weight, batch.targets, seq_weight, batch.cu_seqlens, batch.bias)
     options = (softcap, temperature, ignore_index, scored, backend or "auto")
     loss, sequence, length, token, *_ = _weighted_log_likelihood(*tensors, *options, *needs)
@@ -292,7 +290,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
     place. So does a CUDA graph, whose replays may find a gradient that an earlier one has scaled.
     """
     real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
-    if not real or torch.is_grad_enabled():
+    if not real or torch.is_grad_enabled() or is_batched(upstream):
         return (gradient * upstream).to(dtype)  # 0-dim fp32: a loss scale of 65536 is no fp16 number
     last = not _get_current_graph_task_keep_graph()
     if upstream.device.type == "cpu" and upstream.item() == 1 and (last or gradient.dtype != dtype):

@@ -44,6 +44,7 @@ from l3m_kernels.checks import check_seq_weight, check_values, offsets_on, packe
 from l3m_kernels.chunked import sequence_index, sequence_lengths, sequence_sums, weighted_loss
 from l3m_kernels.likelihoods import LogLikelihood, refuse_double
 from l3m_kernels.row_order import Rows, ordered
+from l3m_kernels.transforms import is_batched, refuse_transforms
 from l3m_kernels.vocabulary_shards import Place, agree, fingerprint, group_of, replicated, shard_of
 
 _IGNORED, _ELSEWHERE = -100, -1  # targets as a rank's part of the vocabulary has them
@@ -139,6 +140,9 @@ def _shared(
     group = group_of(op, weight, group)
     problem, batch, shard, same = None, None, None, {}
     try:
+        refuse_transforms(op, hidden, weight, bias, seq_weight)
+        if any(tensor is not None and is_batched(tensor) for tensor in (hidden, weight, targets, bias, seq_weight)):
+            raise RuntimeError(f"{op}: torch.vmap cannot map a vocabulary that ranks share; call it once for each")
         shard = shard_of(op, weight, bias, group)
         hidden, targets = replicated(op, "hidden", hidden), replicated(op, "targets", targets)
         plain = None if cu_seqlens is None else replicated(op, "cu_seqlens", cu_seqlens)
@@ -208,6 +212,11 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         grad_sequence, _, grad_token = grads
+        if any(grad is not None and is_batched(grad) for grad in grads):
+            raise RuntimeError(
+                "log_likelihood and weighted_log_likelihood of a vocabulary that ranks share have no gradients of several losses at once "
+                "(is_grads_batched, vectorize=True); differentiate one after the other"
+            )
         hidden, weight, bias, targets, offsets, lse, token, fault = ctx.saved_tensors
         softcap, temperature, _, scored, backend = ctx.options
         upstream = torch.zeros_like(token) if grad_token is None else grad_token
