@@ -73,6 +73,10 @@ class Part:
     limit: float = 2400  # seconds after which its process is ended
     close: Callable[[Found], None] | None = None  # once all cases are there: from sums to figures and failures
 
+    def __post_init__(self) -> None:
+        if "," in self.name:
+            raise ValueError(f"a part's name must have no comma, which is between names in --parts, got {self.name!r}")
+
     def pieces(self, cases: int, seed: int) -> list[range]:
         first = seed * 10_000_000
         cuts = itertools.pairwise([*range(0, cases, self.piece), cases])
