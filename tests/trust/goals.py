@@ -16,7 +16,7 @@ GOALS = (
          "trust_heads", "flash-attention 2 to 3 times the unfused error; cut-cross-entropy 2,880 cases; Liger 141"),
     Goal("G2", "Triton's kernels: random calls, interpreted, against float64; all compiled for sm_80, 90, 100, 120",
          "as G1; no spilled register, no more shared memory than there is", "trust_triton", "none found without a GPU"),
-    Goal("G3", "torch.library.opcheck of every op and backend; PyTorch's own linear_cross_entropy samples and error inputs through our ops",
+    Goal("G3", "opcheck of every op and backend (Triton: 100 inputs each); PyTorch's linear_cross_entropy samples and error inputs",
          "opcheck's own; torch's tolerances and 1.5 times torch's own error; errors are a ValueError that names the argument",
          "trust_opcheck", "4 samples in PyTorch's extension-cpp"),
     Goal("G4", "gradients against finite differences in float64; a second derivative is right or refused",

@@ -92,7 +92,7 @@ def parts() -> list[Part]:
         environment = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
         slow = 3.0 if environment else 1.0
         run = partial(checked, check, backend)
-        found.append(Part(name, run, cases, 0 if environment else 2, 100, environment, seconds=0.1 * slow * cases))
+        found.append(Part(name, run, cases, 0 if environment else 2, 100, environment, seconds=0.12 * slow * cases))
 
     head = {
         "log_likelihood": test_opcheck_log_likelihood,
