@@ -231,7 +231,7 @@ class _LogLikelihood(torch.autograd.Function):
                 known = (hidden, targets, lse, token)
                 d_hidden, d_weight, d_bias = run(upstream, *known, head, _IGNORED, needs, scored)
             else:
-                d_hidden = torch.zeros_like(hidden, dtype=token.dtype)
+                d_hidden = token.new_zeros(hidden.shape)  # not in hidden's strides: what is added up is memory
                 d_weight, d_bias = (None if tensor is None else torch.zeros_like(tensor) for tensor in (weight, bias))
             found = [_summed(d_hidden, ctx.rows, ctx.group).to(hidden.dtype) if needs[0] else None, d_weight, d_bias]
         found = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from head_cases import assert_close_to_oracle
 from head_on_gpu import DEVICE, HEAD_BACKENDS, MISSING, Batch, backends, both, on_device, random_case, run
+from head_oracle import assert_close_to_oracle
 
 from l3m_kernels import barrier_weights, check_targets, log_likelihood, reference, set_workspace
 from l3m_kernels.barrier import Bounds, initial_state

@@ -20,6 +20,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     ruled_out: tuple[int, int] | None = None  # tokens with a bias of -inf
     upstream: str = "both"  # what is differentiated
+    transposed: bool = False  # hidden's strides
     width: int = D
     scale: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +46,8 @@ class Case:
         cu_seqlens = None if self.padded else torch.tensor(CU_SEQLENS)
         if self.padded:
             hidden, targets, grad_token = hidden.view(3, 4, -1), targets.view(3, 4), grad_token.view(3, 4)
+        if self.transposed:
+            hidden = hidden.mT.contiguous().mT
         floats = [None if t is None else t.to(self.dtype) for t in (hidden, weight, bias)]
         return floats[0], floats[1], targets, cu_seqlens, floats[2], grad_sequence, grad_token, seq_weight
 
@@ -88,6 +91,7 @@ TWO = {
         "all options": Case((12, 11), bias=True, options=EVERYTHING),
         "padded": Case((5, 18), padded=True, bias=True, options={"temperature": 1.5}),
         "none here": Case((0, 23), bias=True),
+        "none here, hidden transposed": Case((0, 23), transposed=True),
         "none there": Case((23, 0), options={"softcap": 2.0}),
         "frozen weight": Case((12, 11), bias=True, frozen=("weight",)),
         "frozen hidden": Case((12, 11), bias=True, frozen=("hidden", "bias")),

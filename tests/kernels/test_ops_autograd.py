@@ -11,13 +11,9 @@ from head_cases import (
     WEIGHTED_BACKENDS,
     Case,
     Inputs,
-    assert_close_to_oracle,
-    condition_scales,
     grad_of,
-    multiplies_in,
-    ulp,
-    unfused,
 )
+from head_oracle import assert_close_to_oracle, condition_scales, multiplies_in, ulp, unfused
 from torch import Tensor
 
 import l3m_kernels

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from head_calls import batch, both, call, loss_of
-from head_cases import WEIGHTED_BACKENDS, grad_of, multiplies_in
+from head_cases import WEIGHTED_BACKENDS, grad_of
+from head_oracle import multiplies_in
 from torch import Tensor
 
 from l3m_kernels import chunked, weighted_log_likelihood

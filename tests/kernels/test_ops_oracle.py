@@ -7,10 +7,10 @@ from head_cases import (
     WEIGHTED_BACKENDS,
     Case,
     Inputs,
-    assert_close_to_oracle,
     grad_of,
     sequence_of,
 )
+from head_oracle import assert_close_to_oracle
 from torch import Tensor
 
 from l3m_kernels import LogLikelihood, log_likelihood, set_workspace, weighted_log_likelihood
@@ -62,15 +62,27 @@ def check(backend: str, case: Case, op: str) -> float:
         assert not out.sequence.requires_grad
         assert not out.token.requires_grad
         assert loss.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
-        if loss.requires_grad:
-            loss.backward()
+        differentiated = (loss,) if loss.requires_grad else ()
+        upstream = (loss.new_tensor(case.loss_scale),)
     else:
         out = log_likelihood(hidden, weight, targets, cu_seqlens, **options)
         found = check_statistics(case, inputs, out)
         assert out.sequence.requires_grad == any(leaf.requires_grad for leaf in inputs.leaves.values())
-        if out.sequence.requires_grad:
-            torch.autograd.backward((out.sequence, out.token), (inputs.grad_sequence, inputs.grad_token))
+        differentiated = (out.sequence, out.token) if out.sequence.requires_grad else ()
+        upstream = (inputs.grad_sequence * case.loss_scale, inputs.grad_token * case.loss_scale)
+        chosen = {"sequence": slice(1), "token": slice(1, 2), "sum": slice(1)}.get(case.differentiated, slice(2))
+        differentiated, upstream = differentiated[chosen], upstream[chosen]
+        if differentiated and case.differentiated == "sum":
+            differentiated, upstream = (out.sequence.sum(),), (out.sequence.new_tensor(case.loss_scale),)
+    if differentiated:
+        torch.autograd.backward(differentiated, upstream, retain_graph=case.twice)
     found |= check_gradients(case, inputs)
+    if differentiated and case.twice:
+        leaves = [leaf for leaf in inputs.leaves.values() if leaf.requires_grad]
+        again = torch.autograd.grad(differentiated, leaves, upstream)
+        assert all(torch.equal(grad_of(leaf), grad) for leaf, grad in zip(leaves, again, strict=True)), (
+            "a second backward"
+        )
     return max(assert_close_to_oracle(case, inputs, found, weighted=op == "weighted", backend=backend).values())
 
 

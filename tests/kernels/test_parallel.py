@@ -50,7 +50,7 @@ def joined(found):
         else:
             whole[name] = values[0]
             for value in values[1:]:
-                bits = [t.view(torch.uint8) if t.ndim else t.reshape(1).view(torch.uint8) for t in (value, values[0])]
+                bits = [t.contiguous().view(-1).view(torch.uint8) for t in (value, values[0])]
                 assert torch.equal(*bits), name
     return whole
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from head_cases import HEAD_BACKENDS, Case, Inputs, assert_close_to_oracle, sequence_of
+from head_cases import HEAD_BACKENDS, Case, Inputs, sequence_of
+from head_oracle import assert_close_to_oracle
 from torch import Tensor
 
 from l3m_kernels import chunk_sizes, chunked, row_chunks

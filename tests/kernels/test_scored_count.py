@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from head_calls import batch, both, call, loss_of
-from head_cases import Case, Inputs, assert_close_to_oracle
+from head_cases import Case, Inputs
+from head_oracle import assert_close_to_oracle
 from test_ops_compile import Model, loss_and_gradients
 from test_ops_compile import batch as padded_batch
 from test_row_chunks import NEEDS, run
