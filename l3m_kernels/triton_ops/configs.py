@@ -35,7 +35,7 @@ RESPONSES = Config(128, 4, registers=128)
 # With the filter of level and trend, which keeps three models of 6 doubles in registers: at 128 it spills 100 to 190 bytes.
 FILTERED = Config(128, 4, registers=255)
 
-PRODUCT = Tiles(64, 32, 4)  # 32 sums a thread
+PRODUCT = Tiles(64, 16, 4)  # 32 sums a thread; of twice the depth, sm_90's assembler spills 12 bytes
 
 
 def for_rows(vocabulary: int) -> Config:

@@ -6,6 +6,7 @@ Runs where TRITON_INTERPRET=1 (`test_triton.py` starts such a process); `TRITON_
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -32,11 +33,11 @@ from l3m_kernels.triton_ops.configs import Config
 softmax_module = sys.modules["l3m_kernels.triton_ops.softmax_gradient"]
 
 
-def fuzz(seed: int) -> float:
+def fuzz(seed: int, make: Callable[..., Case] = Case.random) -> float:
     """One call, forward and backward -> the worst error, as a share of what is allowed."""
     draw = random.Random(-1 - seed)
     large = draw.random() < 0.15
-    case = Case.random(seed, large=large)
+    case = make(seed, large=large)
     if large:  # for its vocabulary: a program of the interpreter takes milliseconds
         case = replace(case, unscored=min(case.unscored, 0.3))
     if large or case.width == 1:  # a product of one row, or one column, is a long sum in the BLAS of a CPU

@@ -33,13 +33,21 @@ def instructions() -> set[str]:
 
 def native(path: str | None, threads: tuple[int, ...], large: float, seeds: range, offset: int) -> Found:
     """Of backend `cpp` on one path of instructions; None is the machine's own."""
+    native_path(path)
+    return _heads("cpp", threads, large, seeds, offset)
+
+
+def native_path(path: str | None) -> None:
+    """
+    Raises:
+        Skipped: the native library is not there, or runs on another path.
+    """
     from l3m_kernels.backends import NATIVE
 
     if NATIVE.module is None:
         raise Skipped(f"the native library is not built here: {NATIVE.reason}")
     if path not in (None, NATIVE.module.cpu_path()):
         raise Skipped(f"this machine does not have the instructions {path}")
-    return _heads("cpp", threads, large, seeds, offset)
 
 
 def _heads(backend: str, threads: tuple[int, ...], large: float, seeds: range, offset: int) -> Found:
