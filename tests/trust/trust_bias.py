@@ -98,5 +98,5 @@ def parts() -> list[Part]:
         run = partial(bias, "reference", None, dtype)
         found.append(Part(name, run, 10_000, slice=200, seconds=30, piece=2500, close=close))
     run = partial(bias, "cpp", None, torch.bfloat16)
-    found.append(Part("cpp bfloat16", run, 0, slice=300, close=close))
+    found.append(Part("cpp bfloat16", run, 0, slice=800, close=close))
     return found
