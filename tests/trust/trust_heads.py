@@ -113,11 +113,11 @@ def parts() -> list[Part]:
     for path, (flag, cases) in PATHS.items():
         environment = {"L3M_CPU": path} if not flag or flag in here else {}
         run = partial(native, path, (1,), LARGE)
-        part(f"cpp {path}", run, cases, 100, environment=environment)
+        part(f"cpp {path}", run, cases, 130, environment=environment)
     many = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "passive"}
-    part("cpp 1 to 7 threads", partial(native, None, (1, 2, 3, 7), 0.2), 4000, 80, environment=many)
+    part("cpp 1 to 7 threads", partial(native, None, (1, 2, 3, 7), 0.2), 4000, 200, environment=many)
     part("cpp", partial(native, None, (1,), LARGE), 0, 1, slice=200)
-    part("reference", partial(_heads, "reference", (1,), LARGE), 14_000, 90, slice=100)
+    part("reference", partial(_heads, "reference", (1,), LARGE), 14_000, 150, slice=100)
     part("drop_in", drop_ins, 6000, 40, slice=60)
     part("parallel 2 ranks", shared_out, 4000, 60)
     return found

@@ -51,8 +51,8 @@ def _triton() -> None:
 
 def parts() -> list[Part]:
     interpreter = {"TRITON_INTERPRET": "1"}
-    found = [Part("interpreted", interpreted, 1500, slice=12, piece=250, environment=interpreter, seconds=240)]
+    found = [Part("interpreted", interpreted, 1500, slice=12, piece=250, environment=interpreter, seconds=260)]
     for architecture in (80, 90, 100, 120):
         run = partial(compiled, architecture)
-        found.append(Part(f"compiled for sm_{architecture}", run, VARIANTS, piece=VARIANTS, seconds=45))
+        found.append(Part(f"compiled for sm_{architecture}", run, VARIANTS, piece=VARIANTS, seconds=50))
     return found
