@@ -21,6 +21,7 @@ class Case:
     ruled_out: tuple[int, int] | None = None  # tokens with a bias of -inf
     upstream: str = "both"  # what is differentiated
     transposed: bool = False  # hidden's strides
+    ignored: tuple[int, ...] = (2, 7)  # tokens that are not scored
     width: int = D
     scale: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +36,7 @@ class Case:
         vocabulary, tokens = sum(self.rows), 12 if self.padded else CU_SEQLENS[-1]
         hidden, weight = self.scale * randn(tokens, self.width), randn(vocabulary, self.width) / 2
         targets = torch.randint(vocabulary, (tokens,), generator=generator)
-        targets[2] = targets[7] = self.options.get("ignore_index", -100)
+        targets[list(self.ignored)] = self.options.get("ignore_index", -100)
         targets[0], targets[-1] = 0, vocabulary - 1
         bias: Any = randn(vocabulary) if self.bias else None
         if self.ruled_out:
@@ -91,7 +92,7 @@ TWO = {
         "all options": Case((12, 11), bias=True, options=EVERYTHING),
         "padded": Case((5, 18), padded=True, bias=True, options={"temperature": 1.5}),
         "none here": Case((0, 23), bias=True),
-        "none here, hidden transposed": Case((0, 23), transposed=True),
+        "none here, hidden transposed": Case((0, 23), transposed=True, ignored=()),
         "none there": Case((23, 0), options={"softcap": 2.0}),
         "frozen weight": Case((12, 11), bias=True, frozen=("weight",)),
         "frozen hidden": Case((12, 11), bias=True, frozen=("hidden", "bias")),
