@@ -17,15 +17,30 @@ namespace {
 
 // ---- tiles ----
 
-template <bool kSoftcap, typename Acc>
-inline Acc logit(Acc z, const Transform<Acc>& t) {
-  if constexpr (kSoftcap) {
-    z = t.softcap * tanh(z * t.inverse_softcap);
-  }
-  return z * t.inverse_temperature;
+// An infinite x stays what it is: infinity times a low part of 0 or of the other sign would be NaN.
+template <typename Acc>
+inline Acc times(const Factor<Acc>& factor, Acc x) {
+  constexpr Acc kLarge = Acc(3.0e38);
+  const Acc above = x < -kLarge ? -kLarge : x;
+  return x * factor.high + (above > kLarge ? kLarge : above) * factor.low;
 }
 
-template <bool kSoftcap, bool kSlope, typename Acc>
+enum class Form { plain, scaled, capped };  // of a logit: z, or `outer` times z, or times a tanh
+
+template <Form kForm, typename Acc>
+inline Acc logit(Acc z, const Transform<Acc>& t) {
+  if constexpr (kForm == Form::plain) return z;
+  if constexpr (kForm == Form::capped) z = tanh(times(t.inner, z));
+  return times(t.outer, z);
+}
+
+template <typename Acc>
+Form form_of(const Transform<Acc>& t) {
+  if (t.capped) return Form::capped;
+  return t.outer.high == 1 && t.outer.low == 0 ? Form::plain : Form::scaled;
+}
+
+template <Form kForm, bool kSlope, typename Acc>
 void exponentials_of(Acc* z, int64_t ld, int64_t rows, int64_t columns, const Acc* bias, const Acc* reference,
                      Acc* sums, Transform<Acc> t) {
   for (int64_t v = 0; v < rows; ++v) {
@@ -33,11 +48,11 @@ void exponentials_of(Acc* z, int64_t ld, int64_t rows, int64_t columns, const Ac
     const Acc b = bias ? bias[v] : Acc(0);
     for (int64_t m = 0; m < columns; ++m) {
       const Acc raw = row[m] + b;
-      Acc e = exponential(logit<kSoftcap>(raw, t) - reference[m]);
-      if constexpr (kSoftcap) e = row[m] == kMasked<Acc> ? Acc(0) : e;
+      Acc e = exponential(logit<kForm>(raw, t) - reference[m]);
+      if constexpr (kForm == Form::capped) e = row[m] == kMasked<Acc> ? Acc(0) : e;
       sums[m] += e;
       if constexpr (kSlope) {
-        const Acc ratio = tanh(raw * t.inverse_softcap);
+        const Acc ratio = tanh(times(t.inner, raw));
         row[m] = e * ((Acc(1) - ratio) * (Acc(1) + ratio));
       } else {
         row[m] = e;
@@ -49,23 +64,26 @@ void exponentials_of(Acc* z, int64_t ld, int64_t rows, int64_t columns, const Ac
 template <typename Acc>
 void exponentials(Acc* z, int64_t ld, int64_t rows, int64_t columns, const Acc* bias, const Acc* reference, Acc* sums,
                   const Transform<Acc>& t, bool slope) {
-  if (t.softcap == 0) {
-    exponentials_of<false, false>(z, ld, rows, columns, bias, reference, sums, t);
+  const Form form = form_of(t);
+  if (form == Form::plain) {
+    exponentials_of<Form::plain, false>(z, ld, rows, columns, bias, reference, sums, t);
+  } else if (form == Form::scaled) {
+    exponentials_of<Form::scaled, false>(z, ld, rows, columns, bias, reference, sums, t);
   } else if (slope) {
-    exponentials_of<true, true>(z, ld, rows, columns, bias, reference, sums, t);
+    exponentials_of<Form::capped, true>(z, ld, rows, columns, bias, reference, sums, t);
   } else {
-    exponentials_of<true, false>(z, ld, rows, columns, bias, reference, sums, t);
+    exponentials_of<Form::capped, false>(z, ld, rows, columns, bias, reference, sums, t);
   }
 }
 
-template <bool kSoftcap, typename Acc>
+template <Form kForm, typename Acc>
 void maxima_of(const Acc* z, int64_t ld, int64_t rows, int64_t columns, const Acc* bias, Acc* maximum,
                Transform<Acc> t) {
   for (int64_t v = 0; v < rows; ++v) {
     const Acc* row = z + v * ld;
     const Acc b = bias ? bias[v] : Acc(0);
     for (int64_t m = 0; m < columns; ++m) {
-      const Acc x = logit<kSoftcap>(row[m] + b, t);
+      const Acc x = logit<kForm>(row[m] + b, t);
       maximum[m] = maximum[m] >= x || maximum[m] != maximum[m] ? maximum[m] : x;
     }
   }
@@ -74,7 +92,11 @@ void maxima_of(const Acc* z, int64_t ld, int64_t rows, int64_t columns, const Ac
 template <typename Acc>
 void maxima(const Acc* z, int64_t ld, int64_t rows, int64_t columns, const Acc* bias, Acc* maximum,
             const Transform<Acc>& t) {
-  (t.softcap == 0 ? maxima_of<false, Acc> : maxima_of<true, Acc>)(z, ld, rows, columns, bias, maximum, t);
+  const Form form = form_of(t);
+  const auto of_form = form == Form::plain    ? maxima_of<Form::plain, Acc>
+                       : form == Form::scaled ? maxima_of<Form::scaled, Acc>
+                                              : maxima_of<Form::capped, Acc>;
+  of_form(z, ld, rows, columns, bias, maximum, t);
 }
 
 template <typename T>

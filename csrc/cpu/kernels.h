@@ -14,10 +14,19 @@ struct Float16 {
   uint16_t bits;
 };
 
-// logit = softcap * tanh(z / softcap) / temperature, without the softcap where it is 0.
+// A number that an Acc would round: high + low. A factor of all logits but the target's, which is computed in double:
+// rounded, it would give log-likelihoods at one temperature errors of one direction.
+template <typename Acc>
+struct Factor {
+  Acc high, low;
+};
+
+// logit = softcap * tanh(z / softcap) / temperature, without the softcap where it is 0: `outer` times tanh(`inner` z), or
+// `outer` z.
 template <typename Acc>
 struct Transform {
-  Acc softcap, inverse_softcap, inverse_temperature;
+  bool capped;
+  Factor<Acc> inner, outer;
 };
 
 // A product's element that stands for "leave this one out", where there is a softcap: -inf would become -softcap.

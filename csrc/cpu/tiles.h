@@ -40,6 +40,8 @@ class Tiles {
   static constexpr bool kPairs = std::is_same_v<Mul, BFloat16>;
   static constexpr bool kDirect = std::is_same_v<In, Mul>;  // operands may be read where the caller holds them
 
+  static Factor<Acc> factor(double value) { return {Acc(value), Acc(value - double(Acc(value)))}; }
+
   explicit Tiles(const Problem& problem)
       : p_(problem),
         D_(problem.hidden_size),
@@ -49,7 +51,8 @@ class Tiles {
         product(path().brgemm_float, path().amx),
         tiling(D_, sizeof(Mul), sizeof(Acc)),
         ld_sums(D_ + 64 / int64_t(sizeof(Acc))),
-        transform{Acc(p_.softcap), Acc(p_.softcap ? 1 / p_.softcap : 0), Acc(1 / p_.temperature)},
+        transform{p_.softcap != 0, factor(p_.softcap ? 1 / p_.softcap : 0),
+                  factor((p_.softcap ? p_.softcap : 1) / p_.temperature)},
         scratch_(threads) {
     if (!p_.bias) return;
     bias_ = Buffer<Acc>(V_);
