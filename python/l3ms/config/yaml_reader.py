@@ -1,7 +1,7 @@
 """Safe YAML for configurations: plain values only, numbers are numbers, and a repeated key is an error.
 
-YAML 1.1 reads `1e-6` as text and silently keeps the last of two equal keys; both have ruined runs. Tags (`!!python/name`)
-are refused, and aliases, since a few nested ones expand to gigabytes.
+YAML 1.1 reads `1e-6` as text, `010` as 8 and `1:30` as 90, and silently keeps the last of two equal keys; such have ruined runs. Tags
+(`!!python/name`) are refused, and aliases, since a few nested ones expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -65,10 +65,21 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_number(self, node):
+        """As it is written in base 10 (or 16, or 2): no octal number and none of minutes and seconds, which nobody means."""
+        text = self.construct_scalar(node)
+        whole = node.tag.endswith(":int")
+        if ":" in text or (whole and re.match(r"[-+]?0[0-9_]+$", text) and text.strip("-+0_")):
+            value = (super().construct_yaml_int if whole else super().construct_yaml_float)(node)
+            raise _refuse(f"{text} is {value:g} to YAML; write that, or {text!r} for a text", node.start_mark)
+        return (super().construct_yaml_int if whole else super().construct_yaml_float)(node)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def parse_yaml(text: str, name: str = "value") -> Any:
