@@ -10,24 +10,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # modules that tests of several rooms share
 
 from cli_projects import checkpoint, project  # noqa: F401  (fixtures)
-from tiny_models import SIZES
-
-WORDS = ("a", "b", "c", "d", "e", "f", "def", "name", "(", ")", "user", "assistant", "system", ":")
-CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+from tiny_models import SIZES, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """Words to ids: <pad> 0, <eos> 1, <unk> 2, then WORDS; with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "<eos>", "<unk>", *WORDS))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=CHAT
-    )
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,11 @@ def wrong(make: Callable[[Path], list[str]], folder: Path, codes: tuple[int, ...
     code, out, err = run(arguments)
     if code not in codes:
         return f"exit {code}: {err.strip()[-300:]}"
-    if "Traceback" in out + err or (code and (err.count("\n") != 1 or not err.startswith("l3ms: "))):
+    verdict = code in (3, 4) and err == "" and 0 in codes  # of a certificate, which is no refusal
+    if "Traceback" in out + err or (code and not verdict and (err.count("\n") != 1 or not err.startswith("l3ms: "))):
         return f"exit {code}, not one line: {err[:300]!r}"
+    if obeyed := {letter for letter in out + err if not (letter.isprintable() or letter in "\n\t")}:
+        return f"exit {code}, a terminal would obey {obeyed}"
     if (folder / "canary").exists():
         return "the canary sang"
     if (folder / "victim").read_bytes() != victim:

@@ -85,7 +85,7 @@ def bench(
     """Options to a `Plan`, and its execution."""
     from l3ms.benchmark.device import missing
     from l3ms.benchmark.shapes import FULL, GPU_BUDGET, GPU_FULL, select_cases
-    from l3ms.config.named_files import check_writable
+    from l3ms.config.named_files import check_place, check_writable
     from l3ms.config.yaml_reader import ConfigError
 
     named = {"--op": op, "--shape": shape, "--dtype": dtype, "--masked": masked, "--scaling": scaling}
@@ -115,8 +115,8 @@ def bench(
             raise ConfigError(option, f"must be a {ending} file, got {path}")
         if path is not None:
             check_writable(option, path)
-    if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError("--output", f"must be a folder, and {output} is a file")
+    if output is not None:
+        check_place("--output", output)
 
     from l3ms.benchmark.run import Plan, execute, scaling_case
 

@@ -31,6 +31,15 @@ def check_writable(name: str, path: Path) -> None:
         raise ConfigError(name, f"has a name that is too long: {path.name[:40]}...")
 
 
+def check_place(name: str, folder: Path) -> None:
+    """Raise `ConfigError(name, ...)` unless there is a folder, or can be one."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(name, f"must be a folder, and {folder} is a file")
+    except OSError as error:  # a name that is too long, links in a circle
+        raise ConfigError(name, f"cannot be a folder ({error.strerror}): {str(folder)[:80]}") from None
+
+
 def _exists(path: Path) -> bool:
     """False for names that none can have, and for a link to nowhere."""
     try:

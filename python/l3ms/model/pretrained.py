@@ -6,10 +6,11 @@ are no files, and attention kernels fetched from a hub because a config.json nam
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ UNPICKLED = (
     "and those are never loaded: save it again as safetensors (save_pretrained does, from a model that you trust)"
 )
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
-CONFIG = "config.json"
-NAMING_FILES = (CONFIG, "generation_config.json", "tokenizer_config.json", INDEX, ADAPTER)
+CONFIG, GENERATION = "config.json", "generation_config.json"
+NAMING_FILES = (CONFIG, GENERATION, "tokenizer_config.json", INDEX, ADAPTER)
 MOST_SIZE, MOST_LAYERS = 1 << 62, 10_000  # a larger one is built for ever, or ends the process
 MOST_BYTES = 64 << 20  # of a JSON that is read here; a config.json has a few thousand
 
@@ -54,7 +55,11 @@ def load_whole(kind: Any, source: Any, **options: Any) -> Any:
 def load_tokenizer(kind: Any, source: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """The same of a tokenizer's class."""
     check_source(source)
-    return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    tokenizer = kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    longest = getattr(tokenizer, "model_max_length", 1)
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise ValueError(f"tokenizer_config.json: model_max_length must be a number of tokens, got {longest!r:.80}")
+    return tokenizer
 
 
 def reason(error: BaseException) -> str:
@@ -89,6 +94,14 @@ def check_source(source: Any) -> None:
 
 def _check_named(folder: Path, name: str, values: Any) -> None:
     """Of a JSON in a folder: what it makes transformers read or fetch."""
+    if name == ADAPTER and isinstance(values, dict) and values.get("megatron_config"):
+        raise ValueError(
+            f"{name} has a megatron_config, for which peft imports the module that megatron_core names: remove it"
+        )
+    if name in (CONFIG, GENERATION) and (taken := _taken(values, _methods(name))):
+        raise ValueError(
+            f"{name} has {taken!r:.80}, which is a method of transformers' configuration and no setting: remove it from there"
+        )
     try:
         found = list(_texts(values))
     except RecursionError:
@@ -105,6 +118,22 @@ def _check_named(folder: Path, name: str, values: Any) -> None:
         path = folder / value
         if "/" in value and os.path.exists(path) and not os.path.isdir(path) and not is_regular(path):
             raise ValueError(f"{name} names {value!r}, which is not a regular file")
+
+
+@functools.cache
+def _methods(name: str) -> frozenset[str]:
+    """What a configuration does: a key of that name in its JSON would stand in the way, also after the training, when it is saved."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    kind = GenerationConfig if name == GENERATION else PreTrainedConfig
+    return frozenset(key for key in dir(kind) if callable(getattr(kind, key, None)))
+
+
+def _taken(values: Any, methods: Collection[str]) -> str | None:
+    """The first key among `methods`, of the configuration or of one in it."""
+    inner = [item for key, item in values.items() if key.endswith("_config")] if isinstance(values, dict) else []
+    here = next((key for key in values if key in methods), None) if isinstance(values, dict) else None
+    return here or next((found for item in inner if (found := _taken(item, methods))), None)
 
 
 def _of_hub(source: Any) -> Any:

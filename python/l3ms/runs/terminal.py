@@ -5,7 +5,9 @@ from rich.console import Console
 
 def printable(text: str) -> str:
     """Escape sequences, backspaces, line ends, marks that turn the direction of writing: each as its escape, as Python writes it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
+    )
 
 
 def say(console: Console, text: str) -> None:

@@ -157,3 +157,8 @@ def test_suites_run():
     for suite in ("weighted", "log_likelihood", "no_grad", "frozen", "barrier_weights"):
         assert f"test_{suite}[" in done.stdout
     assert "not run: QuACK" in done.stdout
+
+
+def test_a_folder_that_no_file_system_takes_is_refused_by_its_option(capsys):
+    assert main(["bench", "--output", "x" * 3000]) == 2
+    assert capsys.readouterr().err.startswith("l3ms: --output: cannot be a folder (File name too long): xxx")

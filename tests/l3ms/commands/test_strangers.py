@@ -3,41 +3,19 @@
 `make test` runs a slice of them, `make test-full` all; a case that does not hold is named.
 """
 
-from typing import Any
-
 import bad_inputs
 import hostile_artefacts
+import hostile_models
 import hostile_runs
 import pytest
-import refused
-import stranger_projects
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from strangers import Strangers
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}  # fmt: skip
 SLICE = 50  # every so many cases
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory, tokenizer):
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=17, **SIZES, **special))
-    with pytest.MonkeyPatch.context() as patch:
-        yield stranger_projects.write(tmp_path_factory.mktemp("strangers"), tokenizer, model, patch)
-
-
-def holds(template, cases):
+def holds(cases):
     """-> how many were run."""
-    found = {}
-    for name, make, *codes in cases:
-        with refused.in_project(template, template.parent / "project") as folder:
-            wrong = refused.wrong(make, folder, *codes)
-        if wrong is not None:
-            found[name] = wrong
+    found = {name: wrong for name, make, *codes in cases if (wrong := Strangers.here().wrong(make, *codes)) is not None}
     assert found == {}, f"{len(found)} of {len(cases)} cases"
     return len(cases)
 
@@ -45,29 +23,57 @@ def holds(template, cases):
 KINDS = {
     "bad_inputs": bad_inputs.cases,
     "hostile_artefacts": hostile_artefacts.cases,
+    "hostile_models": hostile_models.cases,
     "hostile_runs": hostile_runs.cases,
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, peft and datasets, on their way to an error
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_slice_is_refused(template, kind):
-    assert holds(template, KINDS[kind]()[::SLICE]) >= 5
+def test_a_slice_is_refused(kind):
+    assert holds(KINDS[kind]()[::SLICE]) >= 5
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_are_refused(template, kind):
-    assert holds(template, KINDS[kind]()) > 250
+def test_all_are_refused(kind):
+    assert holds(KINDS[kind]()) > 250
 
 
 def test_there_are_as_many_kinds_as_were_promised():
     counts = {kind: len({name for name, *_ in cases()}) for kind, cases in KINDS.items()}
     assert counts["bad_inputs"] >= 449
-    assert counts["hostile_artefacts"] + counts["hostile_runs"] >= 227
+    assert sum(counts.values()) - counts["bad_inputs"] >= 227
 
 
-def test_a_case_that_is_not_refused_is_found(template):
-    with refused.in_project(template, template.parent / "project") as folder:
-        assert refused.wrong(lambda _: ["plot", "finished"], folder) == "exit 0: "
+def sings(folder):
+    (folder / "canary").mkdir()
+    return ["plot", "nowhere"]
+
+
+def writes_beside(folder):
+    (folder.parent / "owned").touch()
+    return ["plot", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda _: ["plot", "finished"], "exit 0: "),
+        (sings, "the canary sang"),
+        (writes_beside, "something was written outside the project"),
+    ],
+    ids=["a case that is not refused", "a canary", "a file beside the project"],
+)
+def test_what_does_not_hold_is_found(make, found):
+    strangers = Strangers.here()
+    try:
+        assert strangers.wrong(make) == found
+    finally:
+        (strangers.template.parent / "owned").unlink(missing_ok=True)
+
+
+def test_what_a_terminal_would_obey_is_found(monkeypatch):
+    import refused
+
+    monkeypatch.setattr(refused, "run", lambda _: (2, "", "l3ms: x: \x1b[2J\n"))
+    assert "a terminal would obey" in str(Strangers.here().wrong(lambda _: ["plot", "nowhere"]))

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from l3ms.config.run_config import ConfigError, RunConfig, load_config, parse_override
+from l3ms.config.yaml_reader import parse_yaml
 
 GOOD = {
     "model": "./base",
@@ -310,3 +311,18 @@ def test_paths_of_a_list_that_no_file_can_have(write, tmp_path):
     for path, words in (("loop.jsonl", "circle"), ("a\0b", "NUL")):
         with pytest.raises(ConfigError, match=rf"^data\.train\.1: .*({words})"):
             load_config(write(GOOD | {"data": {"train": ["rows.jsonl", f"./{path}"]}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 8), ("0_10", 8), ("-010", -8), ("1:30", 90), ("1:00:00", 3600), ("1:30.5", 90.5)]
+)
+def test_a_number_in_base_8_or_60_is_refused(text, value):
+    """YAML 1.1 reads them so without a word, and whoever writes `iterations: 010` or `timeout: 1:30` means something else."""
+    with pytest.raises(ConfigError, match=rf"line 1: {text} is {value} to YAML; write that, or '{text}' for a text"):
+        parse_yaml(f"timeout: {text}")
+    assert parse_override("--logging.run-name", text) == ("logging.run_name", text)
+
+
+def test_other_numbers_stay_numbers():
+    text = "[0, 00, 0.0, -0, 007.5, 1_000, 0x10, 0b11, 1e-6, 08.5]"
+    assert parse_yaml(text) == [0, 0, 0.0, 0, 7.5, 1000, 16, 3, 1e-6, 8.5]

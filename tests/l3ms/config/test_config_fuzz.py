@@ -1,13 +1,11 @@
 """Random damage to configurations and data files: what is read is a valid run, what is not is one line, and nothing else happens.
 
-The tests are a slice of it; `python tests/l3ms/test_config_fuzz.py 20000` goes on with other seeds.
+The tests are a slice of it; `make trust` counts more kinds of it (G13).
 """
 
 import copy
 import json
 import random
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,47 +13,18 @@ from typing import Any
 
 import pytest
 import yaml
+from fuzzed_configs import FULL, places, scrambled
 
 from l3ms.config.data import DataConfig
 from l3ms.config.run_config import ConfigError, load_config, parse_override
 from l3ms.runs.data import load_examples
 
-FULL: dict[str, Any] = {
-    "model": "./base",
-    "output": "out/run",
-    "seed": 3,
-    "data": {"train": "rows.jsonl", "evaluation": "held.jsonl", "max_length": 64, "chat_template": False},
-    "constraints": [
-        {"type": "length", "min": 12, "max": 16, "scale": 2.0, "margin": 0.5},
-        {"type": "length", "name": "long", "threshold": 20, "max": 0.05},
-        {"type": "function", "name": "polite", "function": "rewards.py:polite", "min": 0.5},
-        {"type": "reward", "name": "thanks", "reward": "contains", "words": ["thank you"], "min": 0.3},
-        {"type": "reward_model", "name": "harmless", "model": "./scorer", "squash": "tanh", "min": 0.2},
-        {"type": "data_nll", "name": "old", "data": {"train": "old.jsonl"}, "max": 2.1, "batch_size": 4},
-        {"type": "kl", "max": 5, "per_token": True},
-        {"type": "kl", "name": "seen", "monitor": True},
-    ],
-    "train": {"iterations": 50, "learning_rate": 1e-6, "betas": [0.5, 0.95], "lora": {"r": 4}, "warmup": 3, "save_steps": None},
-    "evaluate": {"samples": 16},
-    "watch": {"on_trip": "rollback", "ended_min": None, "window": 5},
-    "logging": {"tensorboard": False},
-}  # fmt: skip
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e-300, 1e308, float("inf"), float("nan"), 10**30, -(2**63), "", " ", "x", "x" * 5000,
     "1e-6", "nan", "\0", "a\nb", "\u2028", "../..", "/", "~", "~nobody/x", "é", [], [[]], [1, 2, 3], ["a"], {}, {"a": 1}, {"": None},
     {"type": "length"}, {"type": []}, [None], "length", "rewards.py", ":f", "a:b:c", "${HOME}", "%s %d {}", "[bold]x[/bold]", "{",
     "2001-01-01",
 ]  # fmt: skip
-PIECES = [
-    b"\x00", b"\xff", b"\xef\xbb\xbf", b"!!python/object/apply:os.system ['false']", b"&a *a", b"<<: ", b"- ", b": ", b"\t", b"'", b'"',
-    b"{", b"}", b"[", b"]", b"#", b"---\n", b"...\n", b"? ", b"| ", b"> ", b"%YAML 9.9\n", b"1e999", b"\r", b"0x1G", b"~",
-]  # fmt: skip
-
-
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """Where something can be put: the paths of all values."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [found for key, item in items for found in places(item, (*path, key))]
 
 
 def damaged(draw: random.Random) -> dict[str, Any]:
@@ -79,22 +48,6 @@ def damaged(draw: random.Random) -> dict[str, Any]:
         else:
             here.append(copy.deepcopy(here[key]))
     return values
-
-
-def scrambled(text: bytes, draw: random.Random) -> bytes:
-    """Bytes replaced, inserted, cut out, the end lost."""
-    found = bytearray(text)
-    for _ in range(draw.choice((1, 1, 2, 5))):
-        at, action = draw.randrange(len(found) + 1), draw.random()
-        if action < 0.3:
-            found[at:at] = draw.choice(PIECES)
-        elif action < 0.6:
-            found[at : at + draw.choice((1, 1, 3, 40))] = b""
-        elif action < 0.7:
-            del found[at:]
-        elif at < len(found):
-            found[at] = draw.randrange(256)
-    return bytes(found)
 
 
 def one_line(attempt: Callable[[], Any]) -> Any:
@@ -169,17 +122,3 @@ def test_random_damage_is_read_or_refused_in_one_line(tmp_path, fuzz):
     read = sum(fuzz(seed, tmp_path) for seed in range(400))
     assert 10 < read < 390  # both happen
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml" if fuzz is fuzz_config else "rows.jsonl"}
-
-
-if __name__ == "__main__":
-    count = int(sys.argv[1])
-    for fuzz in (fuzz_config, fuzz_data):
-        with tempfile.TemporaryDirectory() as folder:
-            failures, read = [], 0
-            for seed in range(1000, 1000 + count):
-                try:
-                    read += fuzz(seed, Path(folder))
-                except Exception as error:
-                    failures.append(seed)
-                    print(f"{fuzz.__name__} {seed}: {type(error).__name__}: {str(error)[:300]}")
-            print(f"{fuzz.__name__}: {count} cases, {read} read, {len(failures)} failures")

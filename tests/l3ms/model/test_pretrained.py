@@ -157,3 +157,38 @@ def test_a_json_that_is_nested_deeply_is_refused(folder):
     (folder / "config.json").write_text('{"a":' + "[" * 900 + "]" * 900 + "}")
     with pytest.raises((ValueError, RecursionError)):
         load(folder)
+
+
+def test_methods_of_a_configuration_are_no_settings(folder):
+    """They would be in the way when it is used, and of `save_pretrained` that is after the training."""
+    for name in ("config.json", "generation_config.json"):
+        before = (folder / name).read_bytes()
+        for key in ("save_pretrained", "to_dict", "__class__"):
+            change(folder / name, **{key: "x"})
+            with pytest.raises(ValueError, match=rf"{name} has '{key}', which is a method .* remove it"):
+                load(folder)
+            (folder / name).write_bytes(before)
+    change(folder / "config.json", text_config={"get_text_config": 1})
+    with pytest.raises(ValueError, match="'get_text_config', which is a method"):
+        load(folder)
+
+
+def test_an_adapter_does_not_name_a_module_to_import(folder, tmp_path, monkeypatch):
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text(f"import os; os.mkdir({str(tmp_path / 'canary')!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    adapted = tmp_path / "adapted"
+    adapted.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(folder), "r": 2, "target_modules": ["q_proj"]}
+    named = {"megatron_config": {"a": 1}, "megatron_core": "megatron.core"}
+    (adapted / "adapter_config.json").write_text(json.dumps(settings | named))
+    with pytest.raises(ValueError, match=r"has a megatron_config.*remove it"):
+        load_whole(AutoModelForCausalLM, adapted)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_tokenizer_whose_longest_text_is_no_number_is_refused(folder):
+    change(folder / "tokenizer_config.json", model_max_length="x")
+    with pytest.raises(ValueError, match="model_max_length must be a number of tokens, got 'x'"):
+        load(folder)
