@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import refused
+import typer.main
+
+from l3ms.commands.command_line import app
 
 # Where a command goes on once its options and files are read -> what it returns there.
 ENDS = {
@@ -43,12 +46,14 @@ def dry(reading: Callable[..., Any] | None = None) -> Iterator[list[tuple[str, t
 
         return tell
 
+    built = typer.main.get_command(app)  # typer would make it anew each time, which takes longer than all else
     folder = Path(tempfile.mkdtemp()).resolve()
     try:
         with pytest.MonkeyPatch.context() as patch:
             for name, result in ENDS.items():
                 module, _, function = name.rpartition(".")
                 patch.setattr(importlib.import_module(module), function, end(name, result))
+            patch.setattr(typer.main, "get_command", lambda _: built)
             patch.chdir(folder)
             yield told
     finally:

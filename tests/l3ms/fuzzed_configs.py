@@ -4,8 +4,10 @@ What is read of them is compared with the text, scalar by scalar, by another par
 """
 
 import copy
+import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,18 @@ class Written(str):
 
 
 def plain(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").rstrip("\n")
+    if isinstance(value, str):
+        bare = re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "yes",
+            "no",
+            "on",
+            "off",
+        )
+        return value if bare else json.dumps(value)
+    return json.dumps(value) if not isinstance(value, float) else repr(value)
 
 
 def block(value: Any, indent: str = "") -> str:

@@ -147,8 +147,11 @@ def _shown(item: Any) -> Any:
 def _wanted(row: Any) -> Any:
     if "messages" not in row:
         return [row["prompt"], row["completion"]]
-    last = max(at for at, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
-    return [row["messages"][:last], row["messages"][last]["content"]]
+    turns = [
+        turn | {"content": ""} if turn.get("content") == [] else turn for turn in row["messages"]
+    ]  # no parts, no text
+    last = max(at for at, turn in enumerate(turns) if turn["role"] == "assistant")
+    return [turns[:last], turns[last]["content"]]
 
 
 def case(seed: int) -> Case:

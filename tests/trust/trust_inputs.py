@@ -109,8 +109,8 @@ def _malformed() -> int:
 
 def parts() -> list[Part]:
     return [
-        Part("malformed", malformed, _malformed(), slice=20, piece=400, seconds=75),
-        Part("configurations", configurations, 10_000, slice=100, piece=1000, seconds=80, close=_both),
-        Part("data", data, 8_000, slice=100, piece=1000, seconds=40, close=_both),
-        Part("command lines", command_lines, 2_000, slice=60, piece=500, seconds=20, close=_both),
+        Part("malformed", malformed, _malformed(), slice=20, piece=400, seconds=70),
+        Part("configurations", configurations, 10_000, slice=150, seconds=40, close=_both),
+        Part("data", data, 8_000, slice=100, seconds=50, close=_both),
+        Part("command lines", command_lines, 2_000, slice=100, seconds=8, close=_both),
     ]
