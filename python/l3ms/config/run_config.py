@@ -79,6 +79,8 @@ def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None
 def parse_override(flag: str, text: str) -> tuple[str, Any]:
     """`--train.learning-rate`, `1e-5` -> (`train.learning_rate`, 1e-05): YAML if it can be read so, else text."""
     field = flag.removeprefix("--").replace("-", "_")
+    if why := unnameable(text):  # of bytes that are no UTF-8
+        raise ConfigError(field, f"{why}: {text!r:.80}")
     try:
         return field, parse_yaml(text)
     except ConfigError:

@@ -52,6 +52,12 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise _refuse(f"tag {event.tag!r} is not supported", event.start_mark)
+        if re.search(
+            "[\ud800-\udfff]", getattr(event, "value", "")
+        ):  # of `"\\ud83d\\ude00"`, as JSON writes it, YAML makes two halves
+            raise _refuse(
+                f"{event.value!r:.80} holds half a character (a lone surrogate): write the character", event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):

@@ -326,3 +326,13 @@ def test_a_number_in_base_8_or_60_is_refused(text, value):
 def test_other_numbers_stay_numbers():
     text = "[0, 00, 0.0, -0, 007.5, 1_000, 0x10, 0b11, 1e-6, 08.5]"
     assert parse_yaml(text) == [0, 0, 0.0, 0, 7.5, 1000, 16, 3, 1e-6, 8.5]
+
+
+def test_half_a_character_is_refused():
+    """Of an emoji that JSON has escaped YAML makes two halves, which no file, no tokenizer and no tracker takes."""
+    for text in ('"\\ud83d\\ude00"', '"a\\udc80"', '{"\\ud800": 1}'):
+        with pytest.raises(ConfigError, match=r"line 2: .* holds half a character"):
+            parse_yaml(f"# a\nname: {text}")
+    with pytest.raises(ConfigError, match=r"^logging\.run_name: holds half a character"):
+        parse_override("--logging.run-name", "a\udc80")
+    assert parse_yaml('"\\U0001F600 \\u00e9"') == "\U0001f600 é"
