@@ -137,9 +137,9 @@ format: dev ## rewrite the files as lint wants them
 	$(BIN)/ruff format
 	$(CLANG_FORMAT) -i
 
-audit: $(AUDIT)/installed ## the locked packages against PyPI's database of known vulnerabilities, which it asks
-	$(AUDIT)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
-	$(AUDIT)/bin/pip-audit --disable-pip --no-deps -r torch.lock
+audit: $(AUDIT)/installed ## the locked packages against the database of known vulnerabilities that PyPI keeps; needs its network, and fails without
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps -r torch.lock
 
 lock: $(AUDIT)/installed ## the hashes in requirements.lock anew, for the versions that it names
 	{ sed -n '/^#/p' requirements.lock; sed -n 's/ *\\$$//; /^[A-Za-z].*==/p' requirements.lock | \
