@@ -41,7 +41,7 @@ def _part(name: str, module: str, **options: float) -> Part:
 def parts() -> list[Part]:
     return [
         _part("weights and configurations", "hostile_artefacts", slice=8, seconds=12),
-        _part("templates, tokenizers, adapters, texts", "hostile_models", slice=8, seconds=40),
-        _part("planted files, hard links, archives", "hostile_files", slice=4, seconds=35),
+        _part("models and texts", "hostile_models", slice=8, seconds=40),
+        _part("files around a run", "hostile_files", slice=4, seconds=35),
         _part("run folders", "hostile_runs", slice=2, seconds=40),
     ]
