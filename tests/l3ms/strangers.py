@@ -43,7 +43,7 @@ class Strangers:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            return Strangers(stranger_projects.write(place, tiny_models.tiny_tokenizer(), model, patch))
+            return Strangers(stranger_projects.write(place, tiny_models.tokenizer(), model, patch))
 
     def all_of(self, seeds: range, cases: Sequence[tuple]) -> Any:
         """What came of the cases with these numbers."""

@@ -94,7 +94,7 @@ def main() -> int:
     if unknown := names - {part.name for _, part in chosen}:
         print(f"--parts: there is no part {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    chosen = [pair for pair in chosen if not names or pair[1].name in names]
+    chosen = [pair for pair in chosen if (pair[1].name in names if names else not pair[1].asked)]
     if given.here:
         for goal, part in chosen:
             run_part(goal, part, wanted(part, given), given.seed, given.folder)

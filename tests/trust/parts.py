@@ -72,6 +72,7 @@ class Part:
     seconds: float = 60  # that it takes on one core, about: the longest begin first
     limit: float = 2400  # seconds after which its process is ended
     close: Callable[[Found], None] | None = None  # once all cases are there: from sums to figures and failures
+    asked: bool = False  # counted only where --parts names it; what was found stays until it is counted again
 
     def __post_init__(self) -> None:
         if "," in self.name:
