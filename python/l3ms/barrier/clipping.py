@@ -26,14 +26,18 @@ def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def clip(grads: list[Tensor], total: Tensor, max_norm: float | None, scale: Tensor | None) -> Clip:
-    """`total` () float64 is S, `scale` what GradScaler multiplied the loss by."""
+def clip(
+    grads: list[Tensor], total: Tensor, max_norm: float | None, scale: Tensor | None, share: Tensor | None = None
+) -> Clip:
+    """`total` () float64 is S, `scale` what GradScaler multiplied the loss by, `share` () float64 of the clipped step is what is taken."""
     norm, factor = _norm(grads, total), total
     if scale is not None:
         scale = scale.to(norm)
         norm = norm / scale
     if max_norm is not None:
         factor = torch.minimum(total, max_norm / norm)
+    if share is not None:
+        factor = factor * share
     if scale is not None:
         factor = factor / scale
     # Gradients of up to 32 bits are multiplied in float32, where neither the factor nor its inverse must be 0 or infinite: a gradient

@@ -133,7 +133,7 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
 
     @property
     def task_share(self) -> Tensor:
-        """() float64 in [0.1, 1], what multiplies the gradient of the task half-steps: see `clipping`."""
+        """() float64 in [0.1, 1], what multiplies the clipped steps of the task: see `clipping`."""
         return shifts.task_share(self.estimates.integral.shift) if self.clipping == "adaptive" else self._one
 
     def _share(self) -> None:
@@ -251,8 +251,12 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
         loss = call_once(closure)
         constrained = self.estimates.pending is not None
         grads = gradients(self)
-        total = self.task_share if self.estimates.total is None else self.estimates.total
-        clipped = clip(grads, total, self.max_grad_norm, getattr(self, "grad_scale", None))
+        share, total = self._one, self.estimates.total
+        if (
+            total is None
+        ):  # the task's: what is left of its step after the clipping, which alone would take the share back
+            share, total = self.task_share, self._one
+        clipped = clip(grads, total, self.max_grad_norm, getattr(self, "grad_scale", None), share)
         self._norms["constraint" if constrained else "task"] = clipped.norm
         skipped: Tensor = ~clipped.finite
         counted: Tensor | int = 1

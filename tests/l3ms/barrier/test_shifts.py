@@ -159,7 +159,8 @@ def test_the_share_falls_once_a_shift_has_grown_large():
 
 
 @pytest.mark.parametrize("clipping", ["separate", "adaptive"])
-def test_the_share_multiplies_the_tasks_gradient_before_its_clipping(clipping):
+def test_the_share_multiplies_the_tasks_step_also_where_it_is_clipped(clipping):
+    """Multiplied before the clipping, a gradient of ten times max_grad_norm would take all of its step whatever the share is."""
     x = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     opt = optimizer(x, clipping=clipping)
     task = f64(0.3, 0.4, 0.0)
@@ -169,7 +170,27 @@ def test_the_share_multiplies_the_tasks_gradient_before_its_clipping(clipping):
     share = math.exp(-(24 * 0.05 * 0.25 - 0.15) / 0.15) if clipping == "adaptive" else 1.0
     assert opt.metrics().get("l3m/task_share", 1.0) == pytest.approx(share)
     torch.testing.assert_close(task_step(opt, x, task), 0.02 * share * task)
-    torch.testing.assert_close(task_step(opt, x, 100 * task), 0.02 * min(share, 1 / 50.0) * 100 * task)
+    torch.testing.assert_close(task_step(opt, x, 100 * task), 0.02 * share * 2 * task)  # the gradient's norm is 50
+    torch.testing.assert_close(task_step(opt, x, 1e9 * task), 0.02 * share * 2 * task)
+
+
+def test_a_bound_against_a_task_whose_gradient_is_far_above_the_clipping_is_met():
+    """Both half-steps have norm 1, and most of the constraint's points aside: the task's has to give way."""
+    x = torch.nn.Parameter(f64(0.0, 0.0))
+    opt = l3ms.L3MOptimizer(
+        torch.optim.SGD([x], lr=0.05),
+        [l3ms.Constraint("far", max=1.0, scale=1.0)],
+        clipping="adaptive",
+    )
+    for step in range(400):
+        (-100 * x[0]).backward()
+        opt.step()
+        opt.zero_grad()
+        aside = 3.0 * (-1) ** step  # what samples add to a gradient, and what cancels over the steps
+        opt.barrier_loss({"far": x[0] + aside * (x[1] - x[1].detach()) + f64(-0.1, 0.1)}).backward()
+        opt.step()
+        opt.zero_grad()
+    assert x[0].item() < 1.0
 
 
 def test_a_skipped_step_moves_nothing():
