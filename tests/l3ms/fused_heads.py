@@ -19,10 +19,11 @@ def batch(vocabulary=17):
 
 
 def own_logits(model, inputs, weights, temperature=1.0):
-    """-sum_n weight_n log pi(y_n) from the logits that the model returns."""
+    """-sum_n weight_n log pi(y_n) from the logits that the model returns, in float32 at least."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     targets = inputs["labels"][:, 1:]
-    token = (logits.float()[:, :-1] / temperature).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    token = (logits[:, :-1] / temperature).log_softmax(-1)
     token = token.gather(-1, targets[..., None].clamp(min=0))[..., 0] * (targets != -100)
     return -(weights * token.sum(1)).sum(), token
 
