@@ -272,6 +272,6 @@ def no_farther(found: Found) -> None:
 def parts() -> list[Part]:
     return [
         Part("SGD", partial(alike, "sgd"), 12, slice=1, piece=2, seconds=90, close=no_farther),
-        Part("AdamW", partial(alike, "adamw"), 12, slice=1, piece=2, seconds=90, close=no_farther),
+        Part("AdamW", partial(alike, "adamw"), 12, piece=2, seconds=90, close=no_farther),
         Part("float64", partial(alike, "float64"), 6, slice=1, piece=2, seconds=35),
     ]

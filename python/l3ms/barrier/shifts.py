@@ -76,7 +76,7 @@ def shifted(table: Tensor, shift: Tensor) -> Tensor:
 
 
 def task_share(shift: Tensor) -> Tensor:
-    """() float64 in [0.1, 1], what the task's gradient is multiplied by, from the shifts (K,)."""
+    """() float64 in [0.1, 1], what the task's clipped step is multiplied by, from the shifts (K,)."""
     if not len(shift):
         return shift.new_ones(())
     return torch.exp((FUTILE - shift.max()) / SOFTNESS).clamp(LEAST_SHARE, 1.0)
