@@ -30,14 +30,16 @@ GOALS = (
     Goal("G6", "barrier, slope and curvature against 50 digits, for any distance and mu",
          "slope and curvature 4 ulp, the value 8 ulp of its terms; finite for z in [-1e6, 1e6], mu in [1e-7, 1]", "trust_barrier"),
     Goal("G7", "convex problems with known solutions and multipliers, conflicting and stochastic ones too, reached by L3MOptimizer",
-         "1e-6 in stationarity (relative to max(1, |grad f|)), feasibility and complementarity, where mu, which is what the log barrier "
-         "leaves of the latter, ends at 2e-7, the convex set has an interior and multipliers are up to 10; by hand: the same bits; conflicting: "
-         "the least sum of squared violations to 2 mu^2 sqrt(n) + 1e-6; noisy: beyond the bound by half an error of a batch, inside by mu and 3.5 "
-         "standard errors, and the 95% band covers 90% of the steps", "trust_convex", "cooper: 544 at 1e-4"),
+         "1e-6 in stationarity (relative to max(1, |grad f|)), feasibility and complementarity, where mu, which is what a log barrier "
+         "leaves of the latter, ends at 2e-7, the feasible set has an interior and multipliers are up to 10; by hand: the same bits; "
+         "conflicting: the least sum of squared violations to 2 mu^2 sqrt(n) + 1e-6; noisy: beyond the bound by half an error of a batch, "
+         "inside by mu and 3.5 standard errors, and the 95% band covers 90% of the steps",
+         "trust_convex", "cooper: 544 at 1e-4"),
     Goal("G8", "fused and unfused training are the same run: 200 steps of tiny Llama, Qwen and Gemma 2",
-         "from the same weights: loss 1e-6 relative, gradient 5e-6 of its largest number. SGD: loss 1e-6 relative and parameters 1e-6, or, where a "
-         "run amplifies rounding, 4 times what the unfused run differs from itself on rows in the other order. AdamW makes steps of a fixed size of "
-         "gradients that are rounding: 3 times that, in the geometric mean over the runs. 1e-12 in float64", "trust_training", "Liger: 32 steps at 5e-3"),
+         "from the same weights: loss 1e-6 relative, gradient 5e-6 of its largest number. SGD: loss 1e-6 relative and parameters 1e-6, "
+         "or, where a run amplifies rounding, 4 times what the unfused run differs from itself on rows in the other order. AdamW makes "
+         "steps of a fixed size of gradients that are rounding: 3 times that, in the geometric mean over the runs. 1e-12 in float64",
+         "trust_training", "Liger: 32 steps at 5e-3"),
     Goal("G9", "SIGKILL at any point of a checkpoint's writing, and of whole runs: readable, resumed bit-identical",
          "not one unreadable, not one bit", "trust_kills", "the in-place layout of others: 30% unreadable"),
     Goal("G10", "a disk that gets full at every 4 KiB of a checkpoint: the old one stays valid, exit code 5",
