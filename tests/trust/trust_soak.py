@@ -200,8 +200,12 @@ class Readings:
         self.first: tuple[float, int, int] | None = None
 
     def warm_up(self, steps: int) -> None:
+        """What is rare comes often here: malloc has then seen the most that it will be asked for, as after some ten thousand steps."""
         while self.soak.steps < steps:
             self.soak.step()
+            if self.soak.steps % 20 == 0:
+                self.soak.checkpoint(self.soak.steps)
+                self.soak.resume()
         self.first = (resident(), descriptors(), threads())
 
     def step(self, found: Found) -> None:
