@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import launches
+import yaml
 
 TIMEOUT = 8  # seconds, of the runs in which a rank is stopped
 
@@ -22,20 +23,35 @@ def lines(out):
 
 
 def attempt(config, folder, world, number, picks):
-    """One run that is hit once: what each rank said, and how long the others took to end."""
+    """One run that is hit once, in an iteration: what each rank said, and how long the others took to end."""
     out, rank = folder / "out", picks.randrange(world)
-    at, pause = picks.randrange(10), picks.uniform(0, 0.6)
-    timeout = TIMEOUT if number == signal.SIGSTOP else 120
-    arguments = ["train", config, "--output", out, "--train.timeout", timeout, "--overwrite"]
-    launch = launches.Launch(world, arguments, folder / "said")
-    try:
+    at, pause = picks.randrange(iterations(config)), picks.uniform(0, 0.6)
+
+    def until(launch):
         while lines(out) < at or not (out / "config.yaml").exists():
             launch.poll()
             if launch.codes:
                 raise AssertionError(f"ended before iteration {at}: {launch.codes} {launch.errors()}")
             time.sleep(0.01)
         time.sleep(pause)
-        hit = launch.signal(rank, number)
+
+    return hit(config, folder, world, number, rank, until) | {"at": at}
+
+
+def iterations(config):
+    return yaml.safe_load(config.read_text())["train"]["iterations"]
+
+
+def hit(config, folder, world, number, rank, until):
+    """A run of `world` ranks, one of which is killed or stopped when `until(launch)` returns."""
+    timeout = TIMEOUT if number == signal.SIGSTOP else 120
+    arguments = ["train", config, "--output", folder / "out", "--train.timeout", timeout, "--overwrite"]
+    launch = launches.Launch(world, arguments, folder / "said")
+    try:
+        until(launch)
+        launch.poll()
+        before = dict(launch.codes)
+        hit = launch.signal(rank, number) if rank not in before else time.monotonic()
         codes = launch.wait(300, but=() if number == signal.SIGKILL else (rank,))
         took = {other: launch.ended[other] - hit for other in codes if other != rank}
     finally:
@@ -43,8 +59,8 @@ def attempt(config, folder, world, number, picks):
     return {
         "world": world,
         "rank": rank,
-        "at": at,
         "signal": int(number),
+        "before": before,
         "codes": codes,
         "seconds": took,
         "said": launch.errors(),

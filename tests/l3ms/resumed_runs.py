@@ -19,6 +19,24 @@ OTHER = [
     {"prompt": "d", "completion": "a"},
 ]
 
+# Top-level fields of runs of every kind
+CONFIGS = {
+    "several": {
+        "constraints": [
+            {"type": "length", "threshold": 4, "max": 0.5},
+            {"type": "data_nll", "name": "other", "max": 2.0, "batch_size": 4, "data": {"train": "other.jsonl", "chat_template": False}},
+            {"type": "kl", "max": 0.5},
+        ],
+        "train": {"gradient_accumulation": 2, "half_steps": "joint"},
+    },
+    "adapters": {"train": {"lora": {"r": 2, "dropout": 0.1}}},
+    "dual_ascent": {"train": {"solver": "dual_ascent", "schedule": "cosine"}},
+    "muon": {"train": {"optimizer": "muon", "optimizer_options": {"ns_steps": 3}}},
+    "augmented_lagrangian": {"train": {"solver": "augmented_lagrangian"}},
+    "penalty": {"train": {"solver": "penalty", "clipping": "separate", "mu": "paper"}},
+    "none": {"constraints": [], "train": {"solver": "none"}},
+}  # fmt: skip
+
 
 def project(folder, tokenizer, model, **changes):
     """A project whose run takes a second or two. -> its run.yaml"""

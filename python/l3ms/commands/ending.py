@@ -11,6 +11,8 @@ from l3ms.runs.terminal import printable
 
 MOST = 2000  # characters of a line: a key, a name, a cell of somebody's may have a million
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 5, 130
+RUST = re.compile(r"\(os error \d+\)")  # of safetensors' and tokenizers' errors, which are no OSError
+TORCH_SAVE = ("inline_container.cc", "iostream error")  # it could not write, and does not say why
 NO_MEMORY = "DefaultCPUAllocator: "  # of a RuntimeError: torch's, on the host
 
 
@@ -37,8 +39,10 @@ def _explained(error: Exception) -> tuple[str, int]:
         return line, ENVIRONMENT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in text:
         return f"out of memory: {text}; smaller batch sizes or train.activation_checkpointing may help", ENVIRONMENT
-    if isinstance(error, OSError) or type(error).__name__ == "Disagreement":
+    if isinstance(error, OSError) or RUST.search(text) or type(error).__name__ == "Disagreement":
         return text, ENVIRONMENT
+    if isinstance(error, RuntimeError) and any(words in text for words in TORCH_SAVE):
+        return f"a file could not be written: {text}", ENVIRONMENT
     if isinstance(error, ValueError):
         return text, BAD_INPUT
     return f"{type(error).__name__}: {text} (--debug shows where)", 1

@@ -111,9 +111,12 @@ class CheckpointingTrainer(Trainer):
                     state.save_to_json(str(written / "trainer_state.json"))
                 checkpoints.seal(self._partial, name)
                 checkpoints.rotate(place, self.args.save_total_limit, keep=best)
-        except BaseException:
+        except BaseException as error:
+            reason = checkpoints.unwritable(self._partial) if isinstance(error, RuntimeError) else None
             if self.args.should_save:
                 checkpoints.discard(place)
+            if reason is not None:
+                raise reason from error
             raise
         finally:
             self._partial = None

@@ -2,11 +2,12 @@
 
 A checkpoint is written under another name. When all is in it, its files are flushed to the disk, then `manifest.json`, with the size and
 the SHA-256 of each, is written and flushed, and last the folder gets its name. So whatever ends the process, and when: a folder with that
-name is whole, and what the disk has lost later is found out.
+name is whole, and what the disk has lost later is found out. One that is replaced is kept until the new one has the name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ from l3ms.regular_files import open_regular, read_regular
 
 MANIFEST = "manifest.json"
 PARTIAL = ".checkpoint.partial"  # beside the checkpoints; what is found here is of a process that was ended
+REPLACED = "replaced"  # in it: the checkpoint whose name another one is about to get
+TRIED = 1 << 16  # bytes
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -37,10 +40,12 @@ def begin(place: Path) -> Path:
 
 
 def discard(place: Path) -> None:
-    """Remove what was begun in `place` and not sealed."""
+    """Remove what was begun in `place` and not sealed. What it was about to replace has its name again."""
     partial = place / PARTIAL
     if partial.is_symlink():  # somebody put it there, to have something elsewhere filled or removed
         partial.unlink()
+    for path in _replaced(place):
+        path.rename(place / path.name)
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -62,11 +67,26 @@ def seal(folder: Path, name: str) -> Path:
         _flush(path)
     target = place / name
     if os.path.lexists(target):
-        target.rename(folder / "replaced")
+        (folder / REPLACED).mkdir()
+        target.rename(folder / REPLACED / name)
     source.rename(target)
     _flush(place)
     discard(place)
     return target
+
+
+def unwritable(folder: Path) -> OSError | None:
+    """Why nothing can be written to `folder` now, None where something can: torch.save says that it could not, and not why."""
+    path = folder / "tried"
+    try:
+        path.write_bytes(bytes(TRIED))
+        _flush(path)
+    except OSError as error:
+        return error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return None
 
 
 def problem(folder: Path) -> str | None:
@@ -97,10 +117,17 @@ def checkpoints(place: Path) -> list[Path]:
     """The checkpoints in `place`, the newest first, valid or not."""
     if not place.is_dir():
         return []
-    found = [
-        (int(match[1]), path) for path in place.iterdir() if (match := NAME.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    there = [path for path in place.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted([*there, *_replaced(place)], key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def _replaced(place: Path) -> list[Path]:
+    """Of a process that was ended while one took the place of another: the other, which has a name no more."""
+    folder = place / PARTIAL / REPLACED
+    if folder.parent.is_symlink() or folder.is_symlink() or not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return [path for path in found if not os.path.lexists(place / path.name)]
 
 
 def newest(place: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -12,6 +12,7 @@ from cli_projects import TEMPLATE, l3ms, losses, one_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from l3ms.commands.command_line import main
+from l3ms.commands.ending import explain
 from l3ms.runs import executing as run
 from l3ms.runs import folder as run_folder
 from l3ms.training.phase_summary import summary
@@ -236,6 +237,21 @@ def test_full_disk_is_one_line_and_leaves_no_half(project, monkeypatch, capsys):
         assert l3ms(project / "run.yaml", *arguments) == 5
         assert "the disk is full" in one_line(capsys)
         assert {path.name for path in (project / "out").rglob("*")} == {"config.yaml", "metrics.jsonl", *extra}
+
+
+def test_what_cannot_be_written_is_the_environment_whichever_library_says_so(tmp_path):
+    from safetensors.torch import save_file
+
+    writers = {
+        "os error": lambda: save_file({}, tmp_path / "gone" / "x"),
+        "written": lambda: torch.save([0], "/dev/full"),
+    }
+    for said, write in writers.items():
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            write()
+        assert not isinstance(caught.value, OSError)
+        line, code = explain(caught.value)
+        assert (code, said in line) == (5, True), line
 
 
 def test_help_and_version_are_quick_and_teach():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from namespaces import in_a_namespace
-from resumed_runs import assert_same, interrupted, project, report, rows, train
+from resumed_runs import CONFIGS, assert_same, interrupted, project, report, rows, train
 
 from l3ms.runs import executing as run
 from l3ms.training import checkpoints
@@ -44,24 +44,6 @@ def whole(tmp_path_factory, tokenizer):
     config = project(tmp_path_factory.mktemp("whole") / "project", tokenizer, model)
     assert train(config) == 0
     return config, config.parent / "out"
-
-
-CONFIGS = {
-    "several": {
-        "constraints": [
-            {"type": "length", "threshold": 4, "max": 0.5},
-            {"type": "data_nll", "name": "other", "max": 2.0, "batch_size": 4, "data": {"train": "other.jsonl", "chat_template": False}},
-            {"type": "kl", "max": 0.5},
-        ],
-        "train": {"gradient_accumulation": 2, "half_steps": "joint"},
-    },
-    "adapters": {"train": {"lora": {"r": 2, "dropout": 0.1}}},
-    "dual_ascent": {"train": {"solver": "dual_ascent", "schedule": "cosine"}},
-    "muon": {"train": {"optimizer": "muon", "optimizer_options": {"ns_steps": 3}}},
-    "augmented_lagrangian": {"train": {"solver": "augmented_lagrangian"}},
-    "penalty": {"train": {"solver": "penalty", "clipping": "separate", "mu": "paper"}},
-    "none": {"constraints": [], "train": {"solver": "none"}},
-}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23

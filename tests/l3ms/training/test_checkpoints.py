@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, whatever ends the process that writes them, and what is damaged later is found out."""
 
+import errno
 import json
 import os
 import random
@@ -36,6 +37,58 @@ def test_one_of_the_same_name_is_replaced(tmp_path):
     assert checkpoints.problem(folder) is None
     assert not (folder / "old").exists()
     assert names(tmp_path) == {"checkpoint-2"}
+
+
+class Killed(BaseException):
+    """In place of a signal, which runs nothing more of what is under way."""
+
+
+def test_one_that_is_being_replaced_is_found_until_the_new_one_has_its_name(tmp_path, monkeypatch):
+    write(tmp_path, 2, {"old": b"1"})
+    folder, rename, names_given = checkpoints.begin(tmp_path), Path.rename, []
+
+    def killed(path, target):
+        if names_given:
+            raise Killed
+        names_given.append(target)
+        return rename(path, target)
+
+    (folder / "checkpoint-2").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            checkpoints.seal(folder, "checkpoint-2")
+    found, damaged = checkpoints.newest(tmp_path)
+    assert found is not None
+    assert (found.name, damaged) == ("checkpoint-2", {})
+    assert (found / "old").exists()
+    checkpoints.begin(tmp_path)
+    assert names(tmp_path) == {"checkpoint-2", checkpoints.PARTIAL}
+    assert (tmp_path / "checkpoint-2" / "old").exists()
+    assert checkpoints.problem(tmp_path / "checkpoint-2") is None
+
+
+def test_what_torch_save_does_not_say_is_found_out(tmp_path, monkeypatch, train, make_model):
+    """transformers has it write a file of each checkpoint; its error names neither the file nor the reason."""
+    import torch
+
+    def full(path):
+        return OSError(errno.ENOSPC, "No space left on device")
+
+    def save(*arguments, **options):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="iostream"):
+        train(make_model(), save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(checkpoints, "unwritable", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(make_model(), save_strategy="steps", save_steps=1)
+    assert names(tmp_path) == set()
+    monkeypatch.undo()
+    assert checkpoints.unwritable(tmp_path) is None
+    assert names(tmp_path) == set()
+    assert checkpoints.unwritable(tmp_path / "gone").errno == errno.ENOENT  # type: ignore[union-attr]
 
 
 def flip(path: Path) -> None:
