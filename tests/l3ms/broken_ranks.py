@@ -1,5 +1,6 @@
 """What goes wrong on one rank alone, put there before its command runs: BROKEN=WHAT:RANK in the environment, see `launches`."""
 
+import errno
 import math
 import os
 import time
@@ -41,6 +42,16 @@ def _memory():
         raise MemoryError("wanted 3 GiB")
 
     _in_iteration(act)
+
+
+def _full():
+    """The disk, when a rank writes its part of a checkpoint."""
+    from l3ms.training.checkpointing import CheckpointingTrainer
+
+    def full(self, output_dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    CheckpointingTrainer._save_rng_state = full
 
 
 def _stuck():

@@ -97,5 +97,8 @@ def lost_ranks(seeds: range) -> Found:
 
 
 def parts() -> list[Part]:
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # as the command sets it, before torch is imported
     return [Part("killed and stopped", lost_ranks, 20, slice=1, piece=5, environment=environment, seconds=100)]

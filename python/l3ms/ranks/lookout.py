@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -40,11 +40,13 @@ class Lookout:
     Attributes:
         seconds: of silence that end a run.
         doing: says in a few words what this rank does.
+        clear: removes what this rank has begun to write and has not finished, where another one ends it.
     """
 
     def __init__(self, place: Launched, seconds: float = START):
         self.place, self.seconds = place, seconds
         self.doing: Callable[[], str] = lambda: "loading"
+        self.clear: Callable[[], Any] = _nothing
         self._served = self._client(serves=place.rank == 0 and not place.agent)
         self.store = self._named(self._served)  # of torch's process group
         self._over = threading.Event()
@@ -209,6 +211,8 @@ class Lookout:
         """Without waiting for a thread that waits in a collective; but for the `others` to have read why, where this process may be
         what they read it from, or its end would end them otherwise."""
         with contextlib.suppress(Exception):
+            self.clear()
+        with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
             if store is not None:
@@ -217,6 +221,10 @@ class Lookout:
                 while not store.check(keys) and time.monotonic() - begin < ACKNOWLEDGE:
                     time.sleep(0.1)
         os._exit(code)
+
+
+def _nothing() -> None:
+    pass
 
 
 ENDED, STOPPED = ", ended", ", stopped"
@@ -281,3 +289,16 @@ def doing(say: Callable[[], str]) -> None:
     """What this rank is said to do, from now on."""
     if _current is not None:
         _current.doing = say
+
+
+@contextlib.contextmanager
+def clearing(act: Callable[[], Any]) -> Iterator[None]:
+    """Within, `act` is called where another rank ends this one, which then waits for it and is told of nothing."""
+    if _current is None:
+        yield
+        return
+    _current.clear = act
+    try:
+        yield
+    finally:
+        _current.clear = _nothing

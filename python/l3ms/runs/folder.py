@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.ranks import lookout
 from l3ms.regular_files import read_regular
 from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
 
@@ -80,9 +81,10 @@ def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:
     partial = folder / f".{name}.partial"
     remove(partial)
     try:
-        partial.mkdir()
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with lookout.clearing(lambda: remove(partial)):
+            partial.mkdir()
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         partial.rename(folder / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer
 
 from l3ms.model.random_numbers import random_state, set_random_state
+from l3ms.ranks import lookout
 from l3ms.ranks.group import gather
 from l3ms.training import checkpoints
 from l3ms.training.checkpoint_contents import CheckpointError, misfit, misfit_of_optimizer, unlike, unreadable
@@ -99,9 +100,15 @@ class CheckpointingTrainer(Trainer):
             checkpoints.begin(place)
         self.accelerator.wait_for_everyone()
         self._partial = place / checkpoints.PARTIAL
+
+        def discard() -> None:
+            if self.args.should_save:
+                checkpoints.discard(place)
+
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            with lookout.clearing(discard):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 written = self._partial / name
                 (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
@@ -113,8 +120,7 @@ class CheckpointingTrainer(Trainer):
                 checkpoints.rotate(place, self.args.save_total_limit, keep=best)
         except BaseException as error:
             reason = checkpoints.unwritable(self._partial) if isinstance(error, RuntimeError) else None
-            if self.args.should_save:
-                checkpoints.discard(place)
+            discard()
             if reason is not None:
                 raise reason from error
             raise

@@ -51,6 +51,7 @@ def launched(project, tmp_path_factory):
         "train": [["train", project], {}],
         "memory": [["train", project, "--output", resumed], memory],
         "resume": [["train", project, "--output", resumed, "--resume"], {}],
+        "full": [["train", project, "--output", project.parent / "full"], {"BROKEN": "full:1"}],
         "certify": [["certify", out, "--samples", 21], {}],
         "again": [["train", project], {}],
         "bad": [["train", project, "--output", bad, "--train.iterations", 0], {}],
@@ -103,6 +104,15 @@ def test_what_ends_one_rank_ends_both_with_its_line(launched):
     """A rank that is out of memory in iteration 4: both end as it does, and it says so."""
     line = one_line(launched, "memory", 5)
     assert line.startswith("l3ms: rank 1: out of memory: wanted 3 GiB")
+
+
+def test_a_disk_that_is_full_for_one_rank_leaves_no_half_of_a_checkpoint(launched, project):
+    line = one_line(launched, "full", 5)
+    assert line.startswith("l3ms: rank 1: the disk is full")
+    assert {path.name for path in (project.parent / "full" / "checkpoints").iterdir()} == {
+        "inputs.json",
+        "initial.json",
+    }
 
 
 def test_a_run_of_two_ranks_is_resumed_bit_for_bit(launched, project):
