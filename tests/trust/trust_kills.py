@@ -17,10 +17,13 @@ import checkpointed
 import file_changes
 import launches
 import resumed_runs
+import sharded_runs
 import tiny_models
 import torch
 from file_changes import Change
 from parts import Found, Part, Skipped, each
+
+from l3ms.training import checkpoints
 
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 WAYS = ("before", "while", "power")  # a change is made; the last: before it, with what was not flushed
@@ -183,8 +186,45 @@ def killed_runs(seeds: range) -> Found:
         raise Skipped(str(error)) from None
 
 
+# ---- checkpoints of which each rank writes a part ----
+
+
+@functools.cache
+def sharded() -> sharded_runs.Sharded:
+    made = sharded_runs.Sharded()
+    checkpointed.settle()
+    return made
+
+
+def kill_ranks(seed: int) -> None:
+    picks, runs = random.Random(seed), sharded()
+    at, way = picks.randint(1, len(runs.changes)), picks.choice((file_changes.KILL, file_changes.AFTER))
+    name = f"case-{seed}"
+    code, made = runs.train(name, lambda number, change: way if number == at else None)
+    assert code == -signal.SIGKILL, f"change {at}: {code}: {runs.errors(name)}"
+    what = f"change {at} ({made[-1].what} {made[-1].path})"
+    place = runs.folder / name / "run"
+    for folder in checkpoints.checkpoints(place):
+        assert checkpoints.problem(folder) is None, f"{what}: {folder}: {checkpoints.problem(folder)}"
+    code, _ = runs.train(name, lambda *_: None)
+    assert code == 0, f"{what}, gone on with: {runs.errors(name)}"
+    for ours, theirs in zip(runs.found(name), runs.weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), f"{what}: it ends with other bits"
+    left = {path.name for path in place.iterdir()} - {"saved"}
+    assert left == {"checkpoint-2", "checkpoint-4"}, f"{what}: left {left}"
+    shutil.rmtree(runs.folder / name)
+
+
+def killed_ranks(seeds: range) -> Found:
+    try:
+        return each(kill_ranks, seeds)
+    except file_changes.Unsupported as error:
+        raise Skipped(str(error)) from None
+
+
 def parts() -> list[Part]:
     return [
         Part("checkpoints", killed_checkpoints, 1000, slice=8, piece=200, environment=ENVIRONMENT, seconds=270),
         Part("runs", killed_runs, 30, piece=10, environment=ENVIRONMENT, seconds=120),
+        Part("ranks in shards", killed_ranks, 4, piece=4, environment=ENVIRONMENT, seconds=60),
     ]

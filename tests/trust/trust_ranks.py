@@ -150,6 +150,6 @@ def models(seeds: range) -> Found:
 def parts() -> list[Part]:
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     return [
-        Part("random problems", problems, 48, slice=2, piece=16, environment=environment, seconds=100),
+        Part("random problems", problems, 36, slice=1, piece=12, environment=environment, seconds=100),
         Part("a language model", models, len(CASES), piece=len(CASES), environment=environment, seconds=120),
     ]
