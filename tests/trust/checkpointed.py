@@ -5,6 +5,7 @@ A `Run` has iterated three times: its checkpoints 1 to 3, and 4 as it is written
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import io
@@ -34,9 +35,9 @@ OTHER_EACH_TIME = {"trainer_state.json", "training_args.json"}  # seconds, and w
 
 # What is there before, how many may be kept, and what is written
 KINDS: dict[str, dict[str, Any]] = {
+    "replacing": {"before": (3,)},
     "first": {"before": ()},
     "next": {"before": (1, 2)},
-    "replacing": {"before": (3,)},
     "one kept": {"before": (2,), "limit": 1},
     "two kept": {"before": (1, 2), "limit": 2},
     "best kept": {"before": (1, 2), "limit": 2, "best": 1},
@@ -48,6 +49,13 @@ KINDS: dict[str, dict[str, Any]] = {
 class StopAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop |= state.global_step == AT
+
+
+def temporary() -> Path:
+    """A folder until this process ends; forks of it end otherwise."""
+    made = Path(tempfile.mkdtemp(prefix="l3ms-trust-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 def settle() -> None:
@@ -96,7 +104,7 @@ class Run:
         torch.set_num_threads(1)
         disable_progress_bar()
         self.kind, self.options = kind, KINDS[kind]
-        self.folder = Path(tempfile.mkdtemp(prefix="l3ms-trust-"))
+        self.folder = temporary()
         self.whole = self.folder / "whole"
         self.writer = self._trainer()
         self.writer.add_callback(StopAt())
@@ -107,9 +115,6 @@ class Run:
         assert code == 0, (self.folder / "said").read_text()
         self.digests = {step: self.digest(self.whole / f"checkpoint-{step}") for step in range(1, LAST + 1)}
         settle()
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder)
 
     def _trainer(self) -> Any:
         model = tiny_models.make_model(gain=0.3)

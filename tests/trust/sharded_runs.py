@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import checkpointed
 import file_changes
 import fsdp_on_cpus
 import launches
@@ -26,7 +26,7 @@ class Sharded:
     """The run that nobody interrupts, and how it is made again elsewhere."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="l3ms-trust-"))
+        self.folder = checkpointed.temporary()
         self.model = self.folder / "model"
         tiny_models.tokenizer().save_pretrained(self.model)
         tiny_models.make_model(gain=0.3).save_pretrained(self.model)

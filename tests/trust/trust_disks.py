@@ -212,7 +212,7 @@ def parts() -> list[Part]:
     options: dict[str, Any] = {"environment": trust_kills.ENVIRONMENT}
     return [
         Part(
-            "full at every page", full_disks, PAGES * len(checkpointed.KINDS), slice=8, piece=200, seconds=40, **options
+            "full at every page", full_disks, PAGES * len(checkpointed.KINDS), slice=2, piece=200, seconds=40, **options
         ),
         Part("every change fails", failing_changes, 240, piece=120, seconds=40, **options),
         Part("a change of a run fails", failing_runs, 16, seconds=40, **options),

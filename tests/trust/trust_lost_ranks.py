@@ -1,5 +1,5 @@
 """G12: one of two or four ranks is killed, or stopped, at any moment of a run, from when they have met to the end: the others end in time,
-with exit code 5, and name it. Every fourth run is gone on with, and has the bits of the one that was not interrupted."""
+with exit code 5, and name it. Of eight two are gone on with, and have the bits of the one that was not interrupted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import checkpointed
 import killed_ranks
 import launches
 import resumed_runs
@@ -28,7 +28,7 @@ THREADS = 3  # of a rank that has begun to look out
 @functools.cache
 def project() -> Path:
     launches.load()
-    folder = Path(tempfile.mkdtemp(prefix="l3ms-trust-"))
+    folder = checkpointed.temporary()
     return resumed_runs.project(
         folder / "project", tiny_models.tokenizer(), tiny_models.make_model(), train=TRAIN,
         evaluate={"samples": 17, "batch_size": 8, "initial": True},
@@ -82,7 +82,7 @@ def lost_rank(seed: int) -> float:
     assert set(others.values()) == {5}, f"{what}: exit codes {others}, said {said}"
     assert len(said) == 1, f"{what}: {said}"
     assert f"rank {rank}" in said[0], f"{what}: not named: {said}"
-    if seed % 4 == 0:
+    if seed % 8 in (1, 4):  # killed, of four and of two
         codes, errors = killed_ranks.resume(project(), folder, world)
         assert set(codes.values()) == {0}, f"{what}, resumed: {codes} {errors}"
         resumed_runs.assert_same(folder / "out", expected)
