@@ -85,7 +85,8 @@ def kill_checkpoint(seed: int) -> None:
     place = folder / "checkpoints"
     run.begin(place)
     code, made = file_changes.run(lambda: saving(run, place), place, decide, pause=pause)
-    assert code == -signal.SIGKILL, (kind, way, at, code, (run.folder / "said").read_text()[-500:])
+    ended = way == "while" and code == 0  # before it was killed: the last changes take less than the pause
+    assert ended or code == -signal.SIGKILL, (kind, way, at, code, (run.folder / "said").read_text()[-500:])
     if way == "power":
         lose_power(made[:-1])
     try:

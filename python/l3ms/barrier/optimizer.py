@@ -250,12 +250,8 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
         """
         loss = call_once(closure)
         constrained = self.estimates.pending is not None
-        grads = gradients(self)
-        share, total = self._one, self.estimates.total
-        if (
-            total is None
-        ):  # the task's: what is left of its step after the clipping, which alone would take the share back
-            share, total = self.task_share, self._one
+        grads, total = gradients(self), self.estimates.total
+        share, total = (self.task_share, self._one) if total is None else (self._one, total)
         clipped = clip(grads, total, self.max_grad_norm, getattr(self, "grad_scale", None), share)
         self._norms["constraint" if constrained else "task"] = clipped.norm
         skipped: Tensor = ~clipped.finite
