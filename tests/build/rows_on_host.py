@@ -29,11 +29,11 @@ LANGUAGE = {
 GUARD = 64  # elements before and behind a buffer that nothing may touch
 
 
-def build(folder: Path, changes: tuple[tuple[str, str], ...] = ()) -> None:
+def build(folder: Path, changes: tuple[tuple[str, str], ...] = (), csrc: Path = ROOT / "csrc") -> None:
     """kernels.so in the folder; of sources with texts replaced by others, each of which is in one of them."""
     left = set(changes)
     parts = [HERE / "calls.cpp"]
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for path in sorted((csrc / "cuda").glob("*.cu")):
         source = path.read_text()
         for change in changes:
             left -= {change} if change[0] in source else set()
@@ -46,7 +46,7 @@ def build(folder: Path, changes: tuple[tuple[str, str], ...] = ()) -> None:
     assert not left, left
     # Fibers jump between their stacks, which a checked longjmp takes for a mistake.
     flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
-    includes = (f"-I{HERE}", f"-I{ROOT / 'csrc'}")
+    includes = (f"-I{HERE}", f"-I{csrc}")
     command = [str(COMPILER), *flags, *includes, *map(str, parts), "-o", str(folder / "kernels.tmp")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

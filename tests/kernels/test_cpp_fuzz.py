@@ -22,10 +22,10 @@ from l3m_kernels import set_workspace
 pytestmark = pytest.mark.skipif("cpp" not in HEAD_BACKENDS, reason="backend cpp is not built here")
 
 
-def fuzz(seed: int) -> float:
-    """One call, forward and backward -> the worst error, as a share of what is allowed."""
+def fuzz(seed: int, large: float = 0.5) -> float:
+    """One call, forward and backward -> the worst error, as a share of what is allowed. `large`: this share of the calls is."""
     draw = random.Random(-1 - seed)
-    case = Case.random(seed, large=draw.random() < 0.5)
+    case = Case.random(seed, large=draw.random() < large)
     set_workspace(draw.choice((case.workspace, 1, 1 << 18, 1 << 21, None)), low_memory=draw.random() < 0.3)
     torch.set_num_threads(draw.choice((1, 1, 2, 3, 7)))
     return check("cpp", case, draw.choice(("log_likelihood", "weighted")))

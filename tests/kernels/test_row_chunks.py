@@ -107,6 +107,14 @@ def test_oracle(seed, workspace, low_memory, weighted):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+def test_each_block_of_the_vocabulary_has_its_own_bias(weighted):
+    """Three blocks, of which no two have a bias alike."""
+    case = Case.plain(dtype=torch.float32, vocabulary=5000, lengths=(3, 0, 4))
+    inputs = case.build()
+    assert_close_to_oracle(case, inputs, run(case, inputs, weighted, 1, low_memory=True), weighted)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_without_compaction_unscored_rows_may_hold_anything(low_memory, weighted, monkeypatch):
     """As while a CUDA graph is captured: every row is computed, unscored ones and those of weight 0 leave no trace."""
