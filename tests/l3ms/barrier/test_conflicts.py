@@ -41,6 +41,15 @@ def test_one_that_is_met_now_and_then_or_gets_better_is_not_named():
     assert watch.pairs == [("a", "b")]
 
 
+def test_the_worse_of_the_two_says_whether_there_is_progress():
+    improving, resting = ConflictWatch(["a", "b"]), ConflictWatch(["a", "b"])
+    for step in range(2 * STEPS):
+        improving.update([1000 * 0.98**step, 0.5])
+        resting.update([2.0, 0.98**step])
+    assert improving.pairs == []
+    assert resting.pairs == [("a", "b")]
+
+
 def test_it_goes_on_from_its_state():
     first, second = ConflictWatch(["a", "b"]), ConflictWatch(["a", "b"])
     update(first, [1.0, 1.0], STEPS - 10)

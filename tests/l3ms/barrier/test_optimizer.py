@@ -174,9 +174,11 @@ def snapshot(opt):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("half", ["task", "constraint"])
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad, half):
+@pytest.mark.parametrize("schedule", [l3ms.ExponentialDecay, l3ms.NoiseFloorDecay])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad, half, schedule):
+    """mu stays too: of the first schedule it follows from the steps taken, of the second from the mu before."""
     params = parameters(torch.float32)
-    opt = make(params, "adamw", mu=l3ms.ExponentialDecay(1.0, 0.1, 10))
+    opt = make(params, "adamw", mu=schedule(1.0, 0.1, 10))
     task_gradient(opt, directions(params))
     opt.step()
     constraint_gradient(opt, params, directions(params), 0.3)

@@ -74,6 +74,13 @@ def test_penalty_is_exact_only_beyond_the_multiplier(weight, target):
     assert sum(path[-100:]) / 100 == pytest.approx(target, abs=0.01)
 
 
+def test_a_penalty_begins_beyond_the_bound():
+    """On the bound itself nothing is violated, nor where nothing has been observed."""
+    violation = torch.tensor([-1e-9, 0.0, 1e-9, 2.0, torch.nan], dtype=torch.float64)
+    found = l3ms.Penalty(weight=5.0).multipliers(violation, torch.zeros(5, dtype=torch.float64))
+    assert found.tolist() == [0.0, 0.0, 5.0, 5.0, 0.0]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_two_sided_bound_from_samples(solver):
     """A categorical policy over {0..4} with a task that wants 0: the mean is brought into [2, 3] and the nearer bound is active."""

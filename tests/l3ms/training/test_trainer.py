@@ -184,13 +184,15 @@ def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_mod
 
 
 def test_both_half_steps_give_the_count_of_scored_tokens(make_model, train, monkeypatch):
-    seen, real = [], l3ms.model.heads.weighted_log_likelihood
+    from l3ms.model import heads
+
+    seen, real = [], heads.weighted_log_likelihood
 
     def watched(hidden, weight, targets, *rest, scored=None, **options):
         seen.append((scored, int((targets != -100).sum())))
         return real(hidden, weight, targets, *rest, scored=scored, **options)
 
-    monkeypatch.setattr(l3ms.model.heads, "weighted_log_likelihood", watched)
+    monkeypatch.setattr(heads, "weighted_log_likelihood", watched)
     train(make_model())
     given = [pair for pair in seen if pair[0] is not None]
     assert len(given) == 3 * (1 + 2)  # a task batch, and 6 responses in parts of 4 and 2, three times

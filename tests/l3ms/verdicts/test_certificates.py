@@ -107,6 +107,12 @@ def test_empirical_bernstein_by_hand():
     assert confidence_bounds(values, 0.1, far) == pytest.approx((0.5 - half, 0.5 + half))
 
 
+def test_students_t_by_hand():
+    """Of three values there are two degrees of freedom, and the 95% quantile is 2.9200."""
+    half = 2.919986 / math.sqrt(3)
+    assert confidence_bounds([1.0, 2.0, 3.0], 0.05, T) == pytest.approx((2 - half, 2 + half), rel=1e-6)
+
+
 def test_clopper_pearson_as_tabulated():
     """Two-sided 95% intervals that the literature prints: 10 of 20, 0 of 10, 10 of 10."""
     for hits, n, expected in ((10, 20, (0.2720, 0.7280)), (0, 10, (0.0, 0.3085)), (10, 10, (0.6915, 1.0))):
@@ -138,6 +144,12 @@ def test_three_words():
     assert together(["SATISFIED", "INCONCLUSIVE", "VIOLATED"]) == "VIOLATED"
     assert together(["SATISFIED", "INCONCLUSIVE"]) == "INCONCLUSIVE"
     assert together([]) == "INCONCLUSIVE"
+
+
+def test_a_bound_at_the_end_of_the_range_is_held():
+    """The confidence bound is then the end itself, and a bound is met at its edge."""
+    for sides in ({"min": 0.0}, {"max": 1.0}):
+        assert judge(l3ms.Constraint("r", **sides), [0.0, 1.0] * 10, 0.05, UNIT).verdict == "SATISFIED"
 
 
 def test_sides_are_told_apart():

@@ -48,6 +48,14 @@ def test_sixteen_constraints_meet_the_optimality_conditions():
         assert np.abs(slope[found > 0]).max(initial=0.0) < 1e-9
 
 
+def test_a_constraint_that_was_taken_up_may_be_dropped_again():
+    """The third looks useful at first; once the others are there, its multiplier would be -2."""
+    vectors, task = np.array([[-3.0, -1, -1], [2, 0, 1], [0, -1, 1]]), np.array([0.0, 2, 0])
+    gram, linear = vectors @ vectors.T, vectors @ task
+    assert np.linalg.solve(gram, -linear)[2] < 0
+    np.testing.assert_allclose(nonnegative_least_squares(gram, linear), [5 / 3, 7 / 3, 0], atol=1e-12)
+
+
 def test_degenerate_problems():
     assert nonnegative_least_squares(np.zeros((0, 0)), np.zeros(0)).shape == (0,)
     assert nonnegative_least_squares(np.zeros((1, 1)), np.zeros(1)).tolist() == [0.0]
