@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-import rows_on_host
+import rows_on_host  # pyright: ignore[reportMissingImports]: tests/build is on the path of the fork
 
 KERNELS = "L3M_KERNELS_ON_HOST"  # the folder that holds them
 

@@ -148,7 +148,7 @@ def in_cpp(seeds: range) -> Found:
 def in_cuda(seeds: range) -> Found:
     """The kernels' own source, compiled by the host's compiler: once, and given to the tests where they would compile it."""
     sys.path[:0] = [str(ROOT / "tests" / name) for name in ("build", "kernels")]
-    import rows_on_host
+    import rows_on_host  # pyright: ignore[reportMissingImports]
 
     if rows_on_host.COMPILER is None:
         raise Skipped("no C++ compiler here")
@@ -197,7 +197,7 @@ def parts() -> list[Part]:
     return [
         Part("what they change", texts(every), len(every), slice=len(every), seconds=1),
         Part(
-            "Python, kernels",
+            "Python: kernels",
             in_python(KERNELS, KERNEL_IMPORTS),
             len(KERNELS),
             slice=2,
@@ -206,7 +206,7 @@ def parts() -> list[Part]:
             close=close,
         ),
         Part(
-            "Python, training", in_python(TRAINING, TRAINING_IMPORTS), len(TRAINING), piece=20, seconds=300, close=close
+            "Python: training", in_python(TRAINING, TRAINING_IMPORTS), len(TRAINING), piece=20, seconds=300, close=close
         ),
         Part("C++", in_cpp, len(NATIVE), seconds=200, close=close),
         Part("CUDA on the host", in_cuda, len(CUDA), seconds=100, close=close),

@@ -175,7 +175,7 @@ def on_a_gpu(seeds: range) -> Found:
 def parts() -> list[Part]:
     return [
         Part("op suite", suite, len(SUITE), piece=1, seconds=120, limit=7200),
-        *(Part(f"random calls, {path}", calls(path), 5_000, piece=1000, seconds=90, limit=7200) for path in PATHS),
+        *(Part(f"random calls: {path}", calls(path), 5_000, piece=1000, seconds=90, limit=7200) for path in PATHS),
         Part("planted faults", planted, len(PLANTED), seconds=60),
         Part("compute-sanitizer", on_a_gpu, 1, seconds=120),
     ]
