@@ -100,7 +100,7 @@ KERNELS = (
            "(targets > vocabulary)) & (targets", CHECKED),
     Mutant("empty sequences are refused", CHECKS, "bool((steps < 0).any())", "bool((steps <= 0).any())", CHECKED),
     Mutant("offsets may end before T", CHECKS, "int(cu_seqlens[-1]) != total", "int(cu_seqlens[-1]) > total", CHECKED),
-    Mutant("a weight that wants a gradient is taken", CHECKS, "if seq_weight.requires_grad:", "if False:", CHECKED),
+    Mutant("a weight that wants a gradient is taken", CHECKS, "if wants_gradient(seq_weight):", "if False:", CHECKED),
     Mutant("a softcap of 0", CHECKS, "(softcap > 0 and", "(softcap >= 0 and", CHECKED),
     Mutant("a wrong count of scored rows is taken", CHECKS, "(targets != ignore_index).sum())) != scored:",
            "(targets != ignore_index).sum())) < scored:", "tests/kernels/test_scored_count.py -k wrong_count"),

@@ -93,7 +93,7 @@ CUDA = (
     Mutant("-inf minus -inf", ROW, "maximum == kMinusInfinity ? 0.0f : maximum", "maximum", ROW_HAZARDS),
     Mutant("the target is among the others", GPU + 'softmax_gradient.cu', "column != one.target", "column >= 0", ROWS),
     Mutant("a missing barrier before 16-bit stores", GPU + 'softmax_gradient.cu',
-           "if (sizeof(Gradient) < sizeof(float)) __syncthreads();", "", ROWS),
+           "if (sizeof(Gradient) < sizeof(float) && one.a.out == nullptr) __syncthreads();", "", ROWS),
     Mutant("offsets of 32 bits", GPU + 'softmax_gradient.cu', "r * a.stride",
            "static_cast<int>(r) * static_cast<int>(a.stride)", FAR),
     Mutant("a target of V is let through", GPU + 'softmax_gradient.cu', "0 <= wanted && wanted < a.vocabulary",

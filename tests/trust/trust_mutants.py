@@ -57,7 +57,9 @@ class Forks:
 
     def close(self) -> None:
         assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
 
 
