@@ -92,7 +92,7 @@ TRAINING = (
     Mutant("a skipped step advances mu", BARRIER + 'optimizer.py',
            "self._progress.mu = torch.where(applied, advanced, self.mu)", "self._progress.mu = advanced", OPTIMIZER),
     Mutant("the step forgets the multipliers", BARRIER + 'optimizer.py',
-           "share, total = self._one, self.estimates.total", "share, total = self._one, self._one", OPTIMIZER),
+           "if total is None else (self._one, total)", "if total is None else (self._one, self._one)", OPTIMIZER),
     Mutant("the state of other constraints is loaded", BARRIER + 'optimizer.py', 'if ours["constraints"] != names:',
            "if False:", STATE),
     Mutant("a resumed optimizer has mu anew", BARRIER + 'optimizer.py', 'Progress.at(ours["mu"].to(self.mu).clone(), ',
