@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from l3m_kernels import set_workspace, weighted_log_likelihood
+from l3m_kernels import row_chunks, set_workspace, weighted_log_likelihood
 
-WORKSPACES = (None, 1_050_000_000, 2_100_000_000, 4_400_000_000)
+WORKSPACES = (None, 1_050_000_000, 2_100_000_000, 4_400_000_000)  # the first one with and without gathering gradients
 LEAST, MOST = 20.0, 9  # microseconds that a kernel takes to be told, and how many are
 
 
@@ -27,8 +27,10 @@ def main() -> None:
     weight = (torch.randn(V, D, device=device) / D**0.5).bfloat16().requires_grad_()
     targets, seq_weight = torch.randint(V, (n,), device=device), torch.randn(16, device=device)
     ends = torch.arange(0, n + 1, n // 16)
-    for workspace in workspaces:
+    gathers = row_chunks.gathered_rows
+    for workspace, gathered in ((workspaces[0], False), *((each, True) for each in workspaces)):
         set_workspace(workspace)
+        row_chunks.gathered_rows = gathers if gathered else lambda *_, **__: 0
         for backend in backends:
 
             def call() -> None:
@@ -45,9 +47,8 @@ def main() -> None:
                     torch.cuda.synchronize()
             clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
             kernels = sorted(found.key_averages(), key=lambda kernel: -getattr(kernel, clock))
-            print(
-                f"{backend}, workspace {workspace or 'as it comes'}: {sum(getattr(k, clock) for k in kernels) / 1e3:.2f} ms"
-            )
+            how = f"workspace {workspace or 'as it comes'}{'' if gathered else ', in chunks'}"
+            print(f"{backend}, {how}: {sum(getattr(kernel, clock) for kernel in kernels) / 1e3:.2f} ms")
             for kernel in kernels[:MOST]:
                 if (spent := getattr(kernel, clock)) >= LEAST:
                     print(f"  {spent / 1e3:8.3f} ms, {kernel.count:4} times  {kernel.key[:110]}", flush=True)

@@ -83,16 +83,19 @@ class GradientSums:
         self.unscale = torch.exp2(-exponent)
         return upstream * torch.exp2(exponent)
 
-    def add_rows(self, chunk: slice, inputs: Tensor, gradient: Tensor, only: bool) -> None:
-        """A chunk of rows, all columns: inputs (n, D), gradient (n, V). `only`: there is no other."""
-        if self.needs[2]:
-            self.bias += gradient.sum(0, dtype=torch.float32)
+    def add_weight(self, inputs: Tensor, gradient: Tensor, only: bool) -> None:
+        """The weight's gradient of rows, all columns: inputs (n, D), gradient (n, V). `only`: there are no others."""
         if self.needs[1]:
             first = self.weight is None
             if self.weight is None:
                 dtype = self.dtype if only and self.saved_by_one_chunk else torch.float32
                 self.weight = inputs.new_empty(self.head.weight.shape, dtype=dtype)
             matmul(gradient.t(), inputs, self.weight, self.exact, accumulate=not first)
+
+    def add_rows(self, chunk: slice, inputs: Tensor, gradient: Tensor) -> None:
+        """The other gradients of a chunk of rows, all columns: inputs (n, D), of which the shape is looked at, gradient (n, V)."""
+        if self.needs[2]:
+            self.bias += gradient.sum(0, dtype=torch.float32)
         if self.needs[0]:
             rounds = self.hidden.dtype == self.dtype and self._rounds_once(*inputs.shape)
             whole = rounds or self.hidden.dtype == torch.float32

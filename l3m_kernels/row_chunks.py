@@ -6,7 +6,7 @@ Scored rows are brought into the order [gradient | log-likelihood only], unscore
 into one fp32 buffer of logits, the row kernel turns these in place into the gradient of the logits, in the inputs' dtype, and two products
 carry it on: to the hidden states, and into one fp32 accumulator of the weight's gradient. Chunks are as large as the workspace allows,
 since each reads and writes the whole accumulator. Where the gradients of all rows fit into its place in 16 bits, they are gathered there
-and each of the two products is one. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose
+and the weight's product is one. With `low_memory` there is none: statistics first, then the vocabulary in blocks, whose
 logits are computed again (8 n D V FLOPs instead of 6), and each block of the weight's gradient is written once.
 
 Counting the rows makes the host wait for the device, once a call; where the caller gives their number (`scored_rows`) nothing waits.
@@ -175,33 +175,37 @@ class _Batch:
                 self.forward(0, len(upstream))
             self._by_vocabulary(sums, upstream)
             return sums.finish()
-        count, every = len(upstream), slice(0, len(upstream))
-        chunks = list(self.chunks(0, count, sums))
-        if len(chunks) > 1 and (size := self._gathered(sums, count)):
-            whole = self.hidden.new_empty(count, row_stride(self.vocabulary))[:, : self.vocabulary]
-            inputs = self.inputs(every)
-            for chunk in (slice(first, min(first + size, count)) for first in range(0, count, size)):
-                self._fused(self.logits(inputs[chunk]), chunk, upstream, known_lse, whole[chunk])
-            self.buffer = None
-            sums.add_rows(every, self._without_idle(inputs, upstream), whole, only=True)
-            return sums.finish()
+        every = slice(0, len(upstream))
+        chunks = list(self.chunks(0, len(upstream), sums))
+        whole: Tensor | None = None
+        if len(chunks) > 1 and needs[1] and (size := self._gathered(sums, len(upstream))):
+            chunks = [slice(first, min(first + size, len(upstream))) for first in range(0, len(upstream), size)]
+            whole = self.hidden.new_empty(len(upstream), row_stride(self.vocabulary))[:, : self.vocabulary]
         for chunk in chunks:
             inputs = self.inputs(chunk)
             logits = self.logits(inputs)
-            self._fused(logits, chunk, upstream, known_lse)
-            gradient = self.gradient_of(logits, self.hidden.dtype)
-            sums.add_rows(chunk, self._without_idle(inputs, upstream[chunk]), gradient, only=chunk == every)
+            place = None if whole is None else whole[chunk]
+            self._fused(logits, chunk, upstream, known_lse, place)
+            gradient = self.gradient_of(logits, self.hidden.dtype) if place is None else place
+            if place is None:
+                sums.add_weight(self._without_idle(inputs, upstream[chunk]), gradient, only=chunk == every)
+            sums.add_rows(chunk, inputs, gradient)
+        if whole is not None:
+            self.buffer = None
+            sums.add_weight(self._without_idle(self.inputs(every), upstream), whole, only=True)
         return sums.finish()
 
     def _gathered(self, sums: GradientSums, rows: int) -> int:
-        """Rows of a chunk of logits where the gradients of all `rows` are held in 16 bits; 0: they are not."""
+        """Rows of a chunk where the gradients of all `rows` of logits are held in 16 bits; 0: they are not."""
         return gathered_rows(
             rows,
             self.vocabulary,
             self.width,
+            multiprocessors=multiprocessors(self.hidden.device),
             workspace_bytes=self.head.workspace,
             accumulator_bytes=sums.saved_by_one_chunk,
             itemsize=self.hidden.itemsize,
+            d_hidden=sums.needs[0],
         )
 
     def _fused(

@@ -100,7 +100,7 @@ class Estimate:
     design: Design
     gpu: Gpu
     chunks: tuple[int, ...]  # rows of logits that are held at a time
-    gathered: bool  # NN and TN are of all rows at once
+    gathered: bool  # TN is of all rows at once
     limit: float  # seconds
     steps: tuple[Step, ...]
 
@@ -122,10 +122,10 @@ class Estimate:
     def held(self) -> int:
         """Bytes beside inputs and gradients: of the largest chunk, and of what is gathered in the place of the fp32 sum."""
         problem, most = self.problem, max(self.chunks)
+        chunk = most * row_bytes(problem.vocabulary, problem.hidden, problem.itemsize)
         if not self.gathered:
-            return most * row_bytes(problem.vocabulary, problem.hidden, problem.itemsize)
-        row = problem.itemsize * row_stride(problem.vocabulary) + problem.hidden * (problem.itemsize + 4)
-        return problem.scored * row + most * 4 * row_stride(problem.vocabulary)
+            return chunk
+        return problem.scored * problem.itemsize * row_stride(problem.vocabulary) + chunk
 
     @property
     def largest_loss(self) -> Step:
@@ -168,11 +168,12 @@ def gathered_chunks(problem: Problem, gpu: Gpu) -> tuple[int, ...]:
     n, D, V, size = problem.scored, problem.hidden, problem.vocabulary, problem.itemsize
     rows = gathered_rows(
         n, V, D,
+        multiprocessors=int(gpu.multiprocessors.value),
         workspace_bytes=problem.workspace or default_workspace(V, D, size),
         accumulator_bytes=4 * D * V if _rounded_by_product(problem, gpu) else 0,
         itemsize=size,
     )  # fmt: skip
-    return tuple(min(rows, n - first) for first in range(0, n, rows)) if rows and problem.gradients else ()
+    return tuple(min(rows, n - first) for first in range(0, n, rows)) if rows and "TN" in problem.products else ()
 
 
 def _rounded_by_product(problem: Problem, gpu: Gpu) -> bool:
@@ -195,7 +196,7 @@ def estimate(problem: Problem, gpu: Gpu, design: Design = AFTER) -> Estimate:
     chunks = chunks_of(problem, gpu, design)
     gathered = gathered_chunks(problem, gpu) if design.gathers and len(chunks) > 1 else ()
     chunks, later = (gathered, (problem.scored,)) if gathered else (chunks, chunks)
-    steps = [_product(name, problem, gpu, chunks if name == "NT" else later, design) for name in problem.products]
+    steps = [_product(name, problem, gpu, later if name == "TN" else chunks, design) for name in problem.products]
     steps.insert(1, _row_kernel(problem, gpu, design))
     if "TN" in problem.products:
         steps += [_sums(problem, gpu, later, design, steps[-1]), _closing(problem, gpu, later, design)]

@@ -39,15 +39,18 @@ inline bool aligned(const SoftmaxGradient& a) {
 }
 
 enum class RowKernel {
-  two_pass,  // any row: reads it twice where it wants statistics and gradient
-  cluster,   // reads it once, into the registers of a thread block cluster; with known_lse: the one pass of the other
+  two_pass,   // any row: reads it twice where it wants statistics and gradient
+  cluster,    // reads it once, into the registers of a thread block cluster; with known_lse: the one pass of the other
+  automatic,  // cluster for rows of the lengths at which it was measured to be faster, where nothing is in its way
 };
 
 // The kernel of that name: `auto`, `two_pass`, `cluster`; null is auto. False: there is none.
 inline bool row_kernel_named(const char* name, RowKernel& kernel) {
-  const bool cluster = name != nullptr && std::strcmp(name, "cluster") == 0;
-  kernel = cluster ? RowKernel::cluster : RowKernel::two_pass;  // auto: two passes, until both have been measured
-  return cluster || name == nullptr || std::strcmp(name, "auto") == 0 || std::strcmp(name, "two_pass") == 0;
+  const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
+  kernel = RowKernel::automatic;
+  if (name == nullptr || is("auto")) return true;
+  kernel = is("cluster") ? RowKernel::cluster : RowKernel::two_pass;
+  return is("cluster") || is("two_pass");
 }
 
 // Why the kernel `cluster` cannot take these rows on the current device, in words; null: it can.

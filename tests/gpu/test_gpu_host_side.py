@@ -10,7 +10,7 @@ from head_on_gpu import DEVICE, Batch, both
 from test_gpu_head import fused
 
 from l3m_kernels import check_targets, gradient_sums, log_likelihood, row_chunks, set_workspace
-from l3m_kernels.chunk_sizes import gathered_rows, row_stride
+from l3m_kernels.chunk_sizes import gathered_rows, row_bytes, row_stride
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def test_gathered_gradients_are_those_of_chunks(backend, weighted, monkeypatch):
 
     monkeypatch.setattr(row_chunks, "gathered_rows", gathered)
     rows, width, vocabulary = 2000, 1024, 20_001
-    row = 2 * row_stride(vocabulary) + 6 * width
-    set_workspace(rows * row + 600 * 4 * row_stride(vocabulary) - 4 * vocabulary * width)
+    held = rows * 2 * row_stride(vocabulary) + 600 * row_bytes(vocabulary, width, 2)
+    set_workspace(held - 4 * vocabulary * width)
     batch = Batch(rows, width, vocabulary, torch.bfloat16)
     found = batch.gradients(weighted, backend)
     assert asked

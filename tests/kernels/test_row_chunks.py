@@ -166,7 +166,7 @@ def test_gradients_of_all_rows_may_be_gathered(dtype, extras, weighted, scored, 
         upstream = inputs.grad_token + inputs.grad_sequence[sequence_of(inputs)]
         taken = taken & ((inputs.seq_weight[sequence_of(inputs)] if weighted else upstream) != 0)
     rows = int(taken.sum())
-    wanted = rows * (2 * chunk_sizes.row_stride(601) + 6 * 16) + 10 * 4 * chunk_sizes.row_stride(601)
+    wanted = rows * 2 * chunk_sizes.row_stride(601) + 10 * chunk_sizes.row_bytes(601, 16, 2)
     saved = 4 * 601 * 16 if dtype == torch.bfloat16 else 0
     found = run(case, inputs, weighted, wanted - saved, False, count if scored == "given" else None, kernels)
     assert gathered == [rows]
@@ -175,12 +175,12 @@ def test_gradients_of_all_rows_may_be_gathered(dtype, extras, weighted, scored, 
 
 def test_what_is_gathered_fits_where_the_sum_would_be():
     workspace, sum_bytes = 551_000_000, 4 * 4096 * 128256  # shape R
-    rows = gathered_rows(8192, 128256, 4096, workspace_bytes=workspace, accumulator_bytes=sum_bytes)
-    held = 8192 * (2 * 128256 + 6 * 4096) + rows * 4 * 128256
-    assert rows >= chunk_sizes.LEAST_GATHERED
-    assert held <= workspace + sum_bytes
-    assert gathered_rows(8193 + 1000, 128256, 4096, workspace_bytes=workspace, accumulator_bytes=sum_bytes) == 0
-    assert gathered_rows(8192, 128256, 4096, workspace_bytes=workspace, accumulator_bytes=sum_bytes, itemsize=4) == 0
+    options = {"multiprocessors": 132, "workspace_bytes": workspace, "accumulator_bytes": sum_bytes}
+    rows = gathered_rows(8192, 128256, 4096, **options)
+    assert rows == 1024
+    assert 8192 * 2 * 128256 + rows * chunk_sizes.row_bytes(128256, 4096, 2) <= workspace + sum_bytes
+    assert gathered_rows(8192 + 1100, 128256, 4096, **options) == 0
+    assert gathered_rows(8192, 128256, 4096, **options, itemsize=4) == 0
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, 0, 10])

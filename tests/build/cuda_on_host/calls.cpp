@@ -18,7 +18,7 @@ void set_device(int clusters, int code) {
   on_host::code_of = code;
 }
 
-// -1: there is no such kernel; 0 two_pass, 1 cluster
+// -1: there is no such kernel; 0 two_pass, 1 cluster, 2 automatic
 int row_kernel(const char* name) {
   cuda::RowKernel kernel;
   return cuda::row_kernel_named(name, kernel) ? static_cast<int>(kernel) : -1;
