@@ -37,7 +37,18 @@ LEAST = 15.0  # seconds that a race needs to begin again
 EXTRA = 0.5  # of its seconds that a step may have more, where others left some
 PIP = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target"]
 SITE = "import os, site; site.addsitedir(os.path.dirname(__file__))"  # reads .pth files
-PYTEST = ["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "--maxfail=40"]
+PYTEST = [
+    "-m",
+    "pytest",
+    "tests/gpu",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:benchmark",
+    "--tb=short",
+    "--maxfail=40",
+]
 TOOLS = {
     "memcheck": "compute-sanitizer --tool memcheck --error-exitcode 7",
     "ncu": "ncu --clock-control none -k regex:softmax -c 6 --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy",

@@ -38,6 +38,11 @@ def ordered(scored: Tensor, gradient: Tensor | None, count: int | None = None) -
         rows = len(scored)
         index, with_gradient = torch.arange(rows, device=scored.device), 0 if gradient is None else rows
         return Rows(index, with_gradient, rows, False, idle=True, all_with_gradient=gradient is not None)
+    if count == len(
+        scored
+    ):  # all of them, as they stand: what is not scored after all makes the count wrong, and all NaN
+        every, with_gradient = torch.arange(count, device=scored.device), 0 if gradient is None else count
+        return Rows(every, with_gradient, count, True, True, _fault(scored, count), gradient is not None)
     key = torch.where(scored, 1, 2)
     if gradient is not None:
         key -= (scored & gradient).long()
@@ -45,7 +50,11 @@ def ordered(scored: Tensor, gradient: Tensor | None, count: int | None = None) -
     if count is None:
         with_gradient, kept = torch.stack([(key == 0).sum(), (key < 2).sum()]).tolist()  # here the host waits
         return Rows(index[:kept], with_gradient, kept, True, all_with_gradient=with_gradient == len(scored))
+    return Rows(index[:count], 0 if gradient is None else count, count, True, idle=True, fault=_fault(scored, count))
+
+
+def _fault(scored: Tensor, count: int) -> Tensor:
+    """() fp32, 0 or NaN, and a flag."""
     wrong = scored.sum() != count
     device_flags.flag(scored.device, "scored").masked_fill_(wrong, 1)
-    fault = torch.where(wrong, torch.nan, 0.0).float()
-    return Rows(index[:count], 0 if gradient is None else count, count, True, idle=True, fault=fault)
+    return torch.where(wrong, torch.nan, 0.0).float()

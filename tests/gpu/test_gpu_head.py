@@ -163,16 +163,17 @@ def test_autocast(backend, weighted):
 @fused
 def test_grad_scaler(backend, weighted):
     """A loss scale that is no fp16 number: the step is that of the unscaled loss, where fp16 can hold the gradients."""
-    results = []
+    results, mean = [], 4096  # of a loss whose gradients are up to 8
     for scale in (1.0, 2.0**16):
         batch = Batch(300, 64, 5000, torch.float16)
         weight = torch.nn.Parameter(batch.weight.detach().float())
         scaler = torch.amp.GradScaler("cuda", init_scale=scale)
-        optimizer = torch.optim.SGD([weight], lr=1e-3)
+        optimizer = torch.optim.SGD([weight], lr=1e-3 * mean)
         batch.weight = weight.half()
-        scaler.scale(batch.loss(weighted, backend)).backward()
+        scaler.scale(batch.loss(weighted, backend) / mean).backward()
         scaler.step(optimizer)
         scaler.update()
+        assert not torch.equal(weight.detach().half(), batch.weight), "the step was skipped"
         results.append(weight.detach())
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
@@ -291,6 +292,8 @@ def test_a_target_outside_the_vocabulary(backend, weighted):
     for row, wrong in ((3, 1000), (20, -1), (50, 2**60)):
         batch.targets[row] = wrong
     loss, d_hidden, _ = batch.gradients(weighted, backend)
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        check_targets()  # or the next call may
     token = log_likelihood(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, backend=backend).token
     torch.cuda.synchronize()
     broken = torch.tensor([row in (3, 20, 50) for row in range(64)], device=DEVICE)
