@@ -37,7 +37,7 @@ def test_every_page_is_in_the_navigation():
 def test_workflows_call_what_there_is():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-    assert [path.stem for path in workflows] == ["docs", "tests", "wheels"]
+    assert [path.stem for path in workflows] == ["audit", "docs", "tests", "wheels"]
     for path in workflows:
         text = path.read_text(encoding="utf-8")
         assert yaml.safe_load(text)["jobs"]
