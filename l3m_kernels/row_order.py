@@ -38,9 +38,7 @@ def ordered(scored: Tensor, gradient: Tensor | None, count: int | None = None) -
         rows = len(scored)
         index, with_gradient = torch.arange(rows, device=scored.device), 0 if gradient is None else rows
         return Rows(index, with_gradient, rows, False, idle=True, all_with_gradient=gradient is not None)
-    if count == len(
-        scored
-    ):  # all of them, as they stand: what is not scored after all makes the count wrong, and all NaN
+    if count is not None and count == len(scored):  # all, as they stand; one that is not scored makes all NaN
         every, with_gradient = torch.arange(count, device=scored.device), 0 if gradient is None else count
         return Rows(every, with_gradient, count, True, True, _fault(scored, count), gradient is not None)
     key = torch.where(scored, 1, 2)

@@ -85,7 +85,7 @@ def softmax_gradient(
     body[:, :vocabulary] = logits
     before = buffer.clone()
     out = None if apart is None else torch.full((GUARD + rows * apart + GUARD,), 77.0, dtype=gradient)
-    written = None if out is None else out[GUARD : GUARD + rows * apart].view(rows, apart)
+    written = None if out is None or apart is None else out[GUARD : GUARD + rows * apart].view(rows, apart)
     token, found_lse = torch.full((rows,), 5.0), torch.full((rows,), 6.0) if lse is None else lse.clone()
     flag = torch.zeros(1, dtype=torch.int32)
     kernels.set_order(order)

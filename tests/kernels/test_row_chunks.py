@@ -1,6 +1,7 @@
 """The host side of the GPU backends, on a CPU, with a row kernel in plain torch: order and cut of the rows, products, sums."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_gradients_of_all_rows_may_be_gathered(dtype, extras, weighted, scored, 
 
 def test_what_is_gathered_fits_where_the_sum_would_be():
     workspace, sum_bytes = 551_000_000, 4 * 4096 * 128256  # shape R
-    options = {"multiprocessors": 132, "workspace_bytes": workspace, "accumulator_bytes": sum_bytes}
+    options: dict[str, Any] = {"multiprocessors": 132, "workspace_bytes": workspace, "accumulator_bytes": sum_bytes}
     rows = gathered_rows(8192, 128256, 4096, **options)
     assert rows == 1024
     assert 8192 * 2 * 128256 + rows * chunk_sizes.row_bytes(128256, 4096, 2) <= workspace + sum_bytes

@@ -148,8 +148,8 @@ def test_three_words():
 
 def test_a_bound_at_the_end_of_the_range_is_held():
     """The confidence bound is then the end itself, and a bound is met at its edge."""
-    for sides in ({"min": 0.0}, {"max": 1.0}):
-        assert judge(l3ms.Constraint("r", **sides), [0.0, 1.0] * 10, 0.05, UNIT).verdict == "SATISFIED"
+    for constraint in (l3ms.Constraint("r", min=0.0), l3ms.Constraint("r", max=1.0)):
+        assert judge(constraint, [0.0, 1.0] * 10, 0.05, UNIT).verdict == "SATISFIED"
 
 
 def test_sides_are_told_apart():
