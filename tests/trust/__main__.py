@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def wanted(part: Part, given: argparse.Namespace) -> int:
-    return part.slice if given.slice else max(1, round(part.cases * given.share))
+    return part.slice if given.slice else min(part.cases, max(1, round(part.cases * given.share)))
 
 
 def in_a_process(goal: Goal, part: Part, given: argparse.Namespace, lock: threading.Lock) -> bool:

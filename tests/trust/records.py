@@ -103,7 +103,7 @@ def publish(folder: Path, records: Path = RECORDS) -> None:
         path = records / f"{goal.key}.json"
         before = read(path).get("parts", {})
         after = {}
-        for part in parts_of(goal):
+        for part in (part for part in parts_of(goal) if part.cases):
             record = read(part_file(folder, goal, part)) or before.get(part.name)
             if record:
                 after[part.name] = {name: value for name, value in record.items() if name not in ("pieces", "sums")}
