@@ -45,12 +45,15 @@ def _row(goal: Goal, parts: dict[str, dict[str, Any]]) -> list[str]:
     if measured:
         name = max(measured, key=lambda name: measured[name]["worst"])
         worst = f"{measured[name]['worst']:.3f} ({name}, {measured[name]['worst_case']})"
+    left = len(parts) - len(ran)
+    count = number(cases) + (f" of {number(wanted)}" if cases < wanted else "")
+    count += f", {left} part{'s' * (left > 1)} not run" if left else ""
     seeds = ", ".join(sorted({str(part["seed"]) for part in ran.values()}))
     made = "; ".join(sorted({f"{part['date']}, {part['commit']}" for part in ran.values()}))
     return [
         goal.key,
         goal.claim,
-        number(cases) + (f" of {number(wanted)}" if cases < wanted else ""),
+        count,
         number(failed),
         worst,
         seeds,
