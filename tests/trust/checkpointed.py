@@ -10,9 +10,7 @@ import functools
 import gc
 import io
 import json
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import tiny_models
 import torch
+from forks import ended, forked
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from training_runs import rows, run
@@ -66,26 +65,7 @@ def settle() -> None:
 
 def quietly(act: Callable[[], Any], output: Path) -> int:
     """`act` in a process of its own, with its errors in a file. -> its exit code"""
-    process = os.fork()
-    if process == 0:
-        code = 99
-        try:
-            speak_to(output)
-            code = act() or 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def speak_to(errors: Path, output: str | Path = os.devnull) -> None:
-    for stream, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    return ended(forked(act, output, failed=99))
 
 
 def in_order(tree: Any) -> Any:

@@ -91,7 +91,7 @@ class Goal:
     key: str  # G1
     claim: str  # what holds if no case fails
     allowed: str  # what a worst case of 1 is
-    module: str  # of this folder, whose `parts()` are the goal's; several goals may share one: `parts_g1`
+    module: str  # of this folder, whose `parts()` are the goal's
     beyond: str = "none found"  # what is published elsewhere
 
 

@@ -10,10 +10,12 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import torch
 from goals import GOALS, RECORDS, ROOT, parts_of
-from parts import Found, Goal, Part
+from parts import Found, Goal, Part, Skipped
 
 from l3ms.benchmark.environment import cpu_name
 from l3ms.runs.whole_files import write_json
@@ -46,14 +48,8 @@ def origin() -> dict[str, str]:
         "commit": commit + " and changes" * changed,
         "source": source(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": f"{cpu_name()}, Python {platform.python_version()}, torch {_torch()}",
+        "machine": f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}",
     }
-
-
-def _torch() -> str:
-    import torch
-
-    return torch.__version__
 
 
 def part_file(folder: Path, goal: Goal, part: Part) -> Path:
@@ -71,10 +67,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def run_part(goal: Goal, part: Part, cases: int, seed: int, folder: Path) -> dict[str, Any]:
     """A part's pieces, from the first that is not there yet; written down after each."""
-    from time import monotonic
-
-    from parts import Skipped
-
     path, identity = part_file(folder, goal, part), {"wanted": cases, "seed": seed, "source": source()}
     path.parent.mkdir(parents=True, exist_ok=True)
     record = read(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import launches
 import tiny_models
 import torch
 import trainer_ranks
+from forks import ended, forked
 
 RANKS = 2
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
@@ -48,39 +48,17 @@ class Sharded:
 
     def _ranks(self, place: Path) -> int:
         port = launches.free_port()
-        ranks = []
-        for rank in range(RANKS):
-            process = os.fork()
-            if process == 0:
-                self._rank(place, rank, port)
-            ranks.append(process)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
-        return max(map(abs, codes))
+
+        def rank(number: int) -> int:
+            return forked(lambda: self._rank(place, number, port), place / f"{number}.said")
+
+        return max(abs(ended(process)) for process in [rank(number) for number in range(RANKS)])
 
     def _rank(self, place: Path, rank: int, port: int) -> None:
-        code = 1
-        try:
-            for stream in (1, 2):
-                os.dup2(os.open(place / f"{rank}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            where = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": RANKS,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            os.environ.update({key: str(value) for key, value in where.items()})
-            torch.set_num_threads(1)
-            fsdp_on_cpus.patch()
-            options: dict[str, Any] = json.loads(json.dumps(SHARDED))
-            made = trainer_ranks.train(str(self.model), str(place / "run"), "warn", rollout=options, **STEPS)
-            torch.save(made["final"], place / f"{rank}.pt")
-            code = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in where.items()})
+        torch.set_num_threads(1)
+        fsdp_on_cpus.patch()
+        options: dict[str, Any] = json.loads(json.dumps(SHARDED))
+        made = trainer_ranks.train(str(self.model), str(place / "run"), "warn", rollout=options, **STEPS)
+        torch.save(made["final"], place / f"{rank}.pt")

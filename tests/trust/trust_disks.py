@@ -15,6 +15,7 @@ import checkpointed
 import file_changes
 import trust_kills
 from file_changes import Change
+from forks import speak_to
 from parts import Found, Part, Skipped, each
 
 from l3ms.commands import command_line
@@ -124,13 +125,8 @@ def full_disks(seeds: range) -> Found:
     return each(full_disk, seeds)
 
 
-def failing_change(seed: int) -> None:
-    """One change fails, or it and all that would write after it, as where the disk stays full."""
-    picks = random.Random(seed)
-    run = checkpointed.of(list(checkpointed.KINDS)[seed % len(checkpointed.KINDS)])
-    number, error = picks.randint(1, len(trust_kills.changes_of(run.kind))), ERRORS[seed % len(ERRORS)]
-    stays = picks.random() < 0.5
-    failed: list[str] = []
+def failing(number: int, error: int, stays: bool, failed: list[str]) -> Callable[[int, Change], int | None]:
+    """For `file_changes.run`: the change of that number fails by `error`, and if it `stays` all that write later; `failed` has which."""
 
     def decide(at: int, change: Change) -> int | None:
         if at == number or (stays and at > number and change.what not in ("remove", "rename")):
@@ -138,12 +134,23 @@ def failing_change(seed: int) -> None:
             return error
         return None
 
+    return decide
+
+
+def failing_change(seed: int) -> None:
+    """One change fails, or it and all that would write after it, as where the disk stays full."""
+    picks = random.Random(seed)
+    run = checkpointed.of(list(checkpointed.KINDS)[seed % len(checkpointed.KINDS)])
+    number, error = picks.randint(1, len(trust_kills.changes_of(run.kind))), ERRORS[seed % len(ERRORS)]
+    stays = picks.random() < 0.5
+    failed: list[str] = []
+    decide = failing(number, error, stays, failed)
     folder = run.folder / f"case-{seed}"
     place = folder / "checkpoints"
     run.begin(place)
 
     def act() -> int:
-        checkpointed.speak_to(run.folder / "said")
+        speak_to(run.folder / "said")
         return command(lambda: run.save(place))
 
     code, made = file_changes.run(act, place, decide)
@@ -176,13 +183,7 @@ def failing_run(seed: int) -> None:
     project = trust_kills.project_of("whole")
     number, error, stays = picks.randint(1, len(project.changes)), picks.choice(ERRORS), picks.random() < 0.7
     failed: list[str] = []
-
-    def decide(at: int, change: Change) -> int | None:
-        if at == number or (stays and at > number and change.what not in ("remove", "rename")):
-            failed.append(change.what)
-            return error
-        return None
-
+    decide = failing(number, error, stays, failed)
     out = project.folder / f"out-{seed}"
     code, made = project.train(out, decide)
     where = f"{os.strerror(error)} in change {number} ({made[number - 1].what} {made[number - 1].path}){' and after' * stays}"

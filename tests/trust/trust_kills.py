@@ -20,6 +20,7 @@ import sharded_runs
 import tiny_models
 import torch
 from file_changes import Change
+from forks import speak_to
 from parts import Found, Part, Skipped, each
 
 from l3ms.training import checkpoints
@@ -46,7 +47,7 @@ def changes_of(kind: str) -> list[Change]:
 
 
 def saving(run: checkpointed.Run, place: Path) -> int:
-    checkpointed.speak_to(run.folder / "said")
+    speak_to(run.folder / "said")
     run.save(place)
     return 0
 
@@ -131,7 +132,7 @@ class Project:
 
     def train(self, out: Path, decide: Any, *arguments: str, **options: Any) -> tuple[int, list[Change]]:
         def act() -> int:
-            checkpointed.speak_to(self.folder / "said")
+            speak_to(self.folder / "said")
             return resumed_runs.train(self.config, "--output", out, *arguments)
 
         return file_changes.run(act, out, decide, **options)

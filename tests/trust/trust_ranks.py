@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import rank_problems
 import same_run_ranks
 import torch
 import torch.distributed as dist
+from forks import ended, forked
 from parts import Found, Part, Skipped, each
 
 WORLDS = (2, 4)
@@ -22,30 +22,16 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 def started(act: Any, folder: Path) -> list[Any]:
     """What `act(rank, groups)` returns on each of four ranks, forks of this process; by number of ranks the group that each is in."""
-    ranks = []
-    for rank in range(same_run_ranks.RANKS):
-        process = os.fork()
-        if process == 0:
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                for stream in (1, 2):
-                    os.dup2(os.open(folder / f"{rank}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-                dist.init_process_group(
-                    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=same_run_ranks.RANKS
-                )
-                torch.save(act(rank, same_run_ranks.groups_of(rank)), folder / f"{rank}.pt")
-                code = 0
-            except BaseException:
-                import traceback
 
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        ranks.append(process)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+    def rank(number: int) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=number, world_size=same_run_ranks.RANKS
+        )
+        torch.save(act(number, same_run_ranks.groups_of(number)), folder / f"{number}.pt")
+
+    ranks = [forked(lambda n=n: rank(n), folder / f"{n}.said") for n in range(same_run_ranks.RANKS)]
+    codes = [ended(process) for process in ranks]
     if set(codes) != {0}:
         said = "; ".join((folder / f"{rank}.said").read_text()[-1000:] for rank in range(len(ranks)))
         raise RuntimeError(f"exit codes {codes}: {said}")

@@ -277,6 +277,7 @@ def line(found: Found) -> None:
 
 def parts() -> list[Part]:
     return [
-        Part("soak", steps, 4000, slice=60, piece=1000, seconds=170, close=line),
-        Part("two hours", minutes, 120, piece=1, seconds=7300, limit=12_000, close=line, asked=True),
+        # in one piece: a line through the memory of one process and of another that went on with it says nothing
+        Part("soak", steps, 4000, slice=60, piece=4000, seconds=170, close=line),
+        Part("two hours", minutes, 120, piece=120, seconds=7300, limit=12_000, close=line, asked=True),
     ]
