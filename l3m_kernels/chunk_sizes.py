@@ -14,7 +14,8 @@ chosen that takes the least time by this count, and the rows are dealt out to it
 
 Where the gradients of all rows' logits fit into 16 bits in the place of the fp32 sum, n up to about 2 D, they are gathered, and TN is one
 product, of which there is no sum to read and write; `gathered_rows` has the rows of a chunk of the other two then. NN stays cut: 1024 rows
-of it are one wave that reads each operand once, 840 TFLOP/s on an H200, and 8192 at once 719 (`bench/gpu_run.py`, D = 4096, V = 128256).
+of it are one wave that reads each operand once, 827 TFLOP/s on an H200 where it is alone, and 8192 at once 718 (D = 4096, V = 128256,
+bench/results/nvidia-h200.md); within a whole call, which the device's power limits, both take 11.8 ms.
 """
 
 import functools
@@ -92,10 +93,10 @@ def gathered_rows(
     width: int,
     *,
     multiprocessors: int,
-    workspace_bytes: int,
-    accumulator_bytes: int,
+    workspace_bytes: int | None = None,
     itemsize: int = 2,
     d_hidden: bool = True,
+    accumulator_bytes: int = 0,
 ) -> int:
     """Rows of each chunk where the gradients of all `scored` rows' logits are gathered; 0: they do not fit, or are fp32 already.
 
@@ -103,6 +104,8 @@ def gathered_rows(
     """
     if not scored or itemsize != 2:
         return 0
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace(vocabulary, width, itemsize)
     gathered = scored * itemsize * row_stride(vocabulary)
     limit = (workspace_bytes + accumulator_bytes - gathered) // row_bytes(vocabulary, width, itemsize)
     if limit < min(LEAST_GATHERED, scored):

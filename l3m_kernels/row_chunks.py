@@ -14,7 +14,7 @@ Counting the rows makes the host wait for the device, once a call; where the cal
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,14 +97,20 @@ class _Batch:
             end - start,
             self.vocabulary,
             self.width,
-            multiprocessors=multiprocessors(self.hidden.device),
-            workspace_bytes=self.head.workspace,
-            itemsize=self.hidden.itemsize,
-            d_hidden=sums is not None and sums.needs[0],
             d_weight=sums is not None and sums.needs[1],
-            accumulator_bytes=0 if sums is None else sums.saved_by_one_chunk,
+            **self._limits(sums),
         )
         yield from (slice(first, min(first + size, end)) for first in range(start, end, size or 1))
+
+    def _limits(self, sums: GradientSums | None) -> dict[str, Any]:
+        """What decides about chunks, for `chunk_sizes`."""
+        return {
+            "multiprocessors": multiprocessors(self.hidden.device),
+            "workspace_bytes": self.head.workspace,
+            "itemsize": self.hidden.itemsize,
+            "d_hidden": sums is not None and sums.needs[0],
+            "accumulator_bytes": 0 if sums is None else sums.saved_by_one_chunk,
+        }
 
     def inputs(self, chunk: slice) -> Tensor:
         inputs = self.hidden[self.rows.index[chunk]]
@@ -178,7 +184,8 @@ class _Batch:
         every = slice(0, len(upstream))
         chunks = list(self.chunks(0, len(upstream), sums))
         whole: Tensor | None = None
-        if len(chunks) > 1 and needs[1] and (size := self._gathered(sums, len(upstream))):
+        sizes = (len(upstream), self.vocabulary, self.width)
+        if len(chunks) > 1 and needs[1] and (size := gathered_rows(*sizes, **self._limits(sums))):
             chunks = [slice(first, min(first + size, len(upstream))) for first in range(0, len(upstream), size)]
             whole = self.hidden.new_empty(len(upstream), row_stride(self.vocabulary))[:, : self.vocabulary]
         for chunk in chunks:
@@ -194,19 +201,6 @@ class _Batch:
             self.buffer = None
             sums.add_weight(self._without_idle(self.inputs(every), upstream), whole, only=True)
         return sums.finish()
-
-    def _gathered(self, sums: GradientSums, rows: int) -> int:
-        """Rows of a chunk where the gradients of all `rows` of logits are held in 16 bits; 0: they are not."""
-        return gathered_rows(
-            rows,
-            self.vocabulary,
-            self.width,
-            multiprocessors=multiprocessors(self.hidden.device),
-            workspace_bytes=self.head.workspace,
-            accumulator_bytes=sums.saved_by_one_chunk,
-            itemsize=self.hidden.itemsize,
-            d_hidden=sums.needs[0],
-        )
 
     def _fused(
         self, logits: Tensor, chunk: slice, upstream: Tensor, known_lse: bool, gradient: Tensor | None = None

@@ -15,18 +15,17 @@ and not at worst. Launches, waits and the order of rows are left out: the host i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from l3m_kernels.chunk_sizes import (
     TILE_COLUMNS,
     TILE_ROWS,
     chunk_rows,
-    default_workspace,
     gathered_rows,
     row_bytes,
     row_stride,
     waves,
-)  # fmt: skip
+)
 from l3m_kernels.gpu_rates import Gpu
 from l3m_kernels.gradient_sums import WHOLE_WAVES
 
@@ -146,15 +145,7 @@ def limit(problem: Problem, gpu: Gpu, products: int | None = None) -> float:
 def chunks_of(problem: Problem, gpu: Gpu, design: Design) -> tuple[int, ...]:
     n, D, V, size = problem.scored, problem.hidden, problem.vocabulary, problem.itemsize
     if design.tiled_chunks:
-        rows = chunk_rows(
-            n, V, D,
-            multiprocessors=int(gpu.multiprocessors.value),
-            workspace_bytes=problem.workspace,
-            itemsize=size,
-            d_hidden="NN" in problem.products,
-            d_weight="TN" in problem.products,
-            accumulator_bytes=4 * D * V if _rounded_by_product(problem, gpu) else 0,
-        )  # fmt: skip
+        rows = chunk_rows(n, V, D, d_weight="TN" in problem.products, **_limits(problem, gpu))
     else:
         held = (problem.workspace or max(512 << 20, 1024 * 4 * V)) // row_bytes(V, D, size)
         most = max(held - held % 256 if held > 256 else held, 1)
@@ -165,15 +156,21 @@ def chunks_of(problem: Problem, gpu: Gpu, design: Design) -> tuple[int, ...]:
 
 def gathered_chunks(problem: Problem, gpu: Gpu) -> tuple[int, ...]:
     """Rows of the logits that are held at a time where all gradients are gathered; none where they are not."""
-    n, D, V, size = problem.scored, problem.hidden, problem.vocabulary, problem.itemsize
-    rows = gathered_rows(
-        n, V, D,
-        multiprocessors=int(gpu.multiprocessors.value),
-        workspace_bytes=problem.workspace or default_workspace(V, D, size),
-        accumulator_bytes=4 * D * V if _rounded_by_product(problem, gpu) else 0,
-        itemsize=size,
-    )  # fmt: skip
+    n = problem.scored
+    rows = gathered_rows(n, problem.vocabulary, problem.hidden, **_limits(problem, gpu))
     return tuple(min(rows, n - first) for first in range(0, n, rows)) if rows and "TN" in problem.products else ()
+
+
+def _limits(problem: Problem, gpu: Gpu) -> dict[str, Any]:
+    """As the backends have them."""
+    matrix = 4 * problem.hidden * problem.vocabulary
+    return {
+        "multiprocessors": int(gpu.multiprocessors.value),
+        "workspace_bytes": problem.workspace,
+        "itemsize": problem.itemsize,
+        "d_hidden": "NN" in problem.products,
+        "accumulator_bytes": matrix if _rounded_by_product(problem, gpu) else 0,
+    }
 
 
 def _rounded_by_product(problem: Problem, gpu: Gpu) -> bool:
