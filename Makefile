@@ -18,7 +18,7 @@ LEXICONS := better-profanity==0.7.0 vaderSentiment==3.3.2
 # Installed with what it depends on, where that can be had; else it is listed as not installed.
 GPU_PEERS := quack-kernels==0.6.5
 # What experiments/versus compares with (the extra `versus`); what they depend on is here already.
-RIVALS := cooper-optim==1.0.1 trl==1.16.0
+RIVALS := cooper-optim==1.0.1
 # The real vLLM of `make test-vllm`, in an environment of its own: it wants an older transformers.
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check

@@ -30,9 +30,9 @@ GOALS = (
     Goal("G7", "convex problems with known solutions and multipliers, conflicting and stochastic ones too, reached by L3MOptimizer",
          "1e-6 in stationarity (relative to max(1, |grad f|)), feasibility and complementarity, where mu, which is what a log barrier "
          "leaves of the latter, ends at 2e-7, the feasible set has an interior and multipliers are up to 10; by hand: the same bits; "
-         "conflicting: the least sum of squared violations to 2 mu^2 sqrt(n) + 1e-6; noisy, after 400 steps, or 1,600 where values are slow: "
-         "beyond the bound by half an error of a batch; inside by 3.5 standard errors and what the barrier leaves, mu over the multiplier "
-         "and the task's share; the 95% band covers 90% of the steps",
+         "conflicting: the least sum of squared violations to 2 mu^2 sqrt(n) + 1e-6; noisy, after 400 steps, or 1,600 where values are "
+         "slow: beyond the bound by half an error of a batch; inside by 3.5 standard errors and what the barrier leaves, mu over the "
+         "multiplier and the task's share; the 95% band covers 90% of the steps",
          "trust_convex", "cooper: 544 at 1e-4"),
     Goal("G8", "fused and unfused training are the same run: 200 steps of tiny Llama, Qwen and Gemma 2",
          "from the same weights: loss 1e-6 relative, gradient 5e-6 of its largest number. SGD: loss 1e-6 relative and parameters 1e-6, "
