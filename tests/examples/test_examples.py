@@ -90,6 +90,16 @@ def test_trls_trainers(here, checkpoint, capsys, kind):
     assert "'constraints/length/lambda': " in capsys.readouterr().out
 
 
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_three_lines_of_grpo_and_a_certificate(here, checkpoint, capsys):
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "pad_token": "</s>"}))
+    verdict = example("trl_certified").main(checkpoint, "rows.jsonl", "rows.jsonl", most=2, iterations=2, new_tokens=16)
+    assert verdict.verdict == "VIOLATED"  # after 2 iterations, far above its bound
+    assert "at most 2: VIOLATED" in capsys.readouterr().out
+
+
 def test_the_notebook_trains_certifies_and_plots(here, checkpoint, monkeypatch, capsys):
     """Its cells, one after the other; a Jupyter is not needed for that."""
     for name, value in {
