@@ -43,4 +43,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("gpu_rows: needs a CUDA device")
     main()

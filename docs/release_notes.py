@@ -25,7 +25,9 @@ def notes(tag: str, changelog: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python docs/release_notes.py v0.2.0")
     try:
         sys.stdout.write(notes(sys.argv[1], CHANGELOG.read_text(encoding="utf-8")))
-    except (IndexError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"release_notes: {error}")
