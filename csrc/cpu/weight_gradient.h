@@ -12,6 +12,21 @@
 
 namespace l3m::cpu {
 
+// A sum that knows what its additions have rounded away (Knuth's TwoSum).
+template <typename Acc>
+class Compensated {
+ public:
+  void add(Acc term) {
+    const Acc sum = sum_ + term, added = sum - sum_;
+    lost_ += (sum_ - (sum - added)) + (term - added);
+    sum_ = sum;
+  }
+  Acc value() const { return std::isfinite(sum_) ? sum_ + lost_ : sum_; }
+
+ private:
+  Acc sum_ = 0, lost_ = 0;
+};
+
 template <typename In, typename Out, typename Mul, typename Acc>
 class WeightGradient {
   using Tiles = cpu::Tiles<In, Out, Mul, Acc>;
@@ -101,6 +116,7 @@ class WeightGradient {
         const bool add = block.offset > 0 || (kInPlace && !first);
         add_to_weight(batch, tile, ld_tile, v, rows, block.offset, block.width, add, total);
       }
+      Compensated<Acc> own;
       const auto from = std::lower_bound(targets.begin(), targets.end(), std::pair<int64_t, int64_t>(v, 0));
       for (auto it = from; it != targets.end() && it->first < v + rows; ++it) {
         const Acc coefficient = batch.state.coefficient.get()[it->second];
@@ -108,7 +124,14 @@ class WeightGradient {
           row_kernels<In>(t_.kernels)
               .add_scaled(t_.hidden_row(row_of[it->second]), D_, coefficient, total.data + (it->first - v) * total.ld);
         }
-        if (p_.d_bias) d_bias_.get()[it->first] += coefficient;
+        if (p_.d_bias) {
+          // Many rows may have one target, and equal terms: added up one by one they are all rounded the same way.
+          own.add(coefficient);
+          if (it + 1 == targets.end() || it[1].first != it->first) {
+            d_bias_.get()[it->first] += own.value();
+            own = {};
+          }
+        }
       }
       if constexpr (!kInPlace) {
         for (int64_t i = 0; total.data && i < rows; ++i) store(batch, total.data + i * total.ld, v + i, first, last);

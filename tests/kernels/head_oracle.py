@@ -4,12 +4,13 @@ Letters: T tokens, N sequences, L padded length, D hidden size, V vocabulary.
 
 The error of an element is counted in units: ulps, of the precision that the op computes in, at the size of the terms that were added up to
 make the element (its condition scale). A log-likelihood is a difference of numbers of the logits' size, so an ulp of a log-likelihood
-near 0 would measure luck. An op may have 1.5 times the worst error, in units, of the unfused op + 2 units; and no element more than 1.5
-times the unfused op's error of it + 8 eps of its scale. The latter alone is asked where numbers are unusual: where logits share a large
-part, so do their errors in the unfused op, and cancel, but not in an op that has the target's logit from elsewhere. The unfused op runs
-in the compute precision (16-bit inputs widened), so what is asked of bf16 is more than being as good as the unfused op in bf16. One
-exception: where a backend multiplies in bf16 (`multiplies_in`), the gradients of the logits are rounded to it, as the unfused op's are;
-bf16 is then the precision of the gradients, the unfused op's are those in bf16, and an element may have a bf16 eps of its products more.
+near 0 would measure luck. An op may have 1.5 times the worst error, in units, of the unfused op + 2 units (of few elements, whose worst
+says less, twice); and no element more than 1.5 times the unfused op's error of it + 8 eps of its scale. The latter alone is asked where
+numbers are unusual: where logits share a large part, so do their errors in the unfused op, and cancel, but not in an op that has the
+target's logit from elsewhere. The unfused op runs in the compute precision (16-bit inputs widened), so what is asked of bf16 is more than
+being as good as the unfused op in bf16. One exception: where a backend multiplies in bf16 (`multiplies_in`), the gradients of the logits
+are rounded to it, as the unfused op's are; bf16 is then the precision of the gradients, the unfused op's are those in bf16, and an element
+may have a bf16 eps of its products more, and what its smallest numbers come to (`smallest`). fp16 likewise.
 
 A result of 16 bits is right wherever it is the rounding of what would be: its own rounding is no error (`distance`).
 """
@@ -26,6 +27,8 @@ from l3m_kernels.gradient_sums import LARGEST_HALF
 from l3m_kernels.reference import eager_log_likelihood
 
 FLOAT64_UNITS = 32  # 7e-15 of the condition scale
+LONGEST_CHAIN = 1024  # of a sum; parts of longer ones are added up apart
+FEW = 5000  # elements, of which the worst of one op says little about that of another
 TOKEN_ABSOLUTE = 1e-3  # of a token's log-likelihood, whatever the inputs' dtype, where logits are less than 1000
 
 
@@ -98,19 +101,24 @@ def condition_scales(case: Case, inputs: Inputs, weighted: bool) -> dict[str, Te
         scales[f"d_hidden{name}"] = (d_logits @ absolute).view(inputs.hidden.shape)
         scales[f"d_weight{name}"] = d_logits.T @ hidden.abs()
         scales[f"d_bias{name}"] = d_logits.sum(0)
-    largest = upstream.amax().item() if upstream.numel() else 0.0
-    scales |= smallest_sums(case, largest, absolute.sum(0), (hidden.abs() * scored[:, None]).sum(0), int(scored.sum()))
+    least = smallest(case.dtype, upstream.amax().item() if upstream.numel() else 0.0)
+    scales["d_hidden smallest"] = least * absolute.sum(0)
+    scales["d_weight smallest"] = least * (hidden.abs() * scored[:, None]).sum(0)
+    scales["d_bias smallest"] = least * scored.sum()
     if weighted:
         scales["loss"] = (inputs.seq_weight.double().abs() * per_sequence).sum()
     return scales
 
 
-def smallest_sums(case: Case, largest: float, weight: Tensor, hidden: Tensor, rows: int) -> dict[str, Tensor]:
-    """What half of the smallest fp16 number, in every gradient of a logit, comes to: they are scaled so that the largest upstream
-    gradient is below 2^14, and what is below 2^-39 of it is lost. `weight`, `hidden` (D,): sums of their sizes over columns and rows."""
-    least = 2.0 ** (math.frexp(largest)[1] - LARGEST_HALF) * torch.finfo(torch.float16).smallest_normal * 2.0**-11
-    sums = {"d_hidden": weight, "d_weight": hidden, "d_bias": torch.tensor(float(rows), dtype=torch.float64)}
-    return {f"{name} smallest": least * value for name, value in sums.items()}
+def smallest(operands: torch.dtype, upstream: float) -> float:
+    """How far a gradient of a logit may be from one that was rounded to 16 bits because it is too small for them.
+
+    fp16: half of its smallest number, after the scaling that brings the largest upstream gradient to 2^14, so 2^-39 of that gradient.
+    bf16: instructions take subnormal operands, a gradient or an exponential, for 0.
+    """
+    if operands == torch.float16:
+        return 2.0 ** (math.frexp(upstream)[1] - LARGEST_HALF - 25)
+    return torch.finfo(torch.bfloat16).tiny * max(upstream, 1.0)
 
 
 def unfused_logit_units(case: Case, inputs: Inputs, dtype: torch.dtype) -> float:
@@ -190,8 +198,8 @@ def _gradients_in(
 
     A loss scale that alone is too much for fp16 is made smaller, by a power of two, and multiplied in afterwards.
     """
-    upstream = inputs.seq_weight if weighted else inputs.grad_sequence.abs().amax() + inputs.grad_token.abs().amax()
-    largest = float(upstream.abs().max()) / case.temperature if upstream.numel() else 0.0
+    given = (inputs.seq_weight,) if weighted else (inputs.grad_sequence, inputs.grad_token)
+    largest = sum(float(each.abs().max()) for each in given if each.numel()) / case.temperature
     largest = max(largest, 1.0) * abs(case.loss_scale) / (torch.finfo(operands).max / 8)
     by = 2.0 ** max(0, math.frexp(largest)[1])
     scaled = unfused(replace(case, loss_scale=case.loss_scale / by), inputs, operands, weighted)
@@ -218,23 +226,21 @@ def _allowed(
     # Where all rows are one row, equal terms are rounded alike when they are added up, and their errors add up too: in the order
     # of one op more than in that of another
     equal = case.view == "expanded" and gradient
+    terms = case.vocabulary if name == "d_hidden" else inputs.targets.numel()
+    added_up = equal * min(terms, LONGEST_CHAIN) / 8
     if compute == torch.float64:
-        return max(FLOAT64_UNITS, equal * (case.vocabulary + inputs.targets.numel()) / 16) * unit
+        return max(FLOAT64_UNITS, 2 * added_up) * unit
     error = (baseline.double() - truth).abs()
     units = (error / unit).max().item()
     if case.view == "expanded" and not gradient:
         units = max(units, unfused_logit_units(case, inputs, compute))
-    added_up = 0.0
-    if equal:
-        terms = case.vocabulary if name == "d_hidden" else inputs.targets.numel()
-        added_up = terms**0.5 / 4
     allowed = 1.5 * error + (8 + 1.5 * added_up) * torch.finfo(compute).eps * scale
     if gradient and operands != compute:
-        allowed += torch.finfo(operands).eps * scales[f"{name} products"]
-    if gradient and operands == torch.float16:
-        allowed = allowed + scales[f"{name} smallest"]
+        allowed = allowed + torch.finfo(operands).eps * scales[f"{name} products"] + scales[f"{name} smallest"]
     if case.numbers == "normal":
-        allowed = torch.minimum(allowed, (1.5 * max(units, added_up) + 2) * unit)
+        factor = 1.5 if truth.numel() >= FEW else 2.0
+        allowed = torch.minimum(allowed, (factor * max(units, added_up) + 2) * unit)
     if name == "token":
-        allowed = torch.minimum(allowed, (8 * torch.finfo(compute).eps * scale).clamp(min=TOKEN_ABSOLUTE))
+        precise = torch.maximum(8 * torch.finfo(compute).eps * scale, 1.5 * error)
+        allowed = torch.minimum(allowed, precise.clamp(min=TOKEN_ABSOLUTE))
     return allowed

@@ -103,13 +103,18 @@ def test_weighted_log_likelihood(seed, backend):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
-@pytest.mark.parametrize("backend", WEIGHTED_BACKENDS)
-def test_gradients_are_rounded_to_even(backend, dtype, bits):
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
+def test_gradients_are_rounded_to_even(backend, weighted, dtype, bits):
     """Two equally likely tokens: d hidden = (W[0] - W[1]) / 2, exactly between two neighbours, of which the even one is wanted."""
     ulp = 2.0**-bits
     for above, wanted in ((ulp, 1.0), (3 * ulp, 1 + 2 * ulp)):
         hidden = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
         weight = torch.tensor([[2.0, 0.0], [-above, 0.0]], dtype=dtype)
         targets, ends = torch.tensor([0]), torch.tensor([0, 1])
-        weighted_log_likelihood(hidden, weight, targets, torch.ones(1), ends, backend=backend)[0].backward()
+        if weighted:
+            loss = weighted_log_likelihood(hidden, weight, targets, torch.ones(1), ends, backend=backend)[0]
+        else:
+            loss = -log_likelihood(hidden, weight, targets, ends, backend=backend).sequence.sum()
+        loss.backward()
         assert grad_of(hidden)[0, 0] == -wanted

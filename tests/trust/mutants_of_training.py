@@ -46,7 +46,7 @@ TRAINING = (
     Mutant("the violation has the shift twice", BARRIER + 'estimates.py', "weights.violation - self.integral.shift",
            "weights.violation + self.integral.shift", SHIFTS),
     Mutant("the slack is that of the farther bound", BARRIER + 'estimates.py', "-last.violation[sides].max()",
-           "-last.violation[sides].min()", OPTIMIZER),
+           "-last.violation[sides].min()", SHIFTS),
     Mutant("steps without a sample are not counted", BARRIER + 'estimates.py',
            "self.missing += (self._drawn[:-1, 0] == 0) & applied",
            "self.missing += (self._drawn[:-1, 0] < 0) & applied", ESTIMATES),

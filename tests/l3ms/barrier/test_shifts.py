@@ -231,3 +231,14 @@ def test_a_bound_that_separate_clipping_cannot_hold():
 def test_a_wrong_name_is_refused():
     with pytest.raises(ValueError, match="clipping must be one of adaptive, separate, got 'none'"):
         optimizer(torch.nn.Parameter(torch.zeros(1)), clipping="none")
+
+
+@pytest.mark.parametrize(("value", "slack"), [(1.5, 0.5), (8.0, 2.0), (-1.0, -2.0), (11.0, -1.0)])
+def test_the_slack_of_a_range_is_that_of_the_nearer_bound(value, slack):
+    x = torch.nn.Parameter(f64(value))
+    opt = l3ms.L3MOptimizer(
+        torch.optim.SGD([x], lr=0.0), [l3ms.Constraint("x", min=1.0, max=10.0, scale=1.0, margin=0.0)]
+    )
+    opt.barrier_loss({"x": x.sum()}).backward()
+    opt.step()
+    assert opt.metrics()["constraints/x/slack"] == pytest.approx(slack)
