@@ -17,12 +17,21 @@ namespace {
 
 // ---- tiles ----
 
-// An infinite x stays what it is: infinity times a low part of 0 or of the other sign would be NaN.
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// x times a factor in two parts. The low one is below half an ulp of a rounded product: it counts where that product is
+// not rounded. An infinite x stays what it is: infinity times a low part of 0 or of the other sign would be NaN.
 template <typename Acc>
 inline Acc times(const Factor<Acc>& factor, Acc x) {
   constexpr Acc kLarge = Acc(3.0e38);
   const Acc above = x < -kLarge ? -kLarge : x;
-  return x * factor.high + (above > kLarge ? kLarge : above) * factor.low;
+  const Acc rest = (above > kLarge ? kLarge : above) * factor.low;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
+  return fused(x, factor.high, rest);
+#else
+  return Acc(double(x) * double(factor.high) + double(rest));  // of two float the product is exact
+#endif
 }
 
 enum class Form { plain, scaled, capped };  // of a logit: z, or `outer` times z, or times a tanh

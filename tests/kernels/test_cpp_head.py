@@ -172,7 +172,7 @@ def test_oracle_on_every_path_that_this_machine_runs(path):
     folder = Path(__file__).parent
     selection = [str(folder / f"test_{name}.py") for name in ("cpp_head", "ops_oracle", "ops_hazards")]
     cases = (
-        "(cut and default and (1100 or 3001) and weighted) or far_below or any_size"
+        "(cut and default and (1100 or 3001) and weighted) or far_below or any_size or one_temperature"
         " or (cpp and (test_weighted_log_likelihood or infinite))"
     )
     command = [sys.executable, "-c", RUN, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", cases, *selection]

@@ -54,7 +54,7 @@ GOALS = (
     Goal("G15", "AddressSanitizer and UBSan over the op suite and random calls; a planted fault is caught",
          "no report", "trust_sanitizers", "none of six peers"),
     Goal("G16", "a soak of training steps: memory, descriptors and threads stay",
-         "1 MiB in 10,000 steps, by least squares after 1,000 steps; of descriptors and threads not one more", "trust_soak"),
+         "1 MiB in 10,000 steps, by least squares after 3,000 steps; of descriptors and threads not one more", "trust_soak"),
     Goal("G17", "planted mutants of Python, C++ and CUDA are killed by the tests",
          "95% killed", "trust_mutants"),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from parts import Found, Part, Skipped
 
 from l3ms.constraints.rewards import text_of
 
-WARM_UP = 1000  # steps of a process, which are not counted: caches fill, malloc takes what it will need
+WARM_UP = 3000  # steps of a process, which are not counted: caches fill, malloc takes what it will need (after 1,000, still 1 MiB more)
 SLOPE = 1.0  # MiB in 10,000 steps
 
 
@@ -278,6 +278,6 @@ def line(found: Found) -> None:
 def parts() -> list[Part]:
     return [
         # in one piece: a line through the memory of one process and of another that went on with it says nothing
-        Part("soak", steps, 4000, slice=60, piece=4000, seconds=170, close=line),
+        Part("soak", steps, 6000, slice=60, piece=6000, seconds=400, close=line),
         Part("two hours", minutes, 120, piece=120, seconds=7300, limit=12_000, close=line, asked=True),
     ]
