@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from l3m_kernels.triton_ops.barrier import barrier_weights_kernel
-from l3m_kernels.triton_ops.configs import ELEMENTS, FILTERED, PRODUCT, RESPONSES, ROWS, SEQUENCES
+from l3m_kernels.triton_ops.configs import ELEMENTS, FILTERED, PRODUCT, RESPONSES, ROWS, SEQUENCES, for_rows
 from l3m_kernels.triton_ops.product import product_kernel
 from l3m_kernels.triton_ops.scale import scale_kernel
 from l3m_kernels.triton_ops.sequence_sums import sequence_sums_kernel
@@ -93,11 +93,12 @@ def variants() -> Iterator[Variant]:
 
 
 def _softmax_variants() -> Iterator[Variant]:
-    for _, config in ROWS:
+    for largest, _ in ROWS:
         for dtype in ("fp32", "bf16", "fp16"):
             for mode in ("log-likelihood", "gradient", "gradient, known lse"):
                 for extras in (False, True):
                     gradient, known = mode != "log-likelihood", mode == "gradient, known lse"
+                    config = for_rows(largest or 1 << 17, wide=gradient and dtype == "fp32")
                     types = {"logits_ptr": "*fp32", "stride": "i32", "targets_ptr": "*i64", "lse_ptr": "*fp32"}
                     types |= {"flag_ptr": "*i32", "vocabulary": "i32", "softcap": "fp32", "inverse_temperature": "fp32"}
                     types["gradient_stride"] = "i32"

@@ -27,6 +27,8 @@ ROWS: tuple[tuple[int | None, Config], ...] = (
     (1024, Config(1024, 4)),
     (None, Config(4096, 16)),
 )
+# Instead of that last one where gradients are fp32: with it sm_120's assembler spills 4 bytes, so that a third block fits.
+WIDE = Config(2048, 8)
 SEQUENCES = Config(1024, 4)  # tokens of a sequence at a time
 ELEMENTS = Config(4096, 8)  # of a gradient that is scaled: two 16-byte loads a thread where it has 16 bits
 # Responses at a time, in `barrier_weights`. It is one block, and registers are there for it: left to choose, the assembler takes 48 to 64
@@ -38,6 +40,7 @@ FILTERED = Config(128, 4, registers=255)
 PRODUCT = Tiles(64, 16, 4)  # 32 sums a thread; of twice the depth, sm_90's assembler spills 12 bytes
 
 
-def for_rows(vocabulary: int) -> Config:
-    """The configuration for rows of V columns."""
-    return next(config for largest, config in ROWS if largest is None or vocabulary <= largest)
+def for_rows(vocabulary: int, wide: bool = False) -> Config:
+    """The configuration for rows of V columns; `wide`: whose gradient is fp32."""
+    found = next(config for largest, config in ROWS if largest is None or vocabulary <= largest)
+    return WIDE if wide and found.block > WIDE.block else found

@@ -146,7 +146,7 @@ def softmax_gradient(
     stride = logits.stride(0)
     if upstream is not None and gradient is None:
         gradient = logits.as_strided((rows, stride), (stride, 1)).view(grad_dtype)
-    config = for_rows(vocabulary)
+    config = for_rows(vocabulary, gradient is not None and gradient.dtype == torch.float32)
     options: dict[str, Any] = {
         "CAPPED": softcap != 0,
         "KNOWN_LSE": known_lse,

@@ -50,7 +50,7 @@ def fuzz(seed: int, make: Callable[..., Case] = Case.random) -> float:
     block = draw.choice((512, 1024, None)) if large else draw.choice((32, 64, None))
     with pytest.MonkeyPatch.context() as patch:
         if block:
-            patch.setattr(softmax_module, "for_rows", lambda _: Config(block, 1))
+            patch.setattr(softmax_module, "for_rows", lambda *_: Config(block, 1))
         return check("triton", case, draw.choice(("log_likelihood", "weighted")))
 
 

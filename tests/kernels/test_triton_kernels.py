@@ -34,7 +34,7 @@ softmax_module = sys.modules["l3m_kernels.triton_ops.softmax_gradient"]
 def block(request, monkeypatch):
     """Rows of several blocks, and the configuration of a GPU."""
     if request.param:
-        monkeypatch.setattr(softmax_module, "for_rows", lambda _: Config(request.param, 1))
+        monkeypatch.setattr(softmax_module, "for_rows", lambda *_: Config(request.param, 1))
 
 
 class Guarded:
