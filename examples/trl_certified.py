@@ -14,10 +14,10 @@ from trl import GRPOConfig, GRPOTrainer
 import l3ms  # 1
 
 
-def variety(completions, **columns):
-    """A reward in TRL's signature, yours. Here: words that are not said twice."""
+def words(completions, **columns):
+    """A reward in TRL's signature, yours. Here: words that are not said twice, so it asks for long answers; the bound does not."""
     texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
-    return [len(set(text.split())) / max(len(text.split()), 1) for text in texts]
+    return [len(set(text.split())) / 20 for text in texts]
 
 
 def main(folder, data, held_out, most=24.0, iterations=60, new_tokens=64, rate=1e-3, **arguments):
@@ -29,7 +29,7 @@ def main(folder, data, held_out, most=24.0, iterations=60, new_tokens=64, rate=1
         options |= {"use_cpu": True, "bf16": False}
     trainer = l3ms.constrained(GRPOTrainer)(  # 2
         model=str(folder),
-        reward_funcs=variety,
+        reward_funcs=words,
         args=GRPOConfig(**options),
         train_dataset=dataset,
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
