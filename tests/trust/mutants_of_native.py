@@ -54,7 +54,7 @@ NATIVE = (
     Mutant("the target's part only, in the bias", CPU + 'weight_gradient.h',
            "d_bias_.get()[it->first] += own.value();", "d_bias_.get()[it->first] = own.value();", ORACLE),
     Mutant("what additions round away is lost", CPU + 'weight_gradient.h',
-           "sum_ + lost_ : sum_", "sum_ : sum_", "tests/kernels/test_cpp_head.py -k bias_of_a_token"),
+           "sum_ + lost_", "sum_", "tests/kernels/test_cpp_head.py -k bias_of_a_token"),
     Mutant("a product is rounded before its low part", CPU + 'kernels.cpp', "return fused(x, factor.high, rest);",
            "return x * factor.high;", "tests/kernels/test_cpp_head.py -k one_temperature"),
     Mutant("a batch overwrites the weight's gradient", CPU + 'weight_gradient.h',

@@ -197,7 +197,7 @@ def close(found: Found) -> None:
 def parts() -> list[Part]:
     every = (*KERNELS, *TRAINING, *NATIVE, *CUDA)
     return [
-        Part("what they change", texts(every), len(every), slice=len(every), seconds=1),
+        Part("what they change", texts(every), 0, slice=len(every), seconds=1),
         Part(
             "Python: kernels",
             in_python(KERNELS, KERNEL_IMPORTS),
