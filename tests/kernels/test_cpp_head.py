@@ -41,7 +41,7 @@ def large_case(shape, dtype, **changes) -> Case:
 
 @pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_that_are_cut(shape, dtype, memory, op, threads):
     size, low_memory = MEMORY[memory]

@@ -9,7 +9,7 @@ ORACLE = "tests/kernels/test_ops_oracle.py -k 'cpp and (3- or 5- or 7-)'"
 HAZARDS = "tests/kernels/test_ops_hazards.py -k cpp"
 FUZZ = "tests/kernels/test_cpp_fuzz.py -k '1 or 2'"
 TIES = "tests/kernels/test_ops_oracle.py -k 'rounded_to_even and cpp'"
-CHUNKS = "tests/kernels/test_cpp_head.py -k 'are_cut and float16 and log_likelihood and small and 1100'"
+CHUNKS = "tests/kernels/test_cpp_head.py -k 'are_cut and torch.float16 and log_likelihood and small and 1100'"
 
 NATIVE = (
     Mutant("the multiplier has the relaxation in its slack", "csrc/barrier.h", "mu / -z", "mu / (s - z)", BARRIER),
