@@ -26,16 +26,17 @@ SUITES = {
     "ops": {
         "test_triton_kernels": "",
         "test_ops_shapes": "triton and not long_sums and not large_batch and not beyond and not biased",  # few rows
-        "test_ops_autograd": "triton and not gradcheck",
+        "test_ops_autograd": "triton and not gradcheck and not same_bits",
         "test_saved_tensors": "triton and not bfloat16 and not compiled and not frozen and not early and not nested",
-        "test_scored_count": "triton and not (fullgraph and weighted)",
-        "test_barrier_weights_edges": "triton and not (constant_rewards and (3333 or 1e-30 or 1000000))",
+        "test_scored_count": "triton and not fullgraph",
+        "test_barrier_weights_edges": "triton and not opcheck and not (constant_rewards and (3333 or 1e-30 or 1000000))",
     },
 }
 REST = {
     "test_triton_fuzz": "",
     "test_triton_kernels": "",
-    "test_barrier_weights_edges": "triton and not opcheck",
+    "test_barrier_weights_edges": "triton",
+    "test_ops_autograd": "triton and same_bits",
     "test_saved_tensors": "triton and not bfloat16 and not compiled",
     "test_scored_count": "triton and fullgraph",
 }
@@ -71,7 +72,7 @@ def passed(last: str) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize(("suite", "least"), [("kernels", 280), ("ops", 400)])
+@pytest.mark.parametrize(("suite", "least"), [("kernels", 280), ("ops", 380)])
 def test_in_the_interpreter(suite, least):
     assert passed(interpreted(SUITES[suite])) >= least
 
