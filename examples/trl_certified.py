@@ -20,10 +20,10 @@ def words(completions, **columns):
     return [len(set(text.split())) / 20 for text in texts]
 
 
-def main(folder, data, held_out, most=24.0, iterations=60, new_tokens=64, rate=1e-3, **arguments):
+def main(folder, data, held_out, most=28.0, iterations=60, new_tokens=64, rate=1e-3, **arguments):
     dataset = load_dataset("json", data_files=str(data), split="train").select_columns(["prompt"])
     options = {"output_dir": "out", "max_steps": int(iterations), "logging_steps": 1, "report_to": "none"}
-    options |= {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": int(new_tokens)}
+    options |= {"per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": int(new_tokens)}
     options |= {"learning_rate": float(rate), "adam_beta1": 0.5, "save_strategy": "no", **arguments}
     if not torch.cuda.is_available():  # TRL takes a GPU and bf16 for granted
         options |= {"use_cpu": True, "bf16": False}

@@ -18,10 +18,11 @@ constexpr int kBlocks = 2;   // per multiprocessor: one computes while the other
                              // are not aligned, whose addresses need more registers
 constexpr int kVectors = 2;  // loads of 128 bits in flight per thread; 4 spill registers on two architectures
 
-// Rows that a cluster takes where nobody says. Milliseconds of 1024 rows on an H200, with a 16-bit gradient / without,
-// two passes -> cluster (`bench/gpu_rows.py`): V = 32000 0.091 / 0.056 -> 0.063 / 0.050, 65536 0.184 / 0.094 -> 0.122 / 0.094, 128256 0.356 /
-// 0.167 -> 0.238 / 0.187, 152064 0.42 / 0.196 -> 0.27 / 0.204, 256000 0.69 / 0.311 -> 0.51 / 0.404: there a thread holds
-// so much that no second block fits beside it, and rows without a gradient take a third longer.
+// Rows that a cluster takes where nobody says. Milliseconds of 1024 rows on an H200 (`bench/gpu_rows.py`), with a 16-bit
+// gradient / without, two passes -> cluster: V = 32000 0.091 / 0.056 -> 0.063 / 0.050, 65536 0.184 / 0.094 -> 0.122 /
+// 0.094, 128256 0.356 / 0.167 -> 0.238 / 0.187, 152064 0.42 / 0.196 -> 0.27 / 0.204, 256000 0.69 / 0.311 -> 0.51 /
+// 0.404: there a thread holds so much that no second block fits beside it, and rows without a gradient take a third
+// longer.
 constexpr int64_t kLeastOfCluster = 32000, kMostOfCluster = 163840;
 
 using row::Statistics;

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from forks import forked
+
 
 def load():
     """What a process of a run needs, before it is forked; nothing of it starts a thread."""
@@ -37,28 +39,17 @@ def free_port():
 
 def fork(arguments, place, output):
     """Run `l3ms ARGUMENTS` in a process of its own, whose environment has `place` as well. -> its id"""
-    process = os.fork()
-    if process:
-        return process
-    code = 99
-    try:
+
+    def command():
         os.environ.update({name: str(value) for name, value in place.items()})
-        for stream, end in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{output}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         import broken_ranks
 
         from l3ms.commands.command_line import main
 
         broken_ranks.apply()
-        code = main([str(word) for word in arguments])
-    except BaseException:
-        import traceback
+        return main([str(word) for word in arguments])
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return forked(command, Path(f"{output}.err"), Path(f"{output}.out"), failed=99)
 
 
 class Launch:

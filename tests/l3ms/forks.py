@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
-def forked(act: Callable[[], Any], said: Path, failed: int = 1) -> int:
+def forked(act: Callable[[], Any], said: Path, output: str | Path = os.devnull, failed: int = 1) -> int:
     """A process that does `act`, with its errors in `said`, and ends with the number that this returns, or with `failed`. -> its id"""
     process = os.fork()
     if process == 0:
         code = failed
         try:
-            speak_to(said)
+            speak_to(said, output)
             code = act() or 0
         except BaseException:
             traceback.print_exc()
