@@ -52,6 +52,7 @@ class Settings:
     weight_decay: float = 0.1
     max_length: int = 256  # tokens of a conversation; longer ones lose their beginning
     validation: float = 0.15  # share of the training conversations
+    bf16: bool = False  # bfloat16 activations over float32 weights
     seed: int = 0
 
 
@@ -81,6 +82,7 @@ def fit(
             weight_decay=settings.weight_decay,
             warmup_steps=total // 20,
             lr_scheduler_type="linear",
+            bf16=settings.bf16,
             seed=settings.seed,
             save_strategy="no",
             logging_strategy="no",

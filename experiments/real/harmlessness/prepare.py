@@ -1,7 +1,7 @@
 """Replies of the real model and two reward models of it, from preference pairs alone, as in `experiments/harmlessness`.
 
 Both reward models are the whole model with a head of one output, fine-tuned on one half of the training pairs each: about 15 minutes an
-epoch and model on one core. The replies to learn are those that can be written in 40 tokens.
+epoch and model on one core, without bfloat16 products. The replies to learn are those that can be written in 40 tokens.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from experiments.inputs import Arguments
 from experiments.real.task import model_folder
 
 TASK = {"prompt": 240, "reply": 160}  # characters: about 40 tokens
-REWARD_MODEL = Settings(learning_rate=2e-5, epochs=2, max_length=256)
+REWARD_MODEL = Settings(learning_rate=2e-5, epochs=2, max_length=256, bf16=True)
 
 
 def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
