@@ -9,5 +9,7 @@ from experiments.versus.yaml_run import run
 
 
 def train(task: Task, setting: Mapping[str, Any], folder: Path) -> Trained:
-    """setting: any of `smoothing`, `warmup`, `mu_end`; by default none, which is what the documentation says."""
-    return run(task, {"solver": "barrier", **only(setting, "smoothing", "warmup", "mu_end")}, folder)
+    """setting: `scale` of the constraint, and any of `smoothing`, `warmup`, `mu_end`; by default none, which is what the library has."""
+    own = only(setting, "scale", "smoothing", "warmup", "mu_end")
+    scale = own.pop("scale", None)
+    return run(task, {"solver": "barrier", **own}, folder, scale=scale)

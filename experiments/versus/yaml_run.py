@@ -14,9 +14,16 @@ from l3ms.runs.executing import train as execute
 from l3ms.runs.report import read_metrics
 
 
-def run(task: Task, train: Mapping[str, Any], folder: Path, *, weights: str = "average") -> Trained:
-    """With the fields `train` of that section. `weights`: "average", of the last fifth of the run, or "model", the last ones."""
-    config = load_config(write(task, train, folder))
+def run(
+    task: Task, train: Mapping[str, Any], folder: Path, *, weights: str = "average", scale: float | None = None
+) -> Trained:
+    """With the fields `train` of that section.
+
+    Args:
+        weights: "average", of the last fifth of the run, or "model", the last ones.
+        scale: tokens per 1.0 of a violation; None: the default.
+    """
+    config = load_config(write(task, train, folder, scale))
     report = execute(config, console=quiet())
     run_folder = Path(config.output)
     tally = Tally()
@@ -28,14 +35,14 @@ def run(task: Task, train: Mapping[str, Any], folder: Path, *, weights: str = "a
     return Trained(run_folder / weights, tally.tokens, tally.log)
 
 
-def write(task: Task, train: Mapping[str, Any], folder: Path) -> Path:
+def write(task: Task, train: Mapping[str, Any], folder: Path, scale: float | None = None) -> Path:
     """`config.yaml`, with which `l3ms train` does the same."""
     values = {
         "model": task.model,
         "output": str(folder / "run"),
         "seed": task.seed,
         "data": {"train": task.train, "evaluation": task.held_out, "max_length": task.max_length},
-        "constraints": [{"type": "length", "min": float(task.min), "max": float(task.max)}],
+        "constraints": [{"type": "length", "min": float(task.min), "max": float(task.max), "scale": scale}],
         "train": {
             "iterations": task.iterations,
             "batch_size": task.batch_size,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from experiments.versus.cell import run as run_cell
 from experiments.versus.filtered_sft import with_mean, within
@@ -99,7 +100,8 @@ def moved(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("module", "setting"), [("l3m", {}), ("lagrangian", {"dual_rate": 2}), ("filtered_sft", {"target": 6})]
+    ("module", "setting"),
+    [("l3m", {}), ("l3m", {"scale": 2}), ("lagrangian", {"dual_rate": 2}), ("filtered_sft", {"target": 6})],
 )  # fmt: skip
 def test_ours_train_and_are_judged(module, setting, task, tmp_path):
     found, _ = trained(tmp_path / "cell", task, module, setting)
@@ -109,6 +111,8 @@ def test_ours_train_and_are_judged(module, setting, task, tmp_path):
         assert found["log"][0]["mean_length"] <= 6
     else:
         assert len(found["log"]) == 2
+        ran = yaml.safe_load((tmp_path / "cell" / "work" / "config.yaml").read_text())
+        assert ran["constraints"][0]["scale"] == setting.get("scale")
         assert found["sampled_tokens"] == round(4 * sum(row["length"] for row in found["log"]))
         assert 8 <= found["sampled_tokens"] <= 64
 
@@ -168,6 +172,8 @@ def test_trl_trains_and_is_judged(task, tmp_path):
         assert moved(weights)
         assert not list(weights.glob("ref*"))
         assert len(found["log"]) == 2
+        ran = yaml.safe_load((tmp_path / "cell" / "work" / "config.yaml").read_text())
+        assert ran["constraints"][0]["scale"] == setting.get("scale")
         assert found["sampled_tokens"] == round(4 * sum(row["length"] for row in found["log"]))
     with pytest.raises(ValueError, match="penalty is for a training from the base model"):
         trained(tmp_path / "neither", task, "trl_grpo", {"beta": 0.1})
@@ -197,5 +203,5 @@ def test_they_steer(package, module, setting, task, tmp_path):
 
 
 def test_a_setting_that_a_contestant_does_not_have_is_refused(task, tmp_path):
-    with pytest.raises(ValueError, match="setting: beta is none of smoothing, warmup, mu_end"):
+    with pytest.raises(ValueError, match="setting: beta is none of scale, smoothing, warmup, mu_end"):
         trained(tmp_path / "cell", task, "l3m", {"beta": 1})

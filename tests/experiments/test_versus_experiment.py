@@ -37,7 +37,7 @@ def test_cells_share_the_level_and_know_where_they_go_on():
     assert {key.split("/")[0] for key in cells} == {"sft", "l3m", "trl_sft", "trl_grpo"}  # the reference, and the start
     grpo = cells["trl_grpo/beta-0.2/seed-0"]
     assert grpo.values["judge"]["looks"] == 4
-    assert cells["l3m/defaults/seed-0"].values["judge"]["looks"] == 2
+    assert cells["l3m/defaults/seed-0"].values["judge"]["looks"] == 3
     assert grpo.after == "trl_sft/plain/seed-0"
     assert grpo.values["task"]["start"] == "/out/cells/trl_sft/plain/seed-0/work/weights"
     task, setting = Task(**cells["trl_grpo/beta-0/seed-0"].values["task"]).with_setting(
