@@ -3,7 +3,6 @@
 FOLDER/cells/NAME/seed-N/config.yaml   what the cell is
                          run/          the run folder of `l3ms train`, with certificate.json
                          log.txt       what the commands have printed
-                         measured.json what the experiment's own `measure.py` says of the run, where it has one
 """
 
 from __future__ import annotations
@@ -42,10 +41,6 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
 
 def run_folder(folder: Path, cell: Cell) -> Path:
     return cell_folder(folder, cell) / "run"
-
-
-def measured_file(folder: Path, cell: Cell) -> Path:
-    return cell_folder(folder, cell) / "measured.json"
 
 
 def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
@@ -142,11 +137,7 @@ def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, s
     if not trained:
         config = place / "config.yaml"
         begun = _is_same(cell, folder)  # and was ended: it goes on where it was
-        for left in (
-            certificate,
-            measured_file(folder, cell),
-            *(() if begun else (run / "report.json", run / "config.yaml")),
-        ):
+        for left in (certificate, *(() if begun else (run / "report.json", run / "config.yaml"))):
             left.unlink(missing_ok=True)  # of another configuration: not to be taken for this one's
         config.write_text(yaml.safe_dump(dict(cell.config), sort_keys=False, allow_unicode=True), encoding="utf-8")
         log.unlink(missing_ok=True)

@@ -20,12 +20,11 @@ import yaml
 from rich.console import Console
 
 from experiments import ending, inputs
-from experiments.cells import Outcome, cores, is_trained, measured_file, run_cells, run_folder
+from experiments.cells import Outcome, cores, run_cells
 from experiments.grid import Cell, Experiment, assign, check_packages, expand, fill, read_experiment
 from experiments.results import Result, failed_lines, read_results, write_results
 from l3ms.config.run_config import load_config, parse_override
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.runs.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ("table.md", "figure.png", "results.json")
@@ -83,7 +82,6 @@ def main(
         if overwrite:
             shutil.rmtree(folder / "cells", ignore_errors=True)
         outcomes = run_cells(ready, folder, jobs=jobs, allow_code=experiment.allow_code, console=console)
-        measure(place, ready, folder, values)
     errors = {outcome.cell.key: outcome.error for outcome in outcomes if outcome.error}
     results = read_results(ready, folder, experiment.reference)
     if not results:
@@ -102,17 +100,6 @@ def main(
     console.print(f"{', '.join(PUBLISHED)} in {where}", markup=False, highlight=False, soft_wrap=True)
     if errors:
         raise RuntimeError(f"{len(errors)} of {len(cells)} cells failed; --resume tries them again")
-
-
-def measure(place: Path, cells: list[Cell], folder: Path, values: dict[str, Any]) -> None:
-    """What the experiment's own `measure.py` says of each run that has ended, once: `measure(run, values) -> dict`."""
-    if not (place / "measure.py").exists():
-        return
-    module = importlib.import_module(_module(place, "measure"))
-    for cell in cells:
-        path = measured_file(folder, cell)
-        if is_trained(cell, folder) and not path.exists():
-            write_json(path, module.measure(run_folder(folder, cell), values))
 
 
 def present(place: Path, results: list[Result], folder: Path, facts: dict[str, Any], notes: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the cells have come to, read from their files alone: report.json, metrics.jsonl, certificate.json, measured.json."""
+"""What the cells have come to, read from their files alone: report.json, metrics.jsonl, certificate.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import CERTIFICATE, is_trained, measured_file, run_folder
+from experiments.cells import CERTIFICATE, is_trained, run_folder
 from experiments.grid import Cell
 from l3ms.config.train import TrainConfig
 from l3ms.constraints.shares import bounds_of
@@ -38,7 +38,6 @@ class Result:
     certificate: dict[str, Any] | None
     ratio: float | None = None  # task perplexity over the reference's of the same seed
     responses: int = 0  # sampled in an iteration, of the constraints
-    measurements: dict[str, Any] = field(default_factory=dict)  # by the experiment's own `measure.py`
     examples: list[dict[str, str]] = field(default_factory=list, repr=False)  # {"prompt", "average", "initial"?}
     metrics: list[dict[str, Any]] = field(default_factory=list, repr=False)  # the iterations
 
@@ -92,7 +91,6 @@ def _read(cell: Cell, folder: Path) -> Result:
     run = run_folder(folder, cell)
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run / "metrics.jsonl")
-    measured = measured_file(folder, cell)
     certificate = None
     if cell.certify is not None and (run / CERTIFICATE).exists():
         certificate = json.loads((run / CERTIFICATE).read_text(encoding="utf-8"))
@@ -112,7 +110,6 @@ def _read(cell: Cell, folder: Path) -> Result:
         verdicts=_verdicts(certificate),
         certificate=certificate,
         responses=(cell.config.get("train") or {}).get("constraint_batch_size", TrainConfig().constraint_batch_size),
-        measurements=json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {},
         examples=report.get("examples") or [],
         metrics=metrics,
     )

@@ -1,4 +1,4 @@
-"""The studies on a real model, without one: configurations, inputs, what is measured, and what the table says."""
+"""The studies on a real model, without one: configurations, inputs, and what the table says."""
 
 import importlib
 import json
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments import command, inputs
 from experiments.command import _ready
 from experiments.grid import expand, read_experiment
 from experiments.real import columns, task
-from experiments.real.forgetting import measure, prepare
+from experiments.real.forgetting import prepare
 from experiments.results import Result
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo import real, real_model
@@ -29,8 +29,9 @@ NAMES = ("length", "tone", "harmlessness", "forgetting")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_is_a_configuration_that_l3ms_takes(name, tmp_path):
     experiment = read_experiment(HERE / name / "experiment.yaml")
-    files = ("model", "train", "held_out", "kept", "kept_held_out", "reward_model", "second_opinion")
-    values = {item: str(tmp_path / f"{item}.jsonl") for item in files} | {"bound": 2.0, "here": str(HERE / name)}
+    files = ["model", "train", "held_out", "reward_model", "second_opinion"]
+    files += ["own", "own_held_out", "instructions", "instructions_held_out"]
+    values = {item: str(tmp_path / f"{item}.jsonl") for item in files} | {"here": str(HERE / name)}
     cells = expand(experiment)
     assert experiment.reference in {cell.name for cell in cells}
     assert len({cell.config["train"]["iterations"] for cell in cells}) == 1  # compared at equal steps
@@ -144,37 +145,31 @@ def write_tasks(path: Path, count: int) -> Path:
     return path
 
 
-def test_the_two_sides_of_the_instructions_are_alike():
-    rows = [{"prompt": str(i % 40)} for i in range(42)]
-    losses = [0.1 * (i % 40) ** 1.5 for i in range(41)] + [None]
-    kept, held_out = prepare.deal(rows, losses)
-    assert len(kept) == len(held_out) == 20
-    assert not {row["prompt"] for row, _ in kept} & {row["prompt"] for row, _ in held_out}
-    means = [sum(loss for _, loss in side) / 20 for side in (kept, held_out)]
-    assert means[0] == pytest.approx(means[1], rel=0.01)
-    with pytest.raises(ConfigError, match="has 3 instructions"):
-        prepare.deal(rows[:3], losses[:3])
-
-
-def test_the_bound_of_forgetting_is_the_start_and_a_little(tmp_path, model, monkeypatch):
+def test_the_model_answers_instructions_and_half_of_them_are_held_out(tmp_path, model, monkeypatch):
     monkeypatch.setattr(real, "pairs", lambda: ([Pair("p", "a b c")] * 3, [Pair("q", "a b")]))
     data = write_tasks(tmp_path / "tasks.jsonl", 9)
     values = prepare.prepare(tmp_path / "inputs", inputs.Arguments(model, data, rows=5))
-    assert values["bound"] == pytest.approx(values["start"] + prepare.ALLOWED, abs=1e-4)
-    sides = [Path(values[name]).read_text().splitlines() for name in ("kept", "kept_held_out")]
-    assert [len(side) for side in sides] == [4, 4]
+
+    def read(name: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in Path(values[name]).read_text().splitlines()]
+
+    asked = [row["prompt"] for name in ("instructions", "instructions_held_out") for row in read(name)]
+    assert sorted(asked) == [f"say {i}" for i in range(9)]
+    for name, count in (("instructions", 4), ("instructions_held_out", 5)):
+        assert len(read(name)) == count
+        own = read(name.replace("instructions", "own"))
+        assert 0 < len(own) <= count
+        assert {row["prompt"] for row in own} <= {row["prompt"] for row in read(name)}
+        assert all(row["completion"].strip() for row in own)
     assert prepare.prepare(tmp_path / "inputs", inputs.Arguments(model, data, rows=5)) == values
-    # The same weights have changed nothing
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "average").symlink_to(model)
-    found = measure.measure(tmp_path / "run", values)
-    assert found == {"change": pytest.approx(0.0, abs=1e-6), "ci95": pytest.approx([0.0, 0.0], abs=1e-5), "rows": 4}
 
 
-def test_a_change_has_the_interval_of_its_differences():
-    found = measure.change([1.0, 3.0, 2.0], [1.2, 3.1, 2.3])
-    assert found["change"] == pytest.approx(0.2)
-    assert found["ci95"][1] - 0.2 == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)
+def test_instructions_are_short_and_none_is_there_twice(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    long = " ".join("a" * (prepare.MOST_TOKENS + 1))
+    rows = [("a", "b"), (long, "b"), ("b", long), ("a", "c"), ("c", ""), ("x", long[:-2])]
+    found = prepare.short([{"prompt": prompt, "completion": text} for prompt, text in rows], tokenizer)
+    assert [(row["prompt"], row["completion"]) for row in found] == [("a", "b"), ("x", long[:-2])]
 
 
 @pytest.mark.parametrize(
@@ -247,11 +242,9 @@ def test_pictures_and_tables_can_be_drawn(name, tmp_path):
         "length": ("sft", "mean_12-16", "paper_12-16", "chance_12-16"), "tone": ("sft", "sentiment", "readability"),
         "forgetting": ("sft", "barrier"),
     }  # fmt: skip
-    bound = "instructions" if name == "forgetting" else "length"
+    bound = "own_answers" if name == "forgetting" else "length"
     fields: dict[str, Any] = {"bounds": [{"name": bound, "min": None, "max": 2.0}]}
-    fields["measurements"] = {"change": 0.01, "ci95": [-0.02, 0.04], "rows": 60}
     results = [result(cell, seed, **fields) for cell in cells[name] for seed in (0, 1)]
     text = drawing.table(results)
     assert text.count("\n| ") >= len(results)
-    assert ("+0.010 [-0.020, +0.040]" in text) == (name == "forgetting")
     drawing.figure(results).savefig(tmp_path / "figure.png", dpi=40)

@@ -131,13 +131,13 @@ def test_a_certificate_costs_all_tries_before_it():
     assert grpo.all_tries == Cost(tries=4, training_tokens=4000, judging_tokens=2000, seconds=60 + 4 * 90)
     assert (grpo.first_ratio, grpo.best_ratio, grpo.best) == (1.4, 1.2, "beta-0.2")
     assert not found["l3m"].certified
-    assert (found["l3m"].to_certificate.tries, found["l3m"].first_ratio) == (2, None)
+    assert (found["l3m"].to_certificate.tries, found["l3m"].first_ratio) == (3, None)
     text = table(GRID, cells, results, list(found.values()))
     assert (
         "| TRL SFT, then GRPO with a length penalty | 1 of 1 | 2.0 | 4 | 2.0 + 1.0 | 4.0 | 1.400 | 1.200 | 4.0 + 2.0 | 7.0 |"
         in text
     )
-    assert "| L3M (barrier) | 0 of 1 | 2.0 | 2 | 2.0 + 1.0 | 3.0 | - | - | 2.0 + 1.0 | 3.0 |" in text
+    assert "| L3M (barrier) | 0 of 1 | 3.0 | 3 | 3.0 + 1.5 | 4.5 | - | - | 3.0 + 1.5 | 4.5 |" in text
     for left_out, known in (
         ("beta-0", ["sft", "l3m", "trl_sft", "trl_grpo"]),
         ("beta-0.04", ["sft", "l3m", "trl_sft"]),
@@ -179,11 +179,11 @@ def test_the_command_leaves_tables_and_says_what_did_not_finish(tmp_path, monkey
     assert "certified on 64 fresh responses" in text
     assert "What did not finish" not in text
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(written["cells"]) == 1 + 2 + 4
+    assert len(written["cells"]) == 1 + 3 + 4
     assert [item["certified"] for item in written["contestants"]] == [True] * 3
 
     failing.add("within")
     (tmp_path / "out" / "cells" / "filtered_sft" / "within" / "seed-3" / "result.json").unlink()
     assert command.run(words) == 1
-    assert "1 of 7 cells failed" in capsys.readouterr().err
+    assert "1 of 8 cells failed" in capsys.readouterr().err
     assert "* `filtered_sft/within/seed-3`: no luck" in (tmp_path / "out" / "table.md").read_text()

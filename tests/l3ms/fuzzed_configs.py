@@ -24,7 +24,7 @@ FULL: dict[str, Any] = {
         {"type": "function", "name": "polite", "function": "rewards.py:polite", "min": 0.5},
         {"type": "reward", "name": "thanks", "reward": "contains", "words": ["thank you"], "min": 0.3},
         {"type": "reward_model", "name": "harmless", "model": "./scorer", "squash": "tanh", "min": 0.2},
-        {"type": "data_nll", "name": "old", "data": {"train": "old.jsonl"}, "max": 2.1, "batch_size": 4},
+        {"type": "data_nll", "name": "old", "data": {"train": "old.jsonl"}, "max": 2.1, "relative": True, "batch_size": 4},
         {"type": "kl", "max": 5, "per_token": True},
         {"type": "kl", "name": "seen", "monitor": True},
     ],

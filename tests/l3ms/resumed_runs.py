@@ -25,6 +25,7 @@ CONFIGS = {
         "constraints": [
             {"type": "length", "threshold": 4, "max": 0.5},
             {"type": "data_nll", "name": "other", "max": 2.0, "batch_size": 4, "data": {"train": "other.jsonl", "chat_template": False}},
+            {"type": "data_nll", "name": "kept", "relative": True, "max": 0.1, "batch_size": 2, "data": {"train": "other.jsonl"}},
             {"type": "kl", "max": 0.5},
         ],
         "train": {"gradient_accumulation": 2, "half_steps": "joint"},

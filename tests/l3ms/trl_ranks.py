@@ -36,7 +36,7 @@ def online(kind: str, base: Any, folder: Path, tokenizer: Any, model: Any, rows:
             answers = [scripted(first + row, self.turn) for row in range(len(prompt_ids))]
             return (answers, None) if base is trl.GRPOTrainer else answers
 
-    data = l3ms.DataNLL("general", general(), max=1.0, batch_size=rows // 2)
+    data = l3ms.DataNLL("general", general(), max=0.1, relative=True, batch_size=rows // 2)
     bounds = (l3ms.Length(max=3), l3ms.KL(max=0.1), data)
     trainer = trl_runs.make(
         kind, folder / kind, tokenizer, model, constraints=bounds, base=Scripted, per_device_train_batch_size=rows, **options

@@ -1,33 +1,21 @@
-"""The loss on the instructions before and after, and its change row by row, against what the docstrings have gained."""
+"""How much worse the model's own answers have become, against what the docstrings have gained."""
 
 from collections.abc import Sequence
 
 from experiments.forgetting.draw import figure
-from experiments.presenting import number, solver_name
+from experiments.presenting import solver_name
 from experiments.real import columns
 from experiments.results import Result
-
-NAME = "instructions"
 
 __all__ = ["figure", "table"]
 
 
 def table(results: Sequence[Result]) -> str:
-    further = {
-        "instructions' loss, before": lambda run: number(run.before.measured(NAME)[0], ".3f"),
-        "after": lambda run: number(run.measured(NAME)[0], ".3f"),
-        "change [95%]": _change,
-    }
     note = (
-        "Losses in nats per token. The change is the mean of the differences on the same held-out instructions: the certificate "
-        "is of the loss itself, whose rows differ much more, and needs more of them.\n"
+        "`own answers` and `instructions`: the loss less that of the start on the same rows, nats per token; answers that the start has "
+        "sampled itself, and people's answers to the same instructions.\n"
     )
-    return f"{columns.table(results, _name, further=further)}\n{note}\n{columns.responses(results, _name)}"
-
-
-def _change(result: Result) -> str:
-    found = result.measurements
-    return f"{found['change']:+.3f} [{found['ci95'][0]:+.3f}, {found['ci95'][1]:+.3f}]" if found else "-"
+    return f"{columns.table(results, _name)}\n{note}\n{columns.responses(results, _name)}"
 
 
 def _name(result: Result) -> str:

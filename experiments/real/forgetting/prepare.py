@@ -1,30 +1,34 @@
-"""Two tasks of the real model: docstrings, which it is to learn, and short instructions, on which its loss is to stay where it is.
+"""Two things of the real model: docstrings, which it is to learn, and its own answers to instructions, which it is to go on giving.
 
-The instructions are the seed tasks of Alpaca (or rows of that form): those that fit whole, dealt to two sides in the order of the model's
-loss on them. So the mean loss of both sides is the same to some hundredths of a nat, and the bound, the start's mean plus `ALLOWED`, is as
-tight for the rows of the training as for those that judge it. With a hundred rows at random it would not be.
+What a chat model forgets is its own way to answer. Its loss on answers that people have written falls with any fine-tuning on what people
+have written, docstrings too, so that loss only looks on. Bounded is the loss on what the model itself has answered before the training, at
+a temperature of 1: above the start's, that is the divergence of what it says from what it said.
+
+The instructions are the seed tasks of Alpaca (or rows of that form); half of them are held out, with their answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from experiments import inputs
 from experiments.data_files import data_file
 from experiments.harmlessness.pairs import fingerprint
 from experiments.real import task
-from experiments.real.forgetting.losses import row_losses
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.rollouts.sampling import rollout
+from l3ms.runs.models import load_model
 
-ALLOWED = 0.05  # nats per token, of forgetting
-LOSSES = "kept_held_out_losses.json"  # of the start, row by row
+MOST_TOKENS = 96  # of an instruction, and of an answer to it
+TRIES = 3  # for an answer that ends within them
 WHERE_FROM = (
     'JSONL of {"instruction", "instances": [{"input", "output"}]}, for instance seed_tasks.jsonl of the public repository '
     "tatsu-lab/stanford_alpaca; name it by --data or L3M_ALPACA_DATA"
@@ -32,7 +36,8 @@ WHERE_FROM = (
 
 
 def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
-    """{"model", "train", "held_out"} of the docstrings, {"kept", "kept_held_out", "start", "bound"} of the instructions.
+    """{"model", "train", "held_out"} of the docstrings, {"own", "own_held_out"} of the model's answers, and {"instructions",
+    "instructions_held_out"} of people's to the same instructions.
 
     Raises:
         ConfigError: no instructions, or rows of another form.
@@ -41,27 +46,23 @@ def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
     rows = read_tasks(data)
     docstrings = dataclasses.replace(arguments, data=None)
     values = task.prepare(output / "docstrings", docstrings)
-    key = {
-        "model": values["model"],
-        "data": fingerprint(data),
-        "rows": arguments.rows,
-        "seed": arguments.seed,
-        "allowed": ALLOWED,
-    }
+    key = {"model": values["model"], "data": fingerprint(data), "rows": arguments.rows, "seed": arguments.seed}
     done = inputs.read_done(output, key)
     if done is not None:
         return done
-    inputs.write_rows(output / "instructions.jsonl", rows)
-    Console().print(f"The start's loss on {len(rows)} instructions")
-    losses = row_losses(values["model"], output / "instructions.jsonl")
-    sides = deal(rows, losses)
-    for name, side in zip(("kept", "kept_held_out"), sides, strict=True):
-        values[name] = str(output / f"{name}.jsonl")
-        inputs.write_rows(output / f"{name}.jsonl", (row for row, _ in side))
-    start = [loss for _, loss in sides[1]]
-    (output / LOSSES).write_text(json.dumps(start), encoding="utf-8")
-    values |= {"start": statistics.fmean(start), "start_of_kept": statistics.fmean(loss for _, loss in sides[0])}
-    values["bound"] = round(values["start"] + ALLOWED, 4)
+    tokenizer = AutoTokenizer.from_pretrained(values["model"])
+    asked = short(rows, tokenizer)
+    random.Random(arguments.seed).shuffle(asked)
+    if len(asked) < 4:
+        raise ConfigError("data", f"has {len(asked)} instructions that are short enough; at least 4 are wanted")
+    Console().print(f"The model's own answers to {len(asked)} instructions")
+    own = own_answers(values["model"], [row["prompt"] for row in asked], seed=arguments.seed)
+    half = len(asked) // 2
+    for suffix, side in (("", slice(half)), ("_held_out", slice(half, None))):
+        answered = [row for row in own[side] if row is not None]
+        for name, part in (("own", answered), ("instructions", asked[side])):
+            values[name + suffix] = str(output / f"{name}{suffix}.jsonl")
+            inputs.write_rows(output / f"{name}{suffix}.jsonl", part)
     inputs.write_done(output, key, values)
     return values
 
@@ -82,21 +83,30 @@ def read_tasks(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def deal(
-    rows: Sequence[Any], losses: Sequence[float | None]
-) -> tuple[list[tuple[Any, float]], list[tuple[Any, float]]]:
-    """(kept, held out), each of (row, loss): in the order of the losses to one side, twice to the other, twice to the first and so on.
+def short(rows: Sequence[dict[str, str]], tokenizer: Any) -> list[dict[str, str]]:
+    """Those of at most `MOST_TOKENS` in the prompt and in the completion, which holds something; each prompt once."""
 
-    Rows without a loss are left out, and equal prompts go to one side alone: of several the first is taken.
-    """
-    unlike: dict[str, tuple[Any, float]] = {}
-    for row, loss in zip(rows, losses, strict=True):
-        if loss is not None:
-            unlike.setdefault(row["prompt"], (row, loss))
-    if len(unlike) < 4:
-        raise ConfigError("data", f"has {len(unlike)} instructions that are short enough; at least 4 are wanted")
-    ordered = sorted(unlike.values(), key=lambda item: item[1])
-    ordered = ordered[: len(ordered) // 2 * 2]
-    first = [item for index, item in enumerate(ordered) if index % 4 in (0, 3)]
-    second = [item for index, item in enumerate(ordered) if index % 4 in (1, 2)]
-    return first, second
+    def fits(text: str) -> bool:
+        return 0 < len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= MOST_TOKENS
+
+    unlike = {row["prompt"]: row for row in reversed(rows) if fits(row["prompt"]) and fits(row["completion"])}
+    return list(reversed(unlike.values()))
+
+
+def own_answers(model: str, prompts: Sequence[str], *, seed: int) -> list[dict[str, str] | None]:
+    """{"prompt", "completion"} of each prompt: the first of `TRIES` answers that ends and holds something, else None."""
+    tokenizer, network = load_model(model, dtype="float32", console=Console(quiet=True))
+    found: list[dict[str, str] | None] = [None] * len(prompts)
+    for number in range(TRIES):
+        left = [index for index, row in enumerate(found) if row is None]
+        if not left:
+            break
+        answers = rollout(
+            network, tokenizer, [prompts[index] for index in left], max_new_tokens=MOST_TOKENS, batch_size=32,
+            seed=TRIES * seed + number,
+        )  # fmt: skip
+        for index, completion, ended in zip(left, answers.completions, answers.ended.tolist(), strict=True):
+            text = (completion if isinstance(completion, str) else completion[-1]["content"]).strip()
+            if ended and text:
+                found[index] = {"prompt": prompts[index], "completion": text}
+    return found

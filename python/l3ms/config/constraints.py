@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from l3ms.config.data import DataConfig
 from l3ms.config.sections import MOST, Batch, Bound, Count, Name, NonNegative, Positive, Section, Share, Text
 from l3ms.constraints import rewards
-from l3ms.constraints.constraint import BOUNDING
+from l3ms.constraints.constraint import BOUNDING, NO_REFERENCE
 from l3ms.constraints.shares import PER_TOKEN_SHARE, event_of, wrong_probability, wrong_quantile
 
 
@@ -101,6 +101,14 @@ class DataNLLConfig(Bounded):
     name: Name
     data: DataConfig
     batch_size: Batch = 8  # rows per constraint half-step
+    relative: bool = False  # bounds what it is above the loss of a frozen reference on the same rows
+    reference: Text | None = None  # folder, or hub id; default: the model that the run starts from
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> DataNLLConfig:
+        if self.reference is not None and not self.relative:
+            raise ValueError(NO_REFERENCE)
+        return self
 
 
 class KLConfig(Sampled):

@@ -30,6 +30,7 @@ MESSAGES = (
 )
 
 BOUNDING = ("min", "max", "scale", "margin")  # the options that a monitor has no use for
+NO_REFERENCE = "reference is what a relative loss is measured from: give relative too"
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from l3ms.constraints.constraint import Constraint
+from l3ms.constraints.constraint import NO_REFERENCE, Constraint
 from l3ms.model.batches import Collator
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import BatchOrder, PromptOrder
 from l3ms.model.sharding import reshard
 from l3ms.model.split_heads import uncast
+
+if TYPE_CHECKING:
+    from l3ms.constraints.reference_model import Reference
 
 Batch = dict[str, Tensor]
 Data = Sequence[dict[str, Any]] | Iterable[Batch]
@@ -32,9 +35,10 @@ class Batches(Protocol):
 class DataNLL(Constraint):
     """Bounds on the mean loss on a second data set, `min <= E[-(1/|y|) log pi(y|x)] <= max`, nats per token: no sampling.
 
-    "Do not forget" is `DataNLL("general", rows, max=...)`, the bound a little above the loss of the model that one starts from.
-    `L3MTrainer` takes the next batch in each constraint half-step; in a loop of one's own give `sequence_nll(model, batch)` to
-    `barrier_loss`.
+    "Do not forget" is `DataNLL("general", rows, relative=True, max=0.05, scale=0.1)`: at most 0.05 nats per token above the loss of the
+    model that one starts from, on the same rows. Rows differ much more from each other than a training changes each of them, so the
+    estimate of a difference and its certificate are much narrower than those of the loss. `L3MTrainer` takes the next batch in each
+    constraint half-step; in a loop of one's own give `losses(model, batch)` to `barrier_loss`.
 
     Args:
         name: of the constraint.
@@ -44,10 +48,15 @@ class DataNLL(Constraint):
         batch_size: rows per constraint half-step.
         pad_token_id: fills up shorter rows of a batch; masked.
         held_out: data of the same form that `evaluate` measures; by default that of `loader`.
+        relative: bound `E[(1/|y|) (log pi_ref(y|x) - log pi(y|x))]`, the loss less that of a frozen reference; one more forward a batch.
+        reference: of `relative`: a transformers causal LM, a folder or hub id of one, or None, the model as it is when the training
+            starts; `prepare(model)` and the rest as in `KL`.
         min, max, scale, margin, monitor: as in `Constraint`, nats per token.
+        trust_remote_code: run code that comes with a reference that is loaded.
 
     Raises:
-        ValueError: no rows, a row without a scored token, an iterable that can be gone through only once; or as `Constraint`.
+        ValueError: no rows, a row without a scored token, an iterable that can be gone through only once, a reference and not
+            `relative`; or as `Constraint`, and of a reference as `KL`.
     """
 
     def __init__(
@@ -63,6 +72,9 @@ class DataNLL(Constraint):
         batch_size: int = 8,
         pad_token_id: int = 0,
         held_out: Data | None = None,
+        relative: bool = False,
+        reference: Any = None,
+        trust_remote_code: bool = False,
     ):
         super().__init__(name, min=min, max=max, scale=scale, margin=margin, monitor=monitor)
         if batch_size < 1:
@@ -70,7 +82,10 @@ class DataNLL(Constraint):
         for argument, data in (("loader", loader), ("held_out", held_out)):
             if data is not None:
                 _check_data(f"constraint {name!r}: {argument}", data)
+        if reference is not None and not relative:
+            raise ValueError(f"constraint {name!r}: {NO_REFERENCE}")
         own: dict[str, Any] = {"loader": loader, "held_out": loader if held_out is None else held_out}
+        own["_reference"] = _reference(f"constraint {name!r}", reference, trust_remote_code) if relative else None
         for attribute, value in (own | {"batch_size": batch_size, "pad_token_id": pad_token_id}).items():
             object.__setattr__(self, attribute, value)
 
@@ -78,6 +93,7 @@ class DataNLL(Constraint):
     held_out: Data
     batch_size: int
     pad_token_id: int
+    _reference: Reference | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataNLL:
         return self  # nothing in it changes, and the data may be large
@@ -90,6 +106,28 @@ class DataNLL(Constraint):
     def data(self) -> bool:
         return True
 
+    @property
+    def reference_model(self) -> Any:
+        """What a relative loss is measured from; None where it is not relative, before `prepare`, and where that is the policy without
+        its adapters."""
+        return None if self._reference is None else self._reference.model
+
+    def prepare(self, model: Any) -> None:
+        if self._reference is not None:
+            self._reference.prepare(model)
+
+    def losses(self, model: Any, batch: Batch, policy: Any = None) -> Tensor:
+        """(n,) fp32, nats per token, with the gradient of their mean: `sequence_nll`, less the reference's where the loss is relative.
+
+        Args:
+            policy: the model itself, where `model` is what a trainer has wrapped around it.
+        """
+        if self._reference is None:
+            return sequence_nll(model, batch)
+        # First: the reference may be the policy with other values, and what a forward keeps for its backward is to be the policy's
+        start = _nll_of(self._reference, model if policy is None else policy, batch)
+        return sequence_nll(model, batch) - start
+
     def batches(self, *, seed: int = 0, rank: int = 0, world: int = 1) -> Batches:
         """The batches of a run, from the beginning. Rows are shared among ranks; a loader's batches are taken to be this rank's."""
         if not _is_rows(self.loader):
@@ -99,7 +137,7 @@ class DataNLL(Constraint):
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> list[float]:
-        """The mean nll of each held-out sequence, nats per token, in eval mode."""
+        """The mean nll of each held-out sequence, nats per token, in eval mode; above the reference's where it is relative."""
         data, size = self.held_out, self.batch_size
         collate = Collator(self.pad_token_id)
         parts: Any = data
@@ -112,7 +150,7 @@ class DataNLL(Constraint):
         training = model.training
         model.eval()
         try:
-            return [value for batch in parts for value in sequence_nll(model, batch).tolist()]
+            return [value for batch in parts for value in self.losses(model, batch).tolist()]
         finally:
             model.train(training)
 
@@ -164,6 +202,28 @@ def sequence_nll(model: Any, batch: Batch) -> Tensor:
     values = (-out.sequence / length.to(device).clamp(min=1))[kept].detach()
     values = values if out.auxiliary is None else values + out.auxiliary.detach()
     return values if out.loss is None else values + (out.loss - out.loss.detach())
+
+
+def _reference(where: str, given: Any, trust_remote_code: bool) -> Reference:
+    from l3ms.constraints.reference_model import Reference  # which needs transformers
+
+    return Reference(where, given, trust_remote_code)
+
+
+@torch.no_grad()
+def _nll_of(frozen: Reference, policy: Any, batch: Batch) -> Tensor:
+    """(n,), of the reference, in eval mode."""
+    from l3ms.model.heads import fuse_head  # the same
+
+    reference, block = frozen.of(policy)
+    fuse_head(reference)
+    training = reference.training
+    reference.eval()
+    try:
+        with block:
+            return sequence_nll(reference, batch)
+    finally:
+        reference.train(training)
 
 
 def _is_rows(data: Any) -> bool:

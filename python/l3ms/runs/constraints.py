@@ -63,17 +63,26 @@ def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer
         del options["threshold"], options["quantile"]
         train, held_out = _constraint_rows(config, field, item, tokenizer, model, console)
         pad = tokenizer.pad_token_id or 0
-        return DataNLL(item.name, train, held_out=held_out, batch_size=item.batch_size, pad_token_id=pad, **options)
-    if isinstance(item, KLConfig):
-        reference = item.reference or config.model
-        constraint = KL(
-            name=item.name, reference=reference, per_token=item.per_token, batch_size=item.batch_size,
-            # the code that was announced is the model's: a reference of its own brings none
-            trust_remote_code=config.trust_remote_code and reference == config.model, **options,
+        measured_from = _reference(config, item) if item.relative else {}
+        constraint = DataNLL(
+            item.name, train, held_out=held_out, batch_size=item.batch_size, pad_token_id=pad, relative=item.relative,
+            **measured_from, **options,
         )  # fmt: skip
         constraint.prepare(model)
         return constraint
+    if isinstance(item, KLConfig):
+        constraint = KL(
+            name=item.name, per_token=item.per_token, batch_size=item.batch_size, **_reference(config, item), **options
+        )
+        constraint.prepare(model)
+        return constraint
     return Length(name=item.name, **options)
+
+
+def _reference(config: RunConfig, item: DataNLLConfig | KLConfig) -> dict[str, Any]:
+    """The model that a constraint measures from. The code that was announced is the model's: a reference of its own brings none."""
+    reference = item.reference or config.model
+    return {"reference": reference, "trust_remote_code": config.trust_remote_code and reference == config.model}
 
 
 def _constraint_rows(

@@ -209,7 +209,8 @@ def bounds(config: RunConfig) -> list[dict[str, Any]]:
 
     def of(item: ConstraintConfig) -> dict[str, Any]:
         share = {key: getattr(item, key, None) for key in ("threshold", "quantile")}
-        return {"name": item.name, "type": item.type, "min": item.min, "max": item.max, **share}
+        relative = {"relative": True} if getattr(item, "relative", False) else {}
+        return {"name": item.name, "type": item.type, "min": item.min, "max": item.max, **share, **relative}
 
     return [of(item) for item in config.constraints]
 

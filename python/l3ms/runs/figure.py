@@ -182,7 +182,7 @@ def _words(item: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "length":
         return "Mean response length" if name == "length" else f"Mean response length ({name})", "tokens"
     if kind == "data_nll":
-        return f"Loss on {name}", "nats per token"
+        return f"Loss on {name}{', above the reference' if item.get('relative') else ''}", "nats per token"
     if kind == "kl":
         return "Divergence from the reference" if name == "kl" else f"Divergence ({name})", "nats"
     return f"Mean {name}", "reward"

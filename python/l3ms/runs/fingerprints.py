@@ -44,12 +44,11 @@ def fingerprints(
         found["rollout.engine"] = hashlib.sha256(_source(config.rollout.code)).hexdigest()
     for index, (section, item) in enumerate(zip(config.constraints, constraints, strict=True)):
         field = f"constraints.{index}"
+        if isinstance(item, (DataNLL, KL)) and item.reference_model is not None:
+            found[f"{field}.reference"] = of_model(item.reference_model)
         if isinstance(item, DataNLL):
             found[f"{field}.data.train"] = of_rows(list(item.loader))
             found[f"{field}.data.evaluation"] = of_rows(list(item.held_out or []))
-        elif isinstance(item, KL):
-            if item.reference_model is not None:
-                found[f"{field}.reference"] = of_model(item.reference_model)
         elif isinstance(item, RewardModel):
             score: Any = item.function
             found[f"{field}.model"] = f"{of_model(score.model)} {of_tokenizer(score.tokenizer)}"

@@ -130,7 +130,7 @@ def plot_run(folder: str | Path) -> Path:
 def _configured(path: Path) -> dict[str, Any]:
     """What the picture of a run that did not end needs of its configuration: the solver, and `{name, min, max, ...}` of the constraints."""
     values = read_yaml(path) if path.exists() else {}
-    keys = ("name", "type", "min", "max", "threshold", "quantile")
+    keys = ("name", "type", "min", "max", "threshold", "quantile", "relative")
     try:
         items = [{key: item.get(key) for key in keys} for item in values.get("constraints") or []]
         solver = (values.get("train") or {}).get("solver")

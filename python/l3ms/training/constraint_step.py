@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l3ms.barrier.importance import LEAST_SHARE, truncated
-from l3ms.constraints.data_nll import Batches, sequence_nll
+from l3ms.constraints.data_nll import Batches, DataNLL
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
 from l3ms.model.random_numbers import stream, undrawn
@@ -60,9 +60,11 @@ def _data(trainer: Constrained) -> None:
     optimizer = trainer.l3m_optimizer
     model: Any = trainer.model_wrapped
     assert optimizer is not None
-    monitors = {constraint.name for constraint in trainer.constraints if constraint.monitor}
-    for name, batches in trainer.constraint_data.items():
-        if name in monitors:
+    for constraint in trainer.constraints:
+        if not isinstance(constraint, DataNLL):
+            continue
+        name, batches = constraint.name, trainer.constraint_data[constraint.name]
+        if constraint.monitor:
             model.eval()
             with (
                 undrawn(trainer.policy.device),
@@ -70,12 +72,12 @@ def _data(trainer: Constrained) -> None:
                 trainer.compute_loss_context_manager(),
                 torch.no_grad(),
             ):
-                nll = sequence_nll(model, batches.take())
+                nll = constraint.losses(model, batches.take(), trainer.policy)
             optimizer.barrier_loss({name: nll})
             continue
         model.train()
         with optimizer.estimates.errors_on_all_ranks(), trainer.compute_loss_context_manager():
-            nll = sequence_nll(model, batches.take())
+            nll = constraint.losses(model, batches.take(), trainer.policy)
         loss = optimizer.barrier_loss({name: nll})
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
 

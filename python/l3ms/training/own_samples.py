@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from l3ms.constraints.constraint import Constraint
-from l3ms.constraints.data_nll import Batch, sequence_nll
+from l3ms.constraints.data_nll import Batch, DataNLL, sequence_nll
 from l3ms.rollouts.engines import Response
 from l3ms.rollouts.rollout import Rollout
 from l3ms.training.constraint_step import rewards_of
@@ -162,7 +162,8 @@ class OwnSamples(GivenTrainer):
             )
             self.fewer_samples.sampled_tokens += int(tokens)
         if first:
-            self._data = {name: found for name in self.constraint_data if (found := self._observe_data(name))}
+            data = [constraint for constraint in self.constraints if isinstance(constraint, DataNLL)]
+            self._data = {item.name: found for item in data if (found := self._observe_data(item))}
         self._total = optimizer.estimates.total
 
     def _responses(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Rollout:
@@ -177,14 +178,14 @@ class OwnSamples(GivenTrainer):
         )  # fmt: skip
         return replace(responses, completions=list(completions))
 
-    def _observe_data(self, name: str) -> tuple[Batch, Tensor] | None:
+    def _observe_data(self, constraint: DataNLL) -> tuple[Batch, Tensor] | None:
         """The next batch of a data constraint, and what its rows weigh; None of a monitor."""
         optimizer: Any = self.l3m_optimizer
-        batch = self.constraint_data[name].take()
+        batch = self.constraint_data[constraint.name].take()
         with optimizer.estimates.errors_on_all_ranks(), torch.no_grad(), self.compute_loss_context_manager():
-            nll = sequence_nll(self.model_wrapped, batch)
+            nll = constraint.losses(self.model_wrapped, batch, self.policy)
         nll = nll.detach().requires_grad_()
-        loss = optimizer.barrier_loss({name: nll})
+        loss = optimizer.barrier_loss({constraint.name: nll})
         return (batch, torch.autograd.grad(loss, nll)[0]) if loss.requires_grad else None
 
     # ---- where they are trained on ----

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import l3ms
 from l3ms.measuring.evaluation import evaluate
+from l3ms.model.averaging import trained
 from l3ms.model.batches import Collator
 
 
@@ -191,6 +192,83 @@ def test_a_divergence_per_token_is_divided_by_the_mean_length_of_all_responses(m
     length = sum(found.lengths) / 10
     whole = [value for value in found.rewards["whole"] if value is not None]
     assert found.rewards["token"] == pytest.approx([value / length for value in whole])
+
+
+# ---- the loss on other data, above that of a reference ----
+
+
+def adapted(model, seed=None):
+    """With LoRA, which changes the model where a seed is given."""
+    import peft
+
+    found = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    if seed is not None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in found.named_parameters():
+                if "lora" in name:
+                    parameter.normal_()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23
+@pytest.mark.parametrize("form", ["copy", "model", "folder", "adapters", "moved adapters"])
+def test_a_relative_loss_is_the_difference_on_the_same_rows(make_model, tmp_path, form):
+    """With the gradient of the loss itself, whichever form the reference has."""
+    data, other = rows(6), make_model(seed=1)
+    other.save_pretrained(tmp_path)
+    given = {"model": other, "folder": tmp_path}.get(form)
+    policy, start = make_model(), make_model()
+    if "adapters" in form:
+        seed = 5 if form == "moved adapters" else None
+        policy, start = adapted(policy, seed), adapted(start, seed)
+    l3ms.fuse_head(policy)
+    constraint = l3ms.DataNLL("general", data, max=0.1, relative=True, reference=given, held_out=data[:5])
+    constraint.prepare(policy)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for _, parameter in trained(policy):
+            parameter += 0.1 * torch.randn_like(parameter)
+    policy.train()
+    reference, plain = other if given is not None else start, copy.deepcopy(policy)
+    expected = [now - before for now, before in zip(nll(policy, data), nll(reference, data), strict=True)]
+    values = constraint.losses(policy, Collator(0)(data))
+    assert values.tolist() == pytest.approx(expected, abs=1e-5)
+    assert max(map(abs, expected)) > 1e-3
+    values.mean().backward()
+    l3ms.sequence_nll(plain, Collator(0)(data)).mean().backward()
+    for (name, ours), (_, theirs) in zip(trained(policy), trained(plain), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, msg=name)
+    assert constraint.evaluate(policy) == pytest.approx(expected[:5], abs=1e-5)
+    assert policy.training
+
+
+def test_a_relative_half_step_is_that_of_the_loss_less_its_start(make_model, train):
+    """Same bits as with the bound raised by the start's loss, where a batch is all rows and so its start is one number."""
+    data = rows(8, seed=3)
+    start = sum(nll(make_model(), data)) / 8
+    options = {"margin": 0.0, "scale": 1.0, "batch_size": 8}
+    found = [
+        train(make_model(), constraints=(constraint,), max_steps=3, mu="paper", smoothing="ema")[0]
+        for constraint in (
+            l3ms.DataNLL("general", data, max=-0.2, relative=True, **options),
+            l3ms.DataNLL("general", data, max=start - 0.2, **options),
+        )
+    ]
+    assert_same_weights(found[0].model, found[1].model, 2e-6)
+    logs = [[e for e in trainer.state.log_history if "loss" in e] for trainer in found]
+    for relative, plain in zip(*logs, strict=True):
+        estimates = [entry["constraints/general/estimate"] for entry in (relative, plain)]
+        assert estimates[0] == pytest.approx(estimates[1] - start, abs=1e-5)
+        assert relative["constraints/general/stderr"] < plain["constraints/general/stderr"]
+
+
+def test_a_relative_loss_without_a_start_is_refused(make_model):
+    constraint = l3ms.DataNLL("general", rows(4), max=0.1, relative=True)
+    with pytest.raises(ValueError, match="constraint 'general': reference is missing: call prepare"):
+        constraint.losses(l3ms.fuse_head(make_model()), Collator(0)(rows(4)))
+    with pytest.raises(ValueError, match="constraint 'general': reference is what a relative loss is measured from"):
+        l3ms.DataNLL("general", rows(4), max=0.1, reference="folder")
 
 
 # ---- divergence from a reference ----

@@ -46,6 +46,14 @@ SEVERAL = [
     {"type": "length", "name": "short", "threshold": 12, "max": 0.2},
     {"type": "reward_model", "name": "harmless", "model": "judge", "head": 1, "squash": "tanh", "min": 0.1},
     {"type": "data_nll", "name": "general", "data": {"train": "general.jsonl"}, "max": 5.0, "batch_size": 4},
+    {
+        "type": "data_nll",
+        "name": "kept",
+        "data": {"train": "general.jsonl"},
+        "relative": True,
+        "max": 0.1,
+        "scale": 0.1,
+    },
     {"type": "kl", "max": 0.5},
     {"type": "reward", "name": "ends", "reward": "ends_with_eos", "min": 0.9},
     {"type": "reward", "name": "greek", "reward": "contains", "words": ["alpha", "beta"], "threshold": 0.5, "min": 0.1},
@@ -109,6 +117,7 @@ def item(kind, **fields):
 
 
 NLL = {"type": "data_nll", "name": "x", "max": 2.0}
+DATA = {"data": {"train": "rows.jsonl"}}
 # (constraint, the field that the line must begin with, words it must hold)
 BAD = [
     (item("length", min=0.4, max=9, threshold=5), "max", "must be in [0, 1]"),
@@ -121,7 +130,10 @@ BAD = [
     (item("length", quantile=0.5, monitor=True), "quantile", "a monitor of a share has a threshold"),
     (item("length", min=4, quantile=0.05, margin=0.1), "margin", "must leave room for a share"),
     (item("length", min=4, max=9, threshold=4), "min", "takes a quantile instead of a threshold"),
-    (NLL | {"data": {"train": "rows.jsonl"}, "quantile": 0.5}, "quantile", "unknown field"),
+    (NLL | DATA | {"quantile": 0.5}, "quantile", "unknown field"),
+    (NLL | DATA | {"reference": "policy"}, "reference", "is what a relative loss is measured from"),
+    (NLL | DATA | {"relative": True, "reference": "./gone"}, "reference", "cannot be loaded"),
+    (NLL | DATA | {"relative": True, "reference": "small"}, "reference", "vocabulary of 280 tokens, got 50"),
     (item("reward", reward="contain", min=0.5), "reward", "'contains'"),
     (item("reward", reward="contains", min=0.5), "words", "is required by contains"),
     (item("reward", reward="contains", words=[], min=0.5), "words", "at least 1 item"),
