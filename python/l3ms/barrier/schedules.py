@@ -78,6 +78,26 @@ def noise_floor(noise: Tensor) -> Tensor:
     return (2 * noise) ** (1 / 3)
 
 
+FLAT = 2.0  # mu^2 over half a range from which on the barrier is told to be flat
+
+
+def flat_across(constraint: Constraint, mu: float) -> bool:
+    """Whether the barrier's pull hardly changes across the range of a constraint whose scale nobody gave.
+
+    It is a parabola nearer to a bound than mu^2; where that is more than the whole range, both sides pull alike at each end of it.
+    """
+    half = constraint.width / 2
+    if constraint.scale is not None or constraint.monitor or not 0 < half < math.inf:
+        return False
+    return mu**2 > FLAT * half / constraint.unit
+
+
+def scale_to_set(constraint: Constraint) -> str:
+    """What is said of such a one."""
+    half = constraint.width / 2
+    return f"flat across a range this narrow for its scale of {constraint.unit:g}; set scale: {half:g}, half the range, or sample more"
+
+
 def as_schedule(mu: "str | MuSchedule", steps: int = 500) -> MuSchedule:
     """`"auto"`, `"paper"` or a schedule."""
     if mu == "auto":

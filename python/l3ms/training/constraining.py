@@ -4,6 +4,7 @@ weights that are averaged, checkpoints and lines of the log. `L3MTrainer` is one
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from l3ms.barrier.optimizer import L3MOptimizer
-from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay
+from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay, flat_across, scale_to_set
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import RewardLog
@@ -27,6 +28,8 @@ from l3ms.training.half_steps import HalfSteps
 from l3ms.training.resuming import load_progress, save_progress
 from l3ms.training.state_trees import load_tree, save_tree
 from l3ms.watching.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 
 class Constraining(AveragingTrainer):
@@ -67,6 +70,7 @@ class Constraining(AveragingTrainer):
             constraint.prepare(self.policy)
         self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
         self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
+        self._flat_told = False
         self.add_callback(HalfSteps(self))
 
     @property
@@ -194,6 +198,7 @@ class Constraining(AveragingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.l3m_optimizer is not None and "loss" in logs:
             metrics = self.l3m_optimizer.metrics()
+            self._tell_of_flat_barriers(metrics)
             own = "task" if self.l3m.half_steps == "alternating" else "constraint"  # type: ignore[attr-defined]
             logs.update({"grad_norm": metrics[f"l3m/grad_norm/{own}"], **metrics})
             logs.update(self.fewer_samples.metrics())
@@ -205,3 +210,17 @@ class Constraining(AveragingTrainer):
             logs.update(self.watched)
             self.watched.clear()
         super().log(logs, start_time)
+
+    def _tell_of_flat_barriers(self, metrics: dict[str, float]) -> None:
+        """Once, half way, when the noise is that of the run: nothing else tells why a narrow range is not kept to."""
+        step = self.state.global_step
+        if self._flat_told or step < max(10, self.state.max_steps / 2) or "l3m/noise_floor" not in metrics:
+            return
+        self._flat_told = True
+        floor = min(1.0, metrics["l3m/noise_floor"])
+        for constraint in self.constraints:
+            if flat_across(constraint, floor) and self.is_world_process_zero():
+                text = (
+                    "iteration %d: constraint %r: the noise of its estimate leaves mu at about %.2f, and a barrier %s"
+                )
+                logger.warning(text, step, constraint.name, floor, scale_to_set(constraint))

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from l3ms.barrier.schedules import noise_floor
+from l3ms.barrier.schedules import flat_across, noise_floor, scale_to_set
 from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
@@ -41,7 +41,6 @@ from l3ms.verdicts.costs import Cost, Sampled
 from l3ms.verdicts.quantiles import normal_cdf
 
 AT_REST = 20  # batches that an estimate is made of where nothing moves
-FLAT = 2.0  # mu^2 over half a range from which on the barrier is told to be flat
 
 
 @dataclass(frozen=True)
@@ -187,24 +186,17 @@ def _single_answers(constraints: Sequence[Constraint], found: Evaluation, limit:
 
 
 def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], config: RunConfig) -> list[str]:
-    """A line for each range across which the barrier's pull hardly changes, at the mu that the noise of the estimates will leave.
-
-    The barrier is a parabola nearer to a bound than mu^2; where that is more than the whole range, both sides pull alike at each end of it.
-    """
+    """A line for each range across which the barrier's pull hardly changes, at the mu that the noise of the estimates will leave."""
     if config.train.solver != "barrier" or config.train.mu != "auto":
         return []
     lines, count = [], config.train.constraint_batch_size * world()
     for item, start in zip(constraints, starts, strict=True):
         spread = start.stderr * math.sqrt(max(start.values, 1))
-        half = item.width / 2
-        if item.scale is not None or item.monitor or not math.isfinite(half) or not half > 0 or not spread > 0:
-            continue
         at_rest = spread / math.sqrt(AT_REST * count)
         mu = min(1.0, float(noise_floor(torch.tensor(2 * at_rest / item.unit))))
-        if mu**2 > FLAT * half / item.unit:
+        if spread > 0 and flat_across(item, mu):
             lines.append(
-                f"{item.name}: {count} responses leave mu at about {mu:.2f}, and a barrier flat across "
-                f"a range this narrow for its scale of {item.unit:g}; set scale: {half:g}, half the range, or sample more"
+                f"{item.name}: {count} responses leave mu at about {mu:.2f}, and a barrier {scale_to_set(item)}"
             )
     return lines
 

@@ -26,6 +26,21 @@ def test_all_responses_cut_is_said(tmp_path, tokenizer, make_model, caplog, monk
     assert caplog.text.count("iteration 1: all 6 responses are cut at max_new_tokens=16") == cut
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({}, 1), ({"scale": 0.25}, 0), ({"max": 14}, 0), ({"mu": "paper"}, 0), ({"max_steps": 9}, 0)],
+    ids=str,
+)  # fmt: skip
+def test_a_barrier_that_is_flat_across_its_range_is_told_once(tmp_path, tokenizer, make_model, caplog, options, told):
+    """In [3, 3.5] of scale 3.25 mu^2 is more than the range; with half of it as a scale, or in a wide one, it is less."""
+    bounds = {"min": 3, "max": options.get("max", 3.5), "scale": options.get("scale")}
+    rest = {name: value for name, value in options.items() if name not in bounds}
+    with caplog.at_level(logging.WARNING, "l3ms"):
+        run(tmp_path, tokenizer, make_model(), **({"constraints": (l3ms.Length(**bounds),), "max_steps": 12} | rest))
+    assert caplog.text.count("iteration 10: constraint 'length': the noise of its estimate leaves mu at about") == told
+    assert caplog.text.count("set scale: 0.25, half the range, or sample more") == told
+
+
 def test_neither_mu_nor_lambda_jumps_after_it():
     """The estimate has no noise then, and much in the next step: mu moves by its fastest factor at most, lambda with it."""
     x = torch.nn.Parameter(torch.zeros(1))
