@@ -104,9 +104,18 @@ def check_installed(contest: Contest, names: Sequence[str]) -> None:
 
 
 def cells(
-    contest: Contest, names: Sequence[str], task: Mapping[str, Any], folder: Path, seeds: Sequence[int]
+    contest: Contest,
+    names: Sequence[str],
+    task: Mapping[str, Any],
+    folder: Path,
+    seeds: Sequence[int],
+    tuned: Mapping[str, str] | None = None,
 ) -> list[Cell]:
-    """In the order of the grid, seed by seed. `task`: what is given on the command line, over what the grid has.
+    """In the order of the grid, seed by seed.
+
+    Args:
+        task: what is given on the command line, over what the grid has.
+        tuned: by contestant its one try, and its verdict is the only one; None: all tries. Who is not in it is left out.
 
     Raises:
         ConfigError: a field that no task has.
@@ -115,7 +124,8 @@ def cells(
     for seed in seeds:
         for name in names:
             entrant = contest.contestants[name]
-            for number, (attempt, setting) in enumerate(entrant.tries.items()):
+            tries = {key: entrant.tries[key] for key in entrant.tries if tuned is None or tuned.get(name) == key}
+            for number, (attempt, setting) in enumerate(tries.items()):
                 fields = {**contest.task, **task, "seed": seed}
                 after, before = None, None
                 if entrant.after is not None:
@@ -131,7 +141,7 @@ def cells(
                     "setting": setting,
                     "task": complete.as_dict(),
                     "after": before,
-                    "judge": {**contest.judge.model_dump(), "looks": len(entrant.tries)},
+                    "judge": {**contest.judge.model_dump(), "looks": len(tries)},
                 }
                 made.append(Cell(name, attempt, seed, values, after, number))
     return made

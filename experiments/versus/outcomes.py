@@ -51,7 +51,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A contestant on one seed: its tries in the order of the grid."""
+    """A contestant on one seed: its tries there, in the order of the grid."""
 
     contestant: str
     seed: int
@@ -89,6 +89,27 @@ def outcomes(cells: Sequence[Cell], results: Sequence[Result]) -> list[Outcome]:
             outcome = _outcome(name, seed, [by_key.get(cell.key) for cell in own], seconds)
             found += [] if outcome is None else [outcome]
     return found
+
+
+def tuned(cells: Sequence[Cell], results: Sequence[Result]) -> dict[str, str]:
+    """By contestant the try to go on with: the certified one of the least perplexity, else the one whose mean is nearest to the range.
+
+    Of those whose tries have all finished, or were ended by a certificate.
+    """
+    bounds = {cell.contestant: (cell.values["task"]["min"], cell.values["task"]["max"]) for cell in cells}
+    known = {item.contestant for item in outcomes(cells, results)}
+
+    def order(item: Result) -> tuple[bool, float, float]:
+        low, high = bounds[item.contestant]
+        mean = item.judged["length"]["mean"]
+        distance = 0.0 if item.certified else max(low - mean, mean - high, 0.0)
+        return not item.certified, distance, item.judged["perplexity"] or math.inf
+
+    return {
+        name: min((item for item in results if item.contestant == name), key=order).attempt
+        for name in bounds
+        if name in known
+    }
 
 
 def _outcome(name: str, seed: int, tries: Sequence[Result | None], seconds_before: float) -> Outcome | None:

@@ -17,7 +17,7 @@ from rich.console import Console  # noqa: E402
 from experiments import ending, inputs  # noqa: E402
 from experiments.cells import cores  # noqa: E402
 from experiments.versus import contest as contests  # noqa: E402
-from experiments.versus.outcomes import outcomes, read_results, write_results  # noqa: E402
+from experiments.versus.outcomes import outcomes, read_results, tuned, write_results  # noqa: E402
 from experiments.versus.prepare import prepare  # noqa: E402
 from experiments.versus.running import is_certified, is_finished, run_cells  # noqa: E402
 from experiments.versus.table import table  # noqa: E402
@@ -32,7 +32,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores.")] = 2,
-    seeds: Annotated[str | None, typer.Option(help="0,1,2 instead of the grid's.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="0,1,2 instead of the grid's: all tries with the first, the best ones with the others."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Contestants, patterns with commas: 'l3m,trl_*'.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Of each training, instead of the grid's.")] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="Of each verdict, instead of the grid's.")] = None,
@@ -47,7 +50,9 @@ def main(
     draw: Annotated[bool, typer.Option("--draw", help="Run nothing: tables of what is there.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Copy them to experiments/versus/results.")] = False,
 ) -> None:
-    """Train and judge every contestant with each of its settings, then write OUTPUT/table.md and results.json. Called again, it goes on."""
+    """Train and judge every contestant with each of its settings, the best of them again with other seeds, then write OUTPUT/table.md and
+    results.json. Called again, it goes on.
+    """
     console, folder = Console(), output.resolve()
     contest = contests.read_contest(config or HERE / "grid.yaml")
     if samples is not None:
@@ -57,9 +62,16 @@ def main(
         contests.check_installed(contest, names)
     values = prepare(folder / "inputs", inputs.Arguments(model, data, ROWS), yes=yes, console=console)
     task = values | ({} if iterations is None else {"iterations": iterations})
-    cells = contests.cells(contest, names, task, folder, _seeds(seeds) or contest.seeds)
-    console.print(f"{contest.title}: {len(cells)} cells in {folder}", markup=False, highlight=False, soft_wrap=True)
-    errors = {} if draw else run_cells(cells, folder, jobs=jobs, console=console, first=first)
+    chosen = _seeds(seeds) or contest.seeds
+    cells: list[contests.Cell] = []
+    errors: dict[str, str] = {}
+    tries = None
+    for some in filter(None, (chosen[:1], chosen[1:])):  # tuned with the first seed, tried again with the others
+        own = contests.cells(contest, names, task, folder, some, tries)
+        console.print(f"{contest.title}: {len(own)} cells in {folder}", markup=False, highlight=False, soft_wrap=True)
+        errors |= {} if draw else run_cells(own, folder, jobs=jobs, console=console, first=first)
+        tries = tuned(own, read_results(own, folder, contest.reference))
+        cells += own
     results = read_results(cells, folder, contest.reference)
     if not results:
         raise RuntimeError(f"no cell has finished; their logs are in {folder / 'cells'}")

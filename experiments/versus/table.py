@@ -22,11 +22,12 @@ def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], fo
         "",
         "## What a certificate costs",
         "",
-        _contestants(contest, found),
-        "Tries in the order of the grid, up to the first that is certified; of a seed that never is, all of them. Tokens are response",
-        "tokens, drawn in training + for the verdicts; minutes are of both. Perplexity is that of held-out completions, over that of",
-        f"{reference} with the same seed: of the first certified try, and the least of the certified tries; means over the seeds,",
-        "of ratios over those that are certified. What is of all tries stands where all have been run.",
+        _contestants(contest, found, results, cells[0].seed),
+        f"Tuned with seed {cells[0].seed}: tries in the order of the grid, up to the first that is certified, or all of them. Tokens are",
+        "response tokens, drawn in training + for the verdicts; minutes are of both. Perplexity is that of held-out completions, over that",
+        f"of {reference} with the same seed: of the first certified try, and the least of the certified tries. What is of all tries",
+        "stands where all have been run. The best try (certified at the least perplexity, else nearest to the range) is run again with",
+        "other seeds, and has one verdict there.",
         "",
         "## Every try",
         "",
@@ -38,23 +39,23 @@ def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], fo
     return "\n".join(lines)
 
 
-def _contestants(contest: Contest, found: Sequence[Outcome]) -> str:
+def _contestants(contest: Contest, found: Sequence[Outcome], results: Sequence[Result], seed: int) -> str:
     header = (
-        "contestant", "seeds certified", "tries", "of", "tokens, k", "minutes", "perplexity / SFT's", "least",
-        "all tries: tokens, k", "minutes",
+        "contestant", "certified", "tries", "of", "tokens, k", "minutes", "perplexity / SFT's", "least", "all tries: tokens, k",
+        "minutes", "its best try again: certified", "perplexity / SFT's",
     )  # fmt: skip
     rows = []
     for name, entrant in contest.contestants.items():
-        own = [item for item in found if item.contestant == name]
-        if own:
-            to = [item.to_certificate for item in own]
-            grid = [item.all_tries for item in own if item.all_tries is not None]
-            rows.append((
-                entrant.title, f"{sum(item.certified for item in own)} of {len(own)}", _mean(to, lambda cost: cost.tries, ".1f"),
-                str(len(entrant.tries)), _tokens(to), _mean(to, _minutes, ".1f"),
-                _ratio([item.first_ratio for item in own]), _ratio([item.best_ratio for item in own]),
-                _tokens(grid), _mean(grid, _minutes, ".1f"),
-            ))  # fmt: skip
+        again = [item for item in results if item.contestant == name and item.seed != seed]
+        for item in found:
+            if (item.contestant, item.seed) == (name, seed):
+                to, whole = item.to_certificate, [item.all_tries] if item.all_tries else []
+                rows.append((
+                    entrant.title, "yes" if item.certified else "no", str(to.tries), str(len(entrant.tries)), _tokens([to]),
+                    _mean([to], _minutes, ".1f"), _ratio([item.first_ratio]), _ratio([item.best_ratio]),
+                    _tokens(whole), _mean(whole, _minutes, ".1f"),
+                    f"{sum(run.certified for run in again)} of {len(again)}" if again else "-", _ratio([run.ratio for run in again]),
+                ))  # fmt: skip
     return markdown(header, rows)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.versus import contest as contests
 from experiments.versus.contest import Cell
-from experiments.versus.outcomes import Cost, Result, outcomes
+from experiments.versus.outcomes import Cost, Result, outcomes, tuned
 from experiments.versus.running import cell_folder, is_finished, run_cells
 from experiments.versus.table import table
 from experiments.versus.task import Task
@@ -134,10 +134,10 @@ def test_a_certificate_costs_all_tries_before_it():
     assert (found["l3m"].to_certificate.tries, found["l3m"].first_ratio) == (3, None)
     text = table(GRID, cells, results, list(found.values()))
     assert (
-        "| TRL SFT, then GRPO with a length penalty | 1 of 1 | 2.0 | 4 | 2.0 + 1.0 | 4.0 | 1.400 | 1.200 | 4.0 + 2.0 | 7.0 |"
+        "| TRL SFT, then GRPO with a length penalty | yes | 2 | 4 | 2.0 + 1.0 | 4.0 | 1.400 | 1.200 | 4.0 + 2.0 | 7.0 | - | - |"
         in text
     )
-    assert "| L3M (barrier) | 0 of 1 | 3.0 | 3 | 3.0 + 1.5 | 4.5 | - | - | 3.0 + 1.5 | 4.5 |" in text
+    assert "| L3M (barrier) | no | 3 | 3 | 3.0 + 1.5 | 4.5 | - | - | 3.0 + 1.5 | 4.5 | - | - |" in text
     for left_out, known in (
         ("beta-0", ["sft", "l3m", "trl_sft", "trl_grpo"]),
         ("beta-0.04", ["sft", "l3m", "trl_sft"]),
@@ -147,43 +147,68 @@ def test_a_certificate_costs_all_tries_before_it():
         assert all((item.all_tries is None) == (item.contestant == "trl_grpo") for item in unfinished)
 
 
+def test_the_best_try_is_the_cheapest_certified_one_or_the_nearest():
+    cells = made("trl_grpo,l3m", max=13.0)  # every mean is 14
+    verdicts = {"beta-0.04-slow": ("SATISFIED", 14.0), "beta-0.2": ("SATISFIED", 12.0)}
+    results = [result(cell, *verdicts.get(cell.attempt, ("VIOLATED", 20.0))) for cell in cells]
+    for item in results:
+        if (item.contestant, item.attempt) == ("l3m", "scale-2"):
+            item.judged["length"] = {"mean": 13.25}
+    expected = {"sft": "plain", "trl_sft": "plain", "trl_grpo": "beta-0.2", "l3m": "scale-2"}
+    assert tuned(cells, results) == expected
+    left = tuned(cells, [item for item in results if item.attempt != "faster"])
+    assert left == {name: attempt for name, attempt in expected.items() if name != "l3m"}  # it may be the best yet
+    again = contests.cells(GRID, list(expected), TASK, Path("/out"), [5, 6], expected)
+    assert [cell.key for cell in again if cell.contestant == "trl_grpo"] == [
+        "trl_grpo/beta-0.2/seed-5", "trl_grpo/beta-0.2/seed-6"
+    ]  # fmt: skip
+    assert len(again) == 8
+    assert {cell.values["judge"]["looks"] for cell in again} == {1}
+
+
 def test_the_command_leaves_tables_and_says_what_did_not_finish(tmp_path, monkeypatch, capsys):
     from experiments.versus import run as command
 
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(20)))
-    failing = set()
+    failing, seeds = set(), []
 
     def run_cells(cells, folder, *, jobs, console, first):
         assert (jobs, first) == (2, False)
-        assert {cell.seed for cell in cells} == {3}
+        seeds.append({cell.seed for cell in cells})
         for cell in cells:
             assert cell.values["task"]["iterations"] == 5
             assert cell.values["judge"]["samples"] == 64
             if cell.attempt not in failing:
                 place = cell_folder(folder, cell)
                 place.mkdir(parents=True, exist_ok=True)
-                known = result(cell, "SATISFIED", 10.0)
+                known = result(cell, "SATISFIED", 9.0 if cell.attempt == "scale-2" else 10.0)
                 for name, value in (("cell", dict(cell.values)), ("trained", known.trained), ("result", known.judged)):
                     (place / f"{name}.json").write_text(json.dumps(value))
         return {cell.key: "no luck" for cell in cells if cell.attempt in failing}
 
     monkeypatch.setattr(command, "run_cells", run_cells)
     words = ["--model", "m", "--data", str(data), "--output", str(tmp_path / "out"), "--only", "filtered_sft,l3m"]
-    words += ["--seeds", "3", "--iterations", "5", "--samples", "64"]
+    words += ["--seeds", "3,4,5", "--iterations", "5", "--samples", "64"]
     assert command.run([*words, "--seeds", "three"]) == 2
     assert "--seeds: wanted whole numbers" in capsys.readouterr().err
     assert command.run(words) == 0
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "| SFT on filtered rows | 1 of 1 | 1.0 | 4 | 1.0 + 0.5 | 1.5 | 1.000 | 1.000 | 4.0 + 2.0 | 6.0 |" in text
+    assert seeds == [{3}, {4, 5}]
+    assert "Tuned with seed 3" in text
+    again = "| 2 of 2 | 1.000 |"
+    assert f"| SFT on filtered rows | yes | 1 | 4 | 1.0 + 0.5 | 1.5 | 1.000 | 1.000 | 4.0 + 2.0 | 6.0 {again}" in text
+    assert (
+        "| L3M (barrier) | yes | 1 | 3 | 1.0 + 0.5 | 1.5 | 1.000 | 0.900 | 3.0 + 1.5 | 4.5 | 2 of 2 | 0.900 |" in text
+    )
     assert "certified on 64 fresh responses" in text
     assert "What did not finish" not in text
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(written["cells"]) == 1 + 3 + 4
-    assert [item["certified"] for item in written["contestants"]] == [True] * 3
+    assert len(written["cells"]) == 1 + 3 + 4 + 2 * 3
+    assert [item["certified"] for item in written["contestants"]] == [True] * 9
 
     failing.add("within")
     (tmp_path / "out" / "cells" / "filtered_sft" / "within" / "seed-3" / "result.json").unlink()
     assert command.run(words) == 1
-    assert "1 of 8 cells failed" in capsys.readouterr().err
+    assert "1 of 12 cells failed" in capsys.readouterr().err
     assert "* `filtered_sft/within/seed-3`: no luck" in (tmp_path / "out" / "table.md").read_text()
