@@ -28,7 +28,9 @@ from l3ms.rollouts.sampling import rollout
 from l3ms.runs.models import load_model
 
 MOST_TOKENS = 96  # of an instruction, and of an answer to it
-TRIES = 3  # for an answer that ends within them
+# Answers to each: many to learn from, since 51 rows were learnt by heart (2.6 nats less, and 1.3 more on held-out ones); of the held-out ones
+# the first that ends, since a certificate counts rows as independent
+TRIES, TRIES_HELD_OUT = 16, 3
 WHERE_FROM = (
     'JSONL of {"instruction", "instances": [{"input", "output"}]}, for instance seed_tasks.jsonl of the public repository '
     "tatsu-lab/stanford_alpaca; name it by --data or L3M_ALPACA_DATA"
@@ -56,11 +58,11 @@ def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
     if len(asked) < 4:
         raise ConfigError("data", f"has {len(asked)} instructions that are short enough; at least 4 are wanted")
     Console().print(f"The model's own answers to {len(asked)} instructions")
-    own = own_answers(values["model"], [row["prompt"] for row in asked], seed=arguments.seed)
     half = len(asked) // 2
-    for suffix, side in (("", slice(half)), ("_held_out", slice(half, None))):
-        answered = [row for row in own[side] if row is not None]
-        for name, part in (("own", answered), ("instructions", asked[side])):
+    for suffix, side, tries in (("", asked[:half], TRIES), ("_held_out", asked[half:], TRIES_HELD_OUT)):
+        answers = own_answers(values["model"], [row["prompt"] for row in side], tries, seed=arguments.seed)
+        kept = [row for rows in answers for row in (rows[:1] if suffix else rows)]
+        for name, part in (("own", kept), ("instructions", side)):
             values[name + suffix] = str(output / f"{name}{suffix}.jsonl")
             inputs.write_rows(output / f"{name}{suffix}.jsonl", part)
     inputs.write_done(output, key, values)
@@ -93,20 +95,18 @@ def short(rows: Sequence[dict[str, str]], tokenizer: Any) -> list[dict[str, str]
     return list(reversed(unlike.values()))
 
 
-def own_answers(model: str, prompts: Sequence[str], *, seed: int) -> list[dict[str, str] | None]:
-    """{"prompt", "completion"} of each prompt: the first of `TRIES` answers that ends and holds something, else None."""
+def own_answers(model: str, prompts: Sequence[str], tries: int, *, seed: int) -> list[list[dict[str, str]]]:
+    """{"prompt", "completion"} by prompt, of `tries` answers those that end and hold something."""
     tokenizer, network = load_model(model, dtype="float32", console=Console(quiet=True))
-    found: list[dict[str, str] | None] = [None] * len(prompts)
-    for number in range(TRIES):
-        left = [index for index, row in enumerate(found) if row is None]
-        if not left:
-            break
+    found: list[list[dict[str, str]]] = [[] for _ in prompts]
+    for number in range(tries):
         answers = rollout(
-            network, tokenizer, [prompts[index] for index in left], max_new_tokens=MOST_TOKENS, batch_size=32,
-            seed=TRIES * seed + number,
-        )  # fmt: skip
-        for index, completion, ended in zip(left, answers.completions, answers.ended.tolist(), strict=True):
+            network, tokenizer, prompts, max_new_tokens=MOST_TOKENS, batch_size=32, seed=tries * seed + number
+        )
+        for rows, prompt, completion, ended in zip(
+            found, prompts, answers.completions, answers.ended.tolist(), strict=True
+        ):
             text = (completion if isinstance(completion, str) else completion[-1]["content"]).strip()
             if ended and text:
-                found[index] = {"prompt": prompts[index], "completion": text}
+                rows.append({"prompt": prompt, "completion": text})
     return found

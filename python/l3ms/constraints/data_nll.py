@@ -35,7 +35,7 @@ class Batches(Protocol):
 class DataNLL(Constraint):
     """Bounds on the mean loss on a second data set, `min <= E[-(1/|y|) log pi(y|x)] <= max`, nats per token: no sampling.
 
-    "Do not forget" is `DataNLL("general", rows, relative=True, max=0.05, scale=0.1)`: at most 0.05 nats per token above the loss of the
+    "Do not forget" is `DataNLL("general", rows, relative=True, max=0.05)`: at most 0.05 nats per token above the loss of the
     model that one starts from, on the same rows. Rows differ much more from each other than a training changes each of them, so the
     estimate of a difference and its certificate are much narrower than those of the loss. `L3MTrainer` takes the next batch in each
     constraint half-step; in a loop of one's own give `losses(model, batch)` to `barrier_loss`.
