@@ -16,10 +16,13 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.divergence import KL
 from l3ms.constraints.reward_model import RewardModel
 from l3ms.constraints.trl_arguments import trl_arguments
+from l3ms.ranks.group import world
 from l3ms.runs.data import IGNORE_INDEX, encode, load_examples
 from l3ms.runs.models import context_of
 from l3ms.runs.terminal import say
 from l3ms.runs.user_rewards import load_reward, try_reward
+
+OFTEN = 4  # times through the rows of a data constraint
 
 
 def build_constraints(config: RunConfig, console: Console, tokenizer: Any, model: Any) -> list[Constraint]:
@@ -63,6 +66,12 @@ def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer
         del options["threshold"], options["quantile"]
         train, held_out = _constraint_rows(config, field, item, tokenizer, model, console)
         pad = tokenizer.pad_token_id or 0
+        if passes := _often_seen(config, item, len(train)):
+            say(
+                console,
+                f"{field}: {config.train.iterations} half-steps of {item.batch_size} go {passes:.0f} times through its {len(train)} rows, "
+                "which may be learnt by heart: its estimate then says little of others; more rows, or fewer in a half-step",
+            )
         measured_from = _reference(config, item) if item.relative else {}
         constraint = DataNLL(
             item.name, train, held_out=held_out, batch_size=item.batch_size, pad_token_id=pad, relative=item.relative,
@@ -77,6 +86,12 @@ def _build(config: RunConfig, field: str, item: Any, console: Console, tokenizer
         constraint.prepare(model)
         return constraint
     return Length(name=item.name, **options)
+
+
+def _often_seen(config: RunConfig, item: DataNLLConfig, rows: int) -> float:
+    """How often a run trains on each row of a constraint, where that is often; else 0."""
+    passes = config.train.iterations * item.batch_size * world() / rows
+    return passes if passes > OFTEN and not item.monitor and config.train.solver != "none" else 0.0
 
 
 def _reference(config: RunConfig, item: DataNLLConfig | KLConfig) -> dict[str, Any]:

@@ -112,6 +112,17 @@ def test_a_run_with_data_alone_samples_nothing(project, monkeypatch, capsys):
     assert rows[0]["constraints/general/estimate"] > rows[-1]["constraints/general/estimate"]
 
 
+@pytest.mark.parametrize(("rows", "told"), [(6, True), (9, False)])
+def test_rows_of_a_constraint_that_may_be_learnt_by_heart_are_told(project, capsys, rows, told):
+    """3 half-steps of 8 rows: of 5 and of 8, since a tenth is held out, and one row at least."""
+    general(project, rows)
+    data = [{"type": "data_nll", "name": "general", "data": {"train": "general.jsonl"}, "max": 3.0}]
+    assert l3ms(write(project, data), "--iterations", 3) == 0, capsys.readouterr().err
+    out = " ".join(capsys.readouterr().out.split())
+    text = "constraints.0: 3 half-steps of 8 go 5 times through its 5 rows, which may be learnt by heart"
+    assert (text in out) == ("learnt by heart" in out) == told
+
+
 def item(kind, **fields):
     return {"type": kind, "name": "x", **fields}
 
