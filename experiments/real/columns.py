@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.presenting import by_cell, markdown, number
@@ -13,15 +13,12 @@ from l3ms.runs.labels import bounds_text
 SHORT = 4  # tokens: a response of fewer is none
 LONGEST_TEXT = 300  # characters of a prompt or response that are shown
 Name = Callable[[Result], str]
-Columns = Mapping[str, Callable[[Result], str]]
 
 
-def table(results: Sequence[Result], name: Name, *, further: Columns | None = None) -> str:
-    """`further`: columns of an experiment's own, by their heading, before the last two."""
-    further = further or {}
+def table(results: Sequence[Result], name: Name) -> str:
     header = (
         "", "seed", "wanted", "estimate at the end", "certificate: mean [bounds]", "verdict", "monitors: mean [bounds]",
-        "task perplexity", "of SFT's", f"under {SHORT} tokens", "at the cap", *further, "minutes", "sampled tokens",
+        "task perplexity", "of SFT's", f"under {SHORT} tokens", "at the cap", "minutes", "sampled tokens",
     )  # fmt: skip
     rows = []
     for result in results:
@@ -37,7 +34,6 @@ def table(results: Sequence[Result], name: Name, *, further: Columns | None = No
             "<br>".join(f"{shown(item['name'])} {certified(result, item['name'])}" for item in monitors) or "-",
             number(result.summary.get("perplexity")), number(result.ratio, ".3f"),
             f"{100 * share_below(result, SHORT):.1f}%", f"{100 * (1 - result.summary['ended']):.1f}%",
-            *(column(result) for column in further.values()),
             f"{minutes(result):.1f}", number(result.sampled_tokens, ",.0f"),
         ))  # fmt: skip
     return f"{markdown(header, rows)}\n{note(results)}"

@@ -28,8 +28,8 @@ from l3ms.rollouts.sampling import rollout
 from l3ms.runs.models import load_model
 
 MOST_TOKENS = 96  # of an instruction, and of an answer to it
-# Answers to each: many to learn from, since 51 rows were learnt by heart (2.6 nats less, and 1.3 more on held-out ones); of those that are
-# held out the first that ends, since a certificate counts rows as independent
+# Answers to each: many to learn from, since 51 rows were learnt by heart (results/by-heart: 2.6 nats less, 1.3 more on held-out ones); of
+# those that are held out the first that ends, since a certificate counts rows as independent
 TRIES, TRIES_HELD_OUT = 16, 3
 WHERE_FROM = (
     'JSONL of {"instruction", "instances": [{"input", "output"}]}, for instance seed_tasks.jsonl of the public repository '

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from l3ms.constraints.constraint import Constraint
 
+FLAT = 2.0  # mu^2 over half a range from which on the barrier is told to be flat
+
 
 class MuSchedule(Protocol):
     @property
@@ -78,9 +80,6 @@ def noise_floor(noise: Tensor) -> Tensor:
     return (2 * noise) ** (1 / 3)
 
 
-FLAT = 2.0  # mu^2 over half a range from which on the barrier is told to be flat
-
-
 def flat_across(constraint: Constraint, mu: float) -> bool:
     """Whether the barrier's pull hardly changes across the range of a constraint whose scale nobody gave.
 
@@ -93,7 +92,7 @@ def flat_across(constraint: Constraint, mu: float) -> bool:
 
 
 def scale_to_set(constraint: Constraint) -> str:
-    """What is said of such a one."""
+    """The words of a warning about a constraint that is `flat_across` its range: what it is, and what to do."""
     half = constraint.width / 2
     return f"flat across a range this narrow for its scale of {constraint.unit:g}; set scale: {half:g}, half the range, or sample more"
 

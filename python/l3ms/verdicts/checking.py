@@ -60,6 +60,7 @@ class Start:
     feasible: float  # probability that the mean is within the bounds, by the normal approximation of the estimate
     within: float  # share of single responses within the bounds
     monitor: bool = False  # without bounds: the last two are NaN
+    data: bool = False  # a loss, which is differentiated itself: it needs no spread
 
     @staticmethod
     def of(constraint: Constraint, values: Sequence[float | None]) -> Start:
@@ -79,7 +80,7 @@ class Start:
             constraint.name, constraint.low, constraint.high, len(finite), len(values) - len(given),
             len(given) - len(finite), min(finite, default=math.nan), max(finite, default=math.nan), mean, stderr, feasible,
             sum(low <= value <= high for value in finite) / len(finite) if finite and not constraint.monitor else math.nan,
-            constraint.monitor,
+            constraint.monitor, constraint.data,
         )  # fmt: skip
 
     def warnings(self) -> list[str]:
@@ -87,7 +88,7 @@ class Start:
         if not self.values:
             so = "" if self.monitor else "; as long as it is so, the constraint does nothing"
             lines.append(f"{self.name}: no response has a value{so}")
-        elif self.values > 1 and self.lowest == self.highest and not self.monitor:
+        elif self.values > 1 and self.lowest == self.highest and not (self.monitor or self.data):
             lines.append(f"{self.name}: all values are {self.lowest:g}; a constant reward has no gradient to follow")
         if self.missing and self.values:
             lines.append(f"{self.name}: {self.missing} of {self.missing + self.values} responses have no value (None)")

@@ -42,6 +42,13 @@ def test_the_table_has_its_names_in_a_narrow_terminal(project, capsys, monkeypat
     assert table[2].rstrip().endswith("%")
 
 
+def test_a_loss_above_that_of_the_start_is_zero_and_no_constant_reward():
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}]
+    kept = l3ms.DataNLL("kept", rows, max=0.05, relative=True)
+    assert Start.of(kept, [0.0] * 4).warnings() == []
+    assert Start.of(l3ms.Length(max=9), [0.0] * 4).warnings() != []
+
+
 def test_what_is_found_before_training(project, tmp_path, capsys):
     constraints = [{"type": "length", "min": 1.5, "max": 15.5}, reward(tmp_path, "same", min=0.1)]
     constraints += [reward(tmp_path, "gaps", min=1.9)]
