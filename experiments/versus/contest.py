@@ -28,7 +28,7 @@ class Entrant(Section):
 
 
 class Judge(Section):
-    samples: Annotated[int, Field(ge=2)] = 256
+    samples: Annotated[int, Field(ge=2)] = 512
     delta: Share = 0.05
 
 
