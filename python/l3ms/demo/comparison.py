@@ -26,7 +26,7 @@ from l3ms.runs.data import Example, encode
 from l3ms.runs.evaluating import Samples, examples, sampler
 from l3ms.runs.executing import bounds, wanted
 from l3ms.runs.folder import MetricsWriter, save_weights, write_config
-from l3ms.runs.models import context_of, load_model
+from l3ms.runs.models import context_of, load_model, options_of
 from l3ms.runs.progress import ProgressCallback
 from l3ms.runs.report import examples_table, summary_table, write_report
 from l3ms.runs.terminal import say
@@ -141,7 +141,7 @@ def _trainer(demo: Demo, config: RunConfig, solver: str, console: Console) -> L3
     train = config.train.model_copy(update={"solver": solver})
     config = config.model_copy(update={"train": train})
     transformers.set_seed(config.seed)  # of adapters
-    tokenizer, model = load_model(config.model, dtype=train.dtype, lora=train.lora, console=console)
+    tokenizer, model = load_model(config.model, **options_of(config), lora=train.lora, console=console)
     arguments = training_arguments(config)
     arguments.output_dir = str(demo.folder)
     constrained = solver != "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -67,6 +68,17 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def is_installed(attn_implementation: str) -> bool:
+    """Whether the package of a flash attention is here, with a device for it; where it is not, transformers fetches a kernel from a hub.
+
+    True of what transformers and torch have themselves, and of names that transformers does not know.
+    """
+    from transformers import utils
+
+    found = re.fullmatch(r"(?:paged\|)?flash_attention_(\d+)", attn_implementation)
+    return found is None or bool(getattr(utils, f"is_flash_attn_{found[1]}_available", bool)())
+
+
 def check_source(source: Any) -> None:
     """Raise `ValueError` where a folder, or the one that its adapters are of, holds weights as a pickle, or what is no regular file."""
     folder, seen = Path(source), set()
@@ -111,7 +123,7 @@ def _check_named(folder: Path, name: str, values: Any) -> None:
             if name == CONFIG and abs(value) > (MOST_LAYERS if "layer" in key else MOST_SIZE):
                 raise ValueError(f"{name}: {key} is {value:.3g}, which no model has")
             continue
-        if key.endswith("_implementation") and ("/" in value or ":" in value):
+        if key.endswith("_implementation") and ("/" in value or ":" in value or not is_installed(value)):
             raise ValueError(f"{name} wants {key} {value!r}, code from a hub: remove it from there")
         if value.endswith(".bin") and (name == INDEX or key == "transformers_weights"):
             raise ValueError(f"{name} names {value!r}, which is a pickle, {UNPICKLED}")

@@ -29,7 +29,7 @@ from l3ms.runs.engines import build_engine
 from l3ms.runs.fingerprints import fingerprints, fingerprints_of_0_1
 from l3ms.runs.folder import check_links, check_output
 from l3ms.runs.joining import same_inputs
-from l3ms.runs.models import context_room, load_model
+from l3ms.runs.models import context_room, load_model, options_of
 from l3ms.runs.reading import files_of
 from l3ms.runs.terminal import say
 from l3ms.runs.trackers import check as check_trackers
@@ -86,8 +86,7 @@ def load_run(
         train_examples, held_out_examples = load_examples(config.data, seed=config.seed)
         transformers.set_seed(config.seed)
         tokenizer, model = load_model(
-            config.model, dtype=config.train.dtype, trust_remote_code=config.trust_remote_code, lora=config.train.lora,
-            console=console,
+            config.model, **options_of(config), lora=config.train.lora, console=console,
         )  # fmt: skip
     constraints = build_constraints(config, console, tokenizer, model)
     engine = build_engine(config.rollout, console)

@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from l3ms.config.run_config import RunConfig
 from l3ms.config.train import LoraConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.model.batches import Collator, prompt_part
 from l3ms.model.heads import fuse_head
-from l3ms.model.pretrained import load_tokenizer, load_whole, reason
+from l3ms.model.pretrained import is_installed, load_tokenizer, load_whole, reason
 from l3ms.rollouts.sampling import rollout
 from l3ms.runs.terminal import say
 
@@ -24,9 +25,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_model(
-    source: str, *, dtype: str, trust_remote_code: bool = False, lora: LoraConfig | None = None, console: Console
+    source: str,
+    *,
+    dtype: str,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    lora: LoraConfig | None = None,
+    console: Console,
 ) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or hub id, with adapters when asked for. Raises `ConfigError("model", ...)` in one line."""
+    """Tokenizer and model of a folder or hub id, with adapters when asked for. Raises `ConfigError` of `model`, `train.attn_implementation`
+    or `train.lora`, in one line."""
     if source.lower().endswith(".gguf"):
         raise ConfigError("model", _gguf(source))
     if os.path.isfile(source):
@@ -38,7 +46,9 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = load_tokenizer(AutoTokenizer, source, **options)
-        model: Any = load_whole(AutoModelForCausalLM, source, dtype=DTYPES[dtype], **options)
+        model: Any = _load(source, attn_implementation, dtype=DTYPES[dtype], **options)
+    except ConfigError:
+        raise
     except Exception as error:  # transformers, the hub client and safetensors raise many kinds
         raise ConfigError("model", f"cannot load {source!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -69,6 +79,33 @@ def load_model(
     except ValueError as error:
         raise ConfigError("model", str(error)) from error
     return tokenizer, model
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """How a run loads its policy, for `load_model`; adapters apart, which are made by a training and are in its folder then."""
+    return {
+        "dtype": config.train.dtype,
+        "attn_implementation": config.train.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def _load(source: str, attn_implementation: str | None, **options: Any) -> Any:
+    """The model, with the attention that is asked for or none."""
+    if attn_implementation is None:
+        return load_whole(AutoModelForCausalLM, source, **options)
+    field = "train.attn_implementation"
+    if not is_installed(attn_implementation):
+        raise ConfigError(field, f"{attn_implementation} is not installed here, or has no device it runs on")
+    try:
+        model = load_whole(AutoModelForCausalLM, source, attn_implementation=attn_implementation, **options)
+    except (ImportError, ValueError) as error:
+        load_whole(AutoModelForCausalLM, source, **options)  # raises what has nothing to do with attention
+        raise ConfigError(field, f"{attn_implementation} is not for {source!r}: {reason(error)}") from error
+    found = model.config._attn_implementation
+    if found != attn_implementation:  # transformers has one of its own for some models
+        raise ConfigError(field, f"{source!r} computes {found} instead of {attn_implementation}")
+    return model
 
 
 def _gguf(source: str) -> str:

@@ -19,7 +19,7 @@ from l3ms.runs.constraints import build_constraints
 from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
 from l3ms.runs.engines import build_engine
 from l3ms.runs.loading import check_code
-from l3ms.runs.models import context_room, load_model
+from l3ms.runs.models import context_room, load_model, options_of
 from l3ms.verdicts.options import FOLDERS, CertifyOptions
 
 
@@ -61,8 +61,7 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     # A run folder brings its own code, whatever model it says that it started from
     check_code(config.model_copy(update={"model": f"{folder} and of {config.model}"}), options.allow_code)
     notes, train, held_out = _rows(config, options)
-    options_of_model = {"dtype": config.train.dtype, "trust_remote_code": config.trust_remote_code}
-    tokenizer, model = load_model(str(folder), **options_of_model, console=console)  # adapters are in the folder
+    tokenizer, model = load_model(str(folder), **options_of(config), console=console)  # adapters are in the folder
     # From the run's own configuration: a divergence is that from the model it started with
     constraints = build_constraints(config, console, tokenizer, model)
     if config.train.device == "auto" and torch.cuda.is_available():

@@ -123,6 +123,16 @@ def test_kernels_of_a_hub_are_refused(folder, key, value):
         load(folder)
 
 
+@pytest.mark.parametrize("value", ["flash_attention_2", "paged|flash_attention_2", {"": "flash_attention_2"}])
+def test_flash_attention_that_a_hub_would_be_asked_for_is_refused(folder, monkeypatch, value):
+    """Where its package is not installed and `kernels` is, transformers fetches one of a hub."""
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: pytest.fail("a hub"))
+    change(folder / "config.json", attn_implementation=value)
+    with pytest.raises(ValueError, match=r"wants attn_implementation '(paged.)?flash_attention_2', code from a hub"):
+        load(folder)
+
+
 def test_files_that_are_waited_on_are_refused(folder, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "fifo"))
