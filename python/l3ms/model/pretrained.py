@@ -1,7 +1,7 @@
 """Models and tokenizers of a folder or a hub: the one place that calls `from_pretrained`. What they hold is data: none of it is run.
 
 Code that comes with a checkpoint runs only with `trust_remote_code`. Never, asked for or not, are weights unpickled, files waited on that
-are no files, and attention kernels fetched from a hub because a config.json names them.
+are no files, and kernels fetched from a hub because a config.json names what needs them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ UNPICKLED = (
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 NAMING_FILES = (CONFIG, GENERATION, "tokenizer_config.json", INDEX, ADAPTER)
+OF_TORCH = (
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "batched_mm",
+    "grouped_mm",
+)  # attention and experts of which nothing is fetched
+QUANTISED_BY_KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "mxfp8", "nvfp4")
 MOST_SIZE, MOST_LAYERS = 1 << 62, 10_000  # a larger one is built for ever, or ends the process
 MOST_BYTES = 64 << 20  # of a JSON that is read here; a config.json has a few thousand
 
@@ -68,15 +76,17 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def is_installed(attn_implementation: str) -> bool:
-    """Whether the package of a flash attention is here, with a device for it; where it is not, transformers fetches a kernel from a hub.
+def is_installed(implementation: str) -> bool:
+    """Whether attention or experts are computed by torch, or by the package of a flash attention that is here, with a device for it.
 
-    True of what transformers and torch have themselves, and of names that transformers does not know.
+    Where it is not, and the package `kernels` is, transformers fetches a kernel from a hub.
     """
     from transformers import utils
 
-    found = re.fullmatch(r"(?:paged\|)?flash_attention_(\d+)", attn_implementation)
-    return found is None or bool(getattr(utils, f"is_flash_attn_{found[1]}_available", bool)())
+    found = re.fullmatch(r"flash_attention_(\d+)", implementation)
+    return implementation in OF_TORCH or (
+        found is not None and bool(getattr(utils, f"is_flash_attn_{found[1]}_available", bool)())
+    )
 
 
 def check_source(source: Any) -> None:
@@ -123,13 +133,24 @@ def _check_named(folder: Path, name: str, values: Any) -> None:
             if name == CONFIG and abs(value) > (MOST_LAYERS if "layer" in key else MOST_SIZE):
                 raise ValueError(f"{name}: {key} is {value:.3g}, which no model has")
             continue
-        if key.endswith("_implementation") and ("/" in value or ":" in value or not is_installed(value)):
-            raise ValueError(f"{name} wants {key} {value!r}, code from a hub: remove it from there")
+        if key.endswith("_implementation") and not is_installed(value):
+            raise ValueError(f"{name} wants {key} {value!r}, code from a hub or not installed: remove it from there")
+        if key == "quant_method" and value in QUANTISED_BY_KERNELS and _has_kernels():
+            raise ValueError(
+                f"{name} wants {key} {value!r}, for which transformers fetches code from a hub while the package kernels is installed: "
+                "uninstall that, or save the model dequantized"
+            )
         if value.endswith(".bin") and (name == INDEX or key == "transformers_weights"):
             raise ValueError(f"{name} names {value!r}, which is a pickle, {UNPICKLED}")
         path = folder / value
         if "/" in value and os.path.exists(path) and not os.path.isdir(path) and not is_regular(path):
             raise ValueError(f"{name} names {value!r}, which is not a regular file")
+
+
+def _has_kernels() -> bool:
+    from transformers.utils import import_utils
+
+    return bool(import_utils.is_kernels_available())
 
 
 @functools.cache

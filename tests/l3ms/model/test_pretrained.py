@@ -133,6 +133,27 @@ def test_flash_attention_that_a_hub_would_be_asked_for_is_refused(folder, monkey
         load(folder)
 
 
+@pytest.mark.parametrize("value", ["deepgemm", "sonicmoe", {"text_config": "sonicmoe"}])
+def test_experts_that_a_hub_would_be_asked_for_are_refused(folder, value):
+    change(folder / "config.json", experts_implementation=value)
+    with pytest.raises(ValueError, match=r"wants experts_implementation '.*', code from a hub"):
+        load(folder)
+
+
+def test_attention_of_torch_is_taken(folder):
+    for value in ("eager", "sdpa", {"": "eager"}):
+        change(folder / "config.json", attn_implementation=value)
+        assert load(folder).config._attn_implementation in ("eager", "sdpa")
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq"])
+def test_quantized_weights_that_a_hub_would_be_asked_for_are_refused(folder, monkeypatch, method):
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: True)
+    change(folder / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(ValueError, match=rf"wants quant_method '{method}', .* fetches code from a hub"):
+        load(folder)
+
+
 def test_files_that_are_waited_on_are_refused(folder, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "fifo"))
