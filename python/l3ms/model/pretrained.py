@@ -31,6 +31,7 @@ OF_TORCH = (
     "batched_mm",
     "grouped_mm",
 )  # attention and experts of which nothing is fetched
+COMPUTED = ("attn_implementation", "experts_implementation")
 QUANTISED_BY_KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "mxfp8", "nvfp4")
 MOST_SIZE, MOST_LAYERS = 1 << 62, 10_000  # a larger one is built for ever, or ends the process
 MOST_BYTES = 64 << 20  # of a JSON that is read here; a config.json has a few thousand
@@ -133,7 +134,8 @@ def _check_named(folder: Path, name: str, values: Any) -> None:
             if name == CONFIG and abs(value) > (MOST_LAYERS if "layer" in key else MOST_SIZE):
                 raise ValueError(f"{name}: {key} is {value:.3g}, which no model has")
             continue
-        if key.endswith("_implementation") and not is_installed(value):
+        fetched = key.endswith(COMPUTED) and not is_installed(value)  # and not the cache's, static or hybrid
+        if fetched or (key.endswith("_implementation") and ("/" in value or ":" in value)):
             raise ValueError(f"{name} wants {key} {value!r}, code from a hub or not installed: remove it from there")
         if key == "quant_method" and value in QUANTISED_BY_KERNELS and _has_kernels():
             raise ValueError(

@@ -144,6 +144,8 @@ def test_attention_of_torch_is_taken(folder):
     for value in ("eager", "sdpa", {"": "eager"}):
         change(folder / "config.json", attn_implementation=value)
         assert load(folder).config._attn_implementation in ("eager", "sdpa")
+    change(folder / "generation_config.json", cache_implementation="static")
+    assert load(folder).generation_config.cache_implementation == "static"
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq"])
