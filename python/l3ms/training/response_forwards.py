@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from l3ms.model.head_output import HeadOutput
 from l3ms.model.split_heads import uncast
 from l3ms.rollouts.rollout import Rollout
+from l3ms.training import beginnings
 
 
 def parts_of(responses: Rollout, rows: Sequence[int], size: int) -> list[list[int]]:
@@ -26,4 +27,5 @@ def forward_of(trainer: Any, responses: Rollout, rows: Sequence[int], seq_weight
         inputs["scored"] = None
     with trainer.compute_loss_context_manager():
         # auxiliary: of the task, once per task half-step
-        return model(**inputs, seq_weight=uncast(model, seq_weight), temperature=responses.temperature, auxiliary=False)
+        options = {"seq_weight": uncast(model, seq_weight), "temperature": responses.temperature, "auxiliary": False}
+        return beginnings.forward(model, inputs, **options)

@@ -19,6 +19,7 @@ from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.split_heads import uncast
 from l3ms.rollouts.engines import as_engine
+from l3ms.training import beginnings
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.constraining import Constraining
 from l3ms.training.honoured import (
@@ -92,7 +93,7 @@ class L3MTrainer(Constraining, TimingTrainer):
         seq_weight = task_weights(lengths, sequences=sequences)
         if isinstance(model, nn.DataParallel):  # would give the count of the whole batch to each of its parts
             inputs = {name: value for name, value in inputs.items() if name != "scored"}
-        outputs: Any = model(**inputs, seq_weight=uncast(model, seq_weight), use_cache=False)
+        outputs: Any = beginnings.forward(model, inputs, seq_weight=uncast(model, seq_weight))
         loss = outputs.loss.sum()  # nn.DataParallel gives that of each part
         if sequences is not None:  # of all micro-batches and processes, over which the Trainer and DDP take means
             loss = loss * self._parts
