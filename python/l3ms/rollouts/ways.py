@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from l3ms.model.inside_adapters import inside_adapters
+from l3ms.model.inside_adapters import inside_adapters, reads_rows
 from l3ms.model.sharding import any_rank
 from l3ms.rollouts.packed_weights import is_large
 from l3ms.rollouts.shared_prefix import begun
@@ -83,7 +83,8 @@ def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
             continue
         if tried.first <= limit:
             shrink = tried.selected and tried.resumed <= limit
-            together = shrink and kind == "padded" and is_large(model) and _together(model, tokens, pad, exact) <= limit
+            could = shrink and kind == "padded" and is_large(model) and not reads_rows(model)
+            together = could and _together(model, tokens, pad, exact) <= limit
             return Way(kind, shrink, together)
     apart = _seen_ahead(model, tokens, pad, exact=exact)
     if apart <= limit:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from l3ms.model.autocasting import outside_autocast
-from l3ms.model.inside_adapters import inside_adapters
+from l3ms.model.inside_adapters import inside_adapters, reads_rows
 from l3ms.model.sharding import several_ranks
 from l3ms.rollouts.packed_weights import is_large
 from l3ms.rollouts.shared_prefix import LEAST
@@ -61,7 +61,7 @@ def _could(model: Any, inputs: dict[str, Any]) -> bool:
         return False
     if not isinstance(inner, PreTrainedModel) or torch.is_inference_mode_enabled() or not is_large(inner):
         return False
-    if several_ranks() or any(p.dtype != torch.float32 for p in model.parameters()):
+    if several_ranks() or reads_rows(model) or any(p.dtype != torch.float32 for p in model.parameters()):
         return False
     return ids.shape[1] < _limit(inner.config) and not any(map(_changes, model.modules()))
 

@@ -55,3 +55,18 @@ def test_it_is_tried_before_it_is_done(make_model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(ways, "begun", careless)
     assert ways.way_of(make_model("Llama").eval(), tokenizer, 0) == ways.Way("padded", shrink=True, together=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft's
+def test_an_activated_adapter_gets_whole_prompts(make_model, tokenizer, monkeypatch):
+    """It adds from its invocation on, which is looked for in each forward: across the end of what is shared it would not be found."""
+    import peft
+
+    monkeypatch.setattr(ways, "is_large", lambda model: True)
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    plain = peft.get_peft_model(make_model("Llama"), peft.LoraConfig(**options)).eval()
+    assert ways.way_of(plain, tokenizer, 0).together
+    activated = peft.get_peft_model(
+        make_model("Llama"), peft.LoraConfig(alora_invocation_tokens=[5, 6], **options)
+    ).eval()
+    assert ways.way_of(activated, tokenizer, 0) == ways.Way("padded", shrink=True, together=False)

@@ -124,6 +124,15 @@ def test_whole_rows_where_a_forward_draws_or_is_another(make_model, change):
         assert tokens < inputs["input_ids"].numel()
 
 
+def test_an_activated_adapter_gets_whole_rows(make_model):
+    """Its invocation may lie across the end of what is shared: nothing would be found of it then."""
+    import peft
+
+    options = {"alora_invocation_tokens": BEGINNING[-2:], "init_lora_weights": False}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    assert not compared(peft.get_peft_model(make_model("Llama"), config), batch())
+
+
 def test_a_cache_that_carries_no_gradient_is_found_out(make_model, monkeypatch):
     from transformers.cache_utils import DynamicCache
 
