@@ -66,7 +66,7 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 activations over float32 weights
     # how the policy computes attention, by transformers' names; null: its own choice, sdpa where a model has it. On a CPU with autocast
-    # eager is faster for short rows: 0.82 of a forward and backward (SmolLM2-135M, 70 tokens, AMD EPYC); `l3ms check` estimates both
+    # eager is faster for short rows: 0.79 of both half-steps (SmolLM2-135M, docs/beside-0.1.0.json); `l3ms check` estimates both
     attn_implementation: Attention | None = None
     activation_checkpointing: bool = False  # less memory, a second forward
     # fsdp2: each of several processes holds a part of weights, gradients and optimizer (accelerate's fully_shard, GPUs); null: all of them

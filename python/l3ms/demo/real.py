@@ -80,8 +80,7 @@ def constraints(low: float, high: float, form: str) -> list[dict[str, Any]]:
 
     A mean alone is met by a mixture of stubs and rambles too: no constraint forbids that but the second one. Half the range counts as a
     gross violation, as `l3ms check` advises: with the default of 14 the estimate is at 16 after 40 iterations
-    (experiments/real/length), and with 4 and 8 responses each the barrier is so flat that a run ended near the lower bound (12.2 of
-    [12, 16]), at 1.12 times the perplexity.
+    (experiments/real/length), and with 4 the barrier of a few responses is flat across the range.
     """
     made: list[dict[str, Any]] = [
         {"type": "length", "name": "length", "min": low, "max": high, "scale": max((high - low) / 2, 1)},

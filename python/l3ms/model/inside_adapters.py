@@ -8,6 +8,12 @@ def inside_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def active_adapters(model: Any) -> list[str] | None:
+    """Their names; None where peft has put none into it."""
+    found = getattr(model, "active_adapters", None)
+    return list(found) if isinstance(found, list) else None
+
+
 def reads_rows(model: Any) -> bool:
     """Whether what an adapter adds to a token depends on the other tokens of its row: an activated LoRA adds from its invocation on, X-LoRA
     weighs by all of them. Then no part of a row can go through the model on its own."""

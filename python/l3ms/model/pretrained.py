@@ -24,13 +24,8 @@ UNPICKLED = (
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 NAMING_FILES = (CONFIG, GENERATION, "tokenizer_config.json", INDEX, ADAPTER)
-OF_TORCH = (
-    "eager",
-    "sdpa",
-    "flex_attention",
-    "batched_mm",
-    "grouped_mm",
-)  # attention and experts of which nothing is fetched
+# Attention and experts of which nothing is fetched
+OF_TORCH = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 COMPUTED = ("attn_implementation", "experts_implementation")
 QUANTISED_BY_KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "mxfp8", "nvfp4")
 MOST_SIZE, MOST_LAYERS = 1 << 62, 10_000  # a larger one is built for ever, or ends the process

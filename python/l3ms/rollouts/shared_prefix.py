@@ -39,7 +39,11 @@ def begun(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Any, 
         ids[row, width - len(tokens) + count :] = torch.tensor(list(tokens[count:]))
         mask[row, width - len(tokens) + count :] = 1
     ids, mask = ids.to(device), mask.to(device)
+    return cache_of(model, ids, mask, count), ids, mask
+
+
+def cache_of(model: Any, ids: Tensor, mask: Tensor, count: int) -> Any:
+    """The cache of the first `count` tokens, in which all rows (N, L) of `ids` are alike, once for each row."""
     output = model(input_ids=ids[:1, :count], attention_mask=mask[:1, :count], use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(len(prompts))
-    return cache, ids, mask
+    output.past_key_values.batch_repeat_interleave(len(ids))
+    return output.past_key_values

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from l3ms.model.inside_adapters import inside_adapters, reads_rows
+from l3ms.model.inside_adapters import active_adapters, inside_adapters, reads_rows
 from l3ms.model.sharding import any_rank
 from l3ms.rollouts.packed_weights import is_large
 from l3ms.rollouts.shared_prefix import begun
@@ -61,8 +61,7 @@ def way_of(model: Any, tokenizer: Any, pad: int) -> Way:
         ValueError: it sees later tokens.
     """
     known = _found.setdefault(model, {})
-    adapters = getattr(model, "active_adapters", None)
-    state = str((model.dtype, type(model), list(adapters) if isinstance(adapters, list) else None))
+    state = str((model.dtype, type(model), active_adapters(model)))
     if any_rank(model, state not in known):  # those with parts of it try it together
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():

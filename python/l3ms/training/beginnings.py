@@ -20,15 +20,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from l3ms.model.autocasting import outside_autocast
-from l3ms.model.inside_adapters import inside_adapters, reads_rows
+from l3ms.model.inside_adapters import active_adapters, inside_adapters, reads_rows
 from l3ms.model.sharding import several_ranks
 from l3ms.rollouts.packed_weights import is_large
-from l3ms.rollouts.shared_prefix import LEAST
+from l3ms.rollouts.shared_prefix import LEAST, cache_of
 
 TAKEN = {"input_ids", "attention_mask", "labels", "scored", "use_cache"}
-EXACT = (
-    1e-3  # of the norm of a gradient: float32 rounds by 1e-6 to 1e-5 of it, a cache without its gradient by a good part
-)
+EXACT = 1e-3  # of a gradient's norm: float32 rounds by 1e-6 to 1e-5 of it, a cache without its gradient leaves out a good part
 TRIED = 2  # rows
 LIMITS = ("window", "chunk", "original_max")  # in the names of widths beyond which caches or positions are others
 
@@ -38,15 +36,17 @@ _right: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()
 def forward(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     """`model(**inputs, **options)` of a fused head, (N, L) rows padded on the right; `options` has `seq_weight`. -> its `HeadOutput`."""
     inputs = {**inputs, "use_cache": False}
-    count = _count(inputs) if _could(model, inputs) else 0
-    if count and _is_right(model, inputs, count, options):
+    count = _count(inputs)
+    if count and _could(model, inputs) and _is_right(model, inputs, count, options):
         return _behind(model, inputs, count, options)
     return model(**inputs, **options)
 
 
 def _count(inputs: dict[str, Any]) -> int:
-    """Tokens that all rows begin with and that the head need not see; 0 where they are too few."""
+    """Tokens that all rows begin with and that the head need not see; 0 where they are too few, or rows hold something else too."""
     ids, labels = inputs["input_ids"], inputs["labels"]
+    if ids.device.type != "cpu" or ids.dim() != 2 or not inputs.keys() <= TAKEN or "attention_mask" not in inputs:
+        return 0
     alike = (ids == ids[:1]).all(0) & inputs["attention_mask"].bool().all(0)
     alike[:-1] &= (labels[:, 1:] == -100).all(0)  # what the last of them predicts is not scored
     alike[-1] = False
@@ -56,14 +56,11 @@ def _count(inputs: dict[str, Any]) -> int:
 
 def _could(model: Any, inputs: dict[str, Any]) -> bool:
     inner = inside_adapters(model)
-    ids = inputs["input_ids"]
-    if ids.device.type != "cpu" or ids.dim() != 2 or not inputs.keys() <= TAKEN or "attention_mask" not in inputs:
-        return False
     if not isinstance(inner, PreTrainedModel) or torch.is_inference_mode_enabled() or not is_large(inner):
         return False
     if several_ranks() or reads_rows(model) or any(p.dtype != torch.float32 for p in model.parameters()):
         return False
-    return ids.shape[1] < _limit(inner.config) and not any(map(_changes, model.modules()))
+    return inputs["input_ids"].shape[1] < _limit(inner.config) and not any(map(_changes, model.modules()))
 
 
 def _changes(module: nn.Module) -> bool:
@@ -87,8 +84,7 @@ def _limit(config: Any) -> float:
 
 def _is_right(model: Any, inputs: dict[str, Any], count: int, options: dict[str, Any]) -> bool:
     known = _right.setdefault(model, {})
-    adapters = getattr(model, "active_adapters", None)
-    state = str((type(model), list(adapters) if isinstance(adapters, list) else None, options.get("auxiliary")))
+    state = str((type(model), active_adapters(model), options.get("auxiliary")))
     if state not in known:
         known[state] = _tried(model, inputs, count, options)
     return known[state]
@@ -125,12 +121,8 @@ def _gradient(out: Any, watched: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _behind(model: Any, inputs: dict[str, Any], count: int, options: dict[str, Any]) -> Any:
     """The rest of the rows behind what they begin with."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    begun = model(input_ids=ids[:1, :count], attention_mask=mask[:1, :count], use_cache=True, logits_to_keep=1)
-    cache = begun.past_key_values
-    cache.batch_repeat_interleave(len(ids))
-    rest = {name: value for name, value in inputs.items() if name == "scored"}
-    rest |= {"input_ids": ids[:, count:], "attention_mask": mask, "labels": inputs["labels"][:, count:]}
-    out = model(**rest, past_key_values=cache, use_cache=True, **options)
+    cache = cache_of(model, inputs["input_ids"], inputs["attention_mask"], count)
+    rest = {name: inputs[name][:, count:] for name in ("input_ids", "labels")}
+    out = model(**{**inputs, **rest, "use_cache": True}, past_key_values=cache, **options)
     out.token = F.pad(out.token, (count, 0))
     return out

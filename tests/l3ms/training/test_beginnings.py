@@ -150,9 +150,8 @@ def test_a_cache_that_carries_no_gradient_is_found_out(make_model, monkeypatch):
 def test_what_is_shared_ends_before_what_is_scored():
     assert beginnings._count(batch()) == len(BEGINNING)
     same = [([5], [8, 1]), ([5], [8, 1])]
-    assert beginnings._count(batch(same)) == len(
-        BEGINNING
-    )  # the last token of the prompts scores the first of the responses
+    # the last token of the prompts scores the first of the responses
+    assert beginnings._count(batch(same)) == len(BEGINNING)
     assert beginnings._count(batch([([5, 6], [8, 1]), ([5, 7], [8, 1])], [])) == 1
     assert beginnings._count(batch([([], [8, 1]), ([], [9, 1])], [4])) == 0
     assert beginnings._count(batch(beginning=[])) == 0
