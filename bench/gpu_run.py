@@ -253,7 +253,7 @@ class Run:
 
     def all(self, steps: Sequence[Step]) -> bool:
         """Every step, whatever becomes of the others; whether all are done or had a reason not to be."""
-        index = 0
+        index, names = 0, [step.name for step in steps]
         try:
             while index < len(steps):
                 together = [steps[index], *(step for step in steps[index + 1 : index + 2] if step.beside)]
@@ -263,6 +263,8 @@ class Run:
                     thread.start()
                 for thread in threads:
                     thread.join()
+                # Of two that are begun together either may end first
+                self.outcomes.sort(key=lambda outcome: names.index(outcome.name))
                 index += len(together)
                 if stop := next((record["stop"] for record in self.records if "stop" in record), None):
                     self.outcomes.append(Outcome("the rest", f"not begun: {stop}", good=False))

@@ -25,6 +25,7 @@ from experiments.grid import Cell, Experiment, assign, check_packages, expand, f
 from experiments.results import Result, failed_lines, read_results, write_results
 from l3ms.config.run_config import load_config, parse_override
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.model.autocasting import has_bfloat16_products
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ("table.md", "figure.png", "results.json")
@@ -75,7 +76,7 @@ def main(
         )
     arguments = inputs.Arguments(model, data, experiment.rows, yes=yes)
     console.print(f"{experiment.title}: {len(cells)} cells", markup=False, highlight=False)
-    values = {"here": str(place), **_prepare(place)(folder / "inputs", arguments)}
+    values = {"here": str(place), "bfloat16": has_bfloat16_products(), **_prepare(place)(folder / "inputs", arguments)}
     ready = [_ready(cell, experiment, values, set_ or [], samples) for cell in cells]
     outcomes: list[Outcome] = []
     if not draw:

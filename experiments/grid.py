@@ -14,7 +14,8 @@
         seeds: [0]
 
 An axis maps labels to overrides (dotted field: value); an entry of the grid is the product of its axes, and a cell is called by its labels,
-`barrier_8-11`. `${name}` in a value is filled in from what the experiment's inputs are (`inputs.py`, or its own `prepare.py`).
+`barrier_8-11`. `${name}` in a value is filled in from what the experiment's inputs are (`inputs.py`, or its own `prepare.py`); `${here}` is
+its folder, and `${bfloat16}` whether the CPU has products of bfloat16.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ CELL, TRAINED, RESULT = "cell.json", "trained.json", "result.json"
 def run(folder: Path) -> None:
     """Train where that is not done, then judge."""
     from experiments.versus.judge import judged
+    from l3ms.benchmark.environment import machine
     from l3ms.runs.whole_files import write_json
 
     cell = json.loads((folder / CELL).read_text(encoding="utf-8"))
@@ -38,11 +39,12 @@ def run(folder: Path) -> None:
             "weights": str(trained.weights.relative_to(folder)),
             "sampled_tokens": trained.sampled_tokens,
             "seconds": round(time.monotonic() - start, 1),
+            "machine": machine(),
             "log": trained.log,
         }
         write_json(folder / TRAINED, values)
     weights = folder / json.loads((folder / TRAINED).read_text(encoding="utf-8"))["weights"]
-    write_json(folder / RESULT, judged(task, weights, **cell["judge"]))
+    write_json(folder / RESULT, {**judged(task, weights, **cell["judge"]), "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from experiments.harmlessness.prepare import JUDGED, Plan, make_inputs, reward_m
 from experiments.harmlessness.train_reward_model import Settings
 from experiments.inputs import Arguments
 from experiments.real.task import model_folder
+from l3ms.model.autocasting import has_bfloat16_products
 
 TASK = {"prompt": 240, "reply": 160}  # characters: about 40 tokens
-REWARD_MODEL = Settings(learning_rate=2e-5, epochs=2, max_length=256, bf16=True)
+REWARD_MODEL = Settings(learning_rate=2e-5, epochs=2, max_length=256, bf16=has_bfloat16_products())
 
 
 def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:

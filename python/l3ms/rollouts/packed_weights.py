@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from l3ms.model.autocasting import has_bfloat16_products
+
 FEWEST_ROWS = 2  # of one row oneDNN is no faster
 FEWEST_STEPS = 8  # that pay for packing
 LEAST_WEIGHTS = (
@@ -124,7 +126,7 @@ def _supported(weight: Tensor) -> bool:
     if type(weight) not in (Tensor, nn.Parameter):  # quantized, or a shard
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return has_bfloat16_products()
     if weight.dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return weight.dtype == torch.float32

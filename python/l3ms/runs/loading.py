@@ -19,10 +19,11 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.model.autocasting import has_bfloat16_products
 from l3ms.ranks.group import first_of_machine_first, of_first, world
 from l3ms.rollouts.engines import Engine
 from l3ms.runs import resuming
-from l3ms.runs.arguments import training_arguments
+from l3ms.runs.arguments import is_on_cpu, training_arguments
 from l3ms.runs.constraints import build_constraints, try_rewards
 from l3ms.runs.data import Encoded, Example, encode, load_examples
 from l3ms.runs.engines import build_engine
@@ -88,6 +89,8 @@ def load_run(
         tokenizer, model = load_model(
             config.model, **options_of(config), lora=config.train.lora, console=console,
         )  # fmt: skip
+    if slow := _slow_products(config):
+        say(console, slow)
     constraints = build_constraints(config, console, tokenizer, model)
     engine = build_engine(config.rollout, console)
     if config.train.solver == "barrier":
@@ -116,6 +119,15 @@ def load_run(
 
     begun = of_first(find) if going_on else []
     return Run(config, tokenizer, model, constraints, train, held_out, arguments, inputs, engine, begun, started)
+
+
+def _slow_products(config: RunConfig) -> str | None:
+    """What a user of bfloat16 wants to know of a CPU that has to do without: it is right there, and slow."""
+    train = config.train
+    if not (train.autocast or train.dtype == "bfloat16") or not is_on_cpu(config) or has_bfloat16_products():
+        return None
+    given = "train.dtype: bfloat16" if train.dtype == "bfloat16" else "train.autocast: true"
+    return f"{given} is slow on this CPU, which has no products of bfloat16: without it a run is several times as fast"
 
 
 def check_code(config: RunConfig, allow_code: bool) -> None:

@@ -1,16 +1,18 @@
 """`train.autocast`: bfloat16 activations, on a CPU too; and what is proven of the head is proven before the first iteration."""
 
+import io
 import json
 
 import pytest
 import torch
 from resumed_runs import project, train
+from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from l3ms.config.run_config import load_config
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.model import heads
-from l3ms.runs import arguments
+from l3ms.model import autocasting, heads
+from l3ms.runs import arguments, loading
 from l3ms.runs import executing as run
 
 
@@ -56,6 +58,26 @@ def test_a_run_with_autocast_comes_to_its_report(tmp_path, tokenizer, make_model
     assert report["average"]["perplexity"] > 1
     assert proofs
     assert not any(proofs), "a head was proven when an iteration had begun"
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("given", [{"autocast": True}, {"dtype": "bfloat16"}, {}])
+def test_a_cpu_without_products_of_bfloat16_says_that_it_is_slow(
+    tmp_path, tokenizer, make_model, monkeypatch, given, products
+):
+    config = load_config(project(tmp_path / "project", tokenizer, make_model(), train={"device": "cpu", **given}))
+    monkeypatch.setattr(loading, "has_bfloat16_products", lambda: products)
+    console = Console(file=io.StringIO(), width=200)
+    loading.load_run(config, console=console)
+    said = "".join(f"train.{name}: {str(value).lower()} is slow on this CPU" for name, value in given.items())
+    heard = console.file.getvalue()
+    assert ("is slow" in heard) == bool(given and not products)
+    assert products or said in heard
+
+
+def test_the_question_is_one_that_torch_answers():
+    """Of a private operator: gone, every run on a CPU would fail."""
+    assert autocasting.has_bfloat16_products() in (False, True)
 
 
 def test_a_device_without_bfloat16_is_refused_by_field(tmp_path, tokenizer, make_model, monkeypatch):
