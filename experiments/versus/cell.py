@@ -1,8 +1,10 @@
 """`python -m experiments.versus.cell FOLDER`: one contestant, one setting, one seed, in a process of its own.
 
 FOLDER/cell.json      what it is (`run.py` writes it)
-       trained.json   when the training has ended: weights, sampled tokens, seconds, log
+       trained.json   when the training has ended: weights, sampled tokens, seconds of all cores together, log
        result.json    when the judge has spoken
+
+Seconds are the process's own, whatever else the machine does beside it.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ def run(folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         contestant: Contestant = importlib.import_module(f"experiments.versus.{cell['module']}")  # type: ignore[assignment]
-        start = time.monotonic()
+        start = time.process_time()
         trained = contestant.train(task, setting, work)
         values: dict[str, Any] = {
             "weights": str(trained.weights.relative_to(folder)),
             "sampled_tokens": trained.sampled_tokens,
-            "seconds": round(time.monotonic() - start, 1),
+            "seconds": round(time.process_time() - start, 1),
             "machine": machine(),
             "log": trained.log,
         }

@@ -30,7 +30,7 @@ def judged(
         samples: responses, one to each held-out prompt while there are some.
         delta: probability that any verdict of the contestant is wrong; `looks`: verdicts that it gets.
     """
-    start = time.monotonic()
+    start = time.process_time()
     tokenizer, model = load_model(str(weights), dtype="float32", console=quiet())
     held_out = encoded(task, tokenizer, examples(task)[1]).rows
     rows, keys = draw(held_out, samples, stream("versus", task.seed, "prompts"))
@@ -57,7 +57,7 @@ def judged(
         "prompts": groups,
         "sampled_tokens": sum(found.lengths),
         "examples": [_example(rows[i], found.completions[i]) for i in range(min(3, len(rows)))],
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(time.process_time() - start, 1),
     }
 
 

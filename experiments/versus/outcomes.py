@@ -30,6 +30,11 @@ class Result:
     def certified(self) -> bool:
         return self.judged["verdict"] == "SATISFIED"
 
+    @property
+    def machines(self) -> set[str]:
+        """That it was trained and judged on."""
+        return {self.trained["machine"], self.judged["machine"]}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -38,7 +43,7 @@ class Cost:
     tries: int = 0
     training_tokens: int = 0
     judging_tokens: int = 0
-    seconds: float = 0.0  # of training and judging
+    seconds: float = 0.0  # of training and judging, of all cores together
 
     def with_try(self, result: Result) -> Cost:
         return Cost(

@@ -24,16 +24,18 @@ def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], fo
         "",
         _contestants(contest, found, results, cells[0].seed),
         f"Tuned with seed {cells[0].seed}: tries in the order of the grid, up to the first that is certified, or all of them. Tokens are",
-        "response tokens, drawn in training + for the verdicts; minutes are of both. Perplexity is that of held-out completions, over that",
-        f"of {reference} with the same seed: of the first certified try, and the least of the certified tries. What is of all tries",
-        "stands where all have been run. The best try (certified at the least perplexity, else nearest to the range) is run again with",
-        "other seeds, and has one verdict there.",
+        "response tokens, drawn in training + for the verdicts; core-minutes are of both. Perplexity is that of held-out completions,",
+        f"over that of {reference} with the same seed: of the first certified try, and the least of the certified tries. What is of all",
+        "tries stands where all have been run. The best try (certified at the least perplexity, else nearest to the range) is run again",
+        "with other seeds, and has one verdict there.",
         "",
         "## Every try",
         "",
         _tries(contest, results),
         "Lengths with their confidence bounds: all verdicts on a contestant and seed hold together with probability",
-        f"{1 - judge.delta:g}, so the more tries, the wider they are.",
+        f"{1 - judge.delta:g}, so the more tries, the wider they are. Core-minutes of different machines are not the same thing: "
+        + ", ".join(f"{letter} is {place}" for place, letter in _machines(results).items())
+        + ".",
         "",
     ]
     return "\n".join(lines)
@@ -41,8 +43,8 @@ def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], fo
 
 def _contestants(contest: Contest, found: Sequence[Outcome], results: Sequence[Result], seed: int) -> str:
     header = (
-        "contestant", "certified", "tries", "of", "tokens, k", "minutes", "perplexity / SFT's", "least", "all tries: tokens, k",
-        "minutes", "its best try again: certified", "perplexity / SFT's",
+        "contestant", "certified", "tries", "of", "tokens, k", "core-minutes", "perplexity / SFT's", "least",
+        "all tries: tokens, k", "core-minutes", "its best try again: certified", "perplexity / SFT's",
     )  # fmt: skip
     rows = []
     for name, entrant in contest.contestants.items():
@@ -62,9 +64,9 @@ def _contestants(contest: Contest, found: Sequence[Outcome], results: Sequence[R
 def _tries(contest: Contest, results: Sequence[Result]) -> str:
     header = (
         "contestant", "try", "mean length (bounds), by seed", "verdict", "perplexity", "/ SFT's", "under 4 tokens", "cut",
-        "tokens, k", "minutes",
+        "tokens, k", "core-minutes", "machine",
     )  # fmt: skip
-    rows = []
+    rows, machines = [], _machines(results)
     for name, entrant in contest.contestants.items():
         for attempt in entrant.tries:
             own = [item for item in results if (item.contestant, item.attempt) == (name, attempt)]
@@ -75,8 +77,15 @@ def _tries(contest: Contest, results: Sequence[Result]) -> str:
                     _average([item.judged["perplexity"] for item in own], ".2f"), _ratio([item.ratio for item in own]),
                     *(f"{100 * sum(item.judged[share] for item in own) / len(own):.0f}%" for share in ("few", "cut")),
                     _tokens(costs), _mean(costs, _minutes, ".1f"),
+                    "".join(sorted(machines[place] for item in own for place in item.machines)),
                 ))  # fmt: skip
     return markdown(header, rows)
+
+
+def _machines(results: Sequence[Result]) -> dict[str, str]:
+    """A letter for each."""
+    names = sorted({place for item in results for place in item.machines})
+    return {place: chr(ord("a") + index) for index, place in enumerate(names)}
 
 
 def _length(result: Result) -> str:

@@ -109,9 +109,9 @@ def test_runs_go_on_and_tell_what_failed(tmp_path):
 def result(cell: Cell, verdict: str, perplexity: float, seconds: float = 60.0) -> Result:
     judged = {
         "verdict": verdict, "perplexity": perplexity, "sampled_tokens": 500, "seconds": 30.0, "length": {"mean": 14.0},
-        "lower": 13.0, "upper": 15.0, "few": 0.0, "cut": 0.25,
+        "lower": 13.0, "upper": 15.0, "few": 0.0, "cut": 0.25, "machine": "new",
     }  # fmt: skip
-    trained = {"sampled_tokens": 1000, "seconds": seconds}
+    trained = {"sampled_tokens": 1000, "seconds": seconds, "machine": "old" if cell.attempt == "scale-2" else "new"}
     return Result(cell.contestant, cell.attempt, cell.seed, {}, trained, judged, ratio=perplexity / 10)
 
 
@@ -138,6 +138,12 @@ def test_a_certificate_costs_all_tries_before_it():
         in text
     )
     assert "| L3M (barrier) | no | 3 | 3 | 3.0 + 1.5 | 4.5 | - | - | 3.0 + 1.5 | 4.5 | - | - |" in text
+    assert [line.split("|")[-2].strip() for line in text.splitlines() if "| L3M (barrier) |" in line][1:] == [
+        "a",
+        "ab",
+        "a",
+    ]
+    assert "machines are not the same thing: a is new, b is old." in text
     for left_out, known in (
         ("beta-0", ["sft", "l3m", "trl_sft", "trl_grpo"]),
         ("beta-0.04", ["sft", "l3m", "trl_sft"]),
