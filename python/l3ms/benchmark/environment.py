@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ ISA = (
 )  # fmt: skip
 
 
-# Of these a machine's name has the last that it has.
+# The last of these that a machine has is in the name of its kind: two that call themselves AMD EPYC may differ by a factor of two.
 WIDEST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 
 
@@ -45,12 +46,9 @@ class Environment:
 
     @property
     def device(self) -> str:
-        """For a file name: intel-xeon-processor-2-cores."""
-        name = re.sub(r"\((r|tm)\)", "", (self.gpu or self.cpu).lower())
-        name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "cpu"
-        if self.gpu:
-            return name
-        return f"{name}-{self.cores}-core{'s' * (self.cores != 1)}"
+        """For a file name, one for each kind of machine: amd-epyc-avx512-bf16-2-cores."""
+        text = self.gpu or _kind(self.cpu, self.isa, self.cores)
+        return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
 
     def same_software(self, other: Environment) -> bool:
         """Whether results may stand in one table."""
@@ -59,13 +57,12 @@ class Environment:
 
 def describe(on: str = "cpu") -> Environment:
     """on: the device that is measured."""
-    flags = set(_cpuinfo("flags", "Features").split())
     return Environment(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         cpu=cpu_name(),
         gpu=device.name() if on == "cuda" else None,
         cuda=torch.version.cuda if on == "cuda" else None,
-        isa=[flag for flag in ISA if flag in flags],
+        isa=_isa(),
         cores=_cores(),
         memory_gib=_memory(),
         system=f"{platform.system()} {platform.machine()}",
@@ -78,10 +75,18 @@ def describe(on: str = "cpu") -> Environment:
 
 
 def machine() -> str:
-    """What decides how long work takes on this CPU: "AMD EPYC, avx2, 1 core", the cores that this process may use."""
-    flags, cores = set(_cpuinfo("flags", "Features").split()), _cores()
-    widest = [flag for flag in WIDEST if flag in flags][-1:]
-    return ", ".join([cpu_name(), *widest, f"{cores} core{'s' * (cores != 1)}"])
+    """The kind of this machine, "AMD EPYC, avx2, 1 core": the cores are those that this process may use."""
+    return _kind(cpu_name(), _isa(), _cores())
+
+
+def _kind(cpu: str, isa: Sequence[str], cores: int) -> str:
+    widest = [flag for flag in WIDEST if flag in isa][-1:]
+    return ", ".join([*filter(None, [cpu]), *widest, f"{cores} core{'s' * (cores != 1)}"])
+
+
+def _isa() -> list[str]:
+    flags = set(_cpuinfo("flags", "Features").split())
+    return [flag for flag in ISA if flag in flags]
 
 
 def cpu_name() -> str:

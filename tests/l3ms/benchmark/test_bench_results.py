@@ -1,12 +1,13 @@
 """What a benchmark writes and shows, from results made up here; docs/benchmarks.md has the tables that the committed JSON gives."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from l3ms.benchmark.environment import Environment, cpu_name, describe
+from l3ms.benchmark.environment import Environment, cpu_name, describe, machine
 from l3ms.benchmark.figure import groups, save
 from l3ms.benchmark.page import BEGIN, END, NOT_MEASURED, rewrite, section
 from l3ms.benchmark.results import CaseResult, Measurement, Part, Results, Scaling, ScalingPoint, read, write
@@ -101,7 +102,11 @@ def test_environment_describes_this_machine():
     assert found.backends["reference"] == "available"
     assert found.same_software(replace(found, date="another"))
     assert not found.same_software(replace(found, torch="another"))
-    assert ENVIRONMENT.device == "fast-cpu-2ghz-2-cores"
+    assert ENVIRONMENT.device == "fast-cpu-2ghz-amx-bf16-2-cores"
+    assert replace(ENVIRONMENT, isa=["avx2"], cores=1).device == "fast-cpu-2ghz-avx2-1-core"
+    assert replace(ENVIRONMENT, cpu="", isa=[]).device == "2-cores"
+    assert replace(ENVIRONMENT, gpu="NVIDIA H200").device == "nvidia-h200"
+    assert re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine().lower())).strip("-") == found.device
 
 
 def test_table_of_a_case():
@@ -168,7 +173,7 @@ def test_section_of_the_page(tmp_path):
     assert "| eager | 4.00 s (2.00) |" in text
     assert "not run: gone: needs a GPU" in text
     assert "25% in bf16 with 0% unscored" in text
-    assert "bench/results/fast-cpu-2ghz-2-cores.md" in text
+    assert "bench/results/fast-cpu-2ghz-amx-bf16-2-cores.md" in text
     page = tmp_path / "benchmarks.md"
     page.write_text(f"a\n\n{BEGIN}\nold\n{END}\n\nb\n")
     assert rewrite(page, [results(case())])
