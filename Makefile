@@ -151,13 +151,14 @@ dev: $(VENV)/installed ## the environment in .venv, this source tree installed i
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info l3m_kernels/_build.json l3m_kernels/_C.*
 
+# --no-compile: bytecode of all packages is 77 s of a core, and what is imported of them is compiled then.
 # The lock is whole, so that what it depends on needs no look: torch comes last, in the build that is here, and finds all but CUDA's packages.
 $(VENV)/locked: requirements.lock torch.lock
 	@echo "Installing the packages of requirements.lock and torch.lock into $(VENV) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the locked packages need Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --require-hashes --no-deps -r requirements.lock
-	$(PIP) install -q -r torch.lock
+	$(PIP) install -q --no-compile --require-hashes --no-deps -r requirements.lock
+	$(PIP) install -q --no-compile -r torch.lock
 	@touch $@
 
 $(VENV)/installed: $(VENV)/locked $(NATIVE)

@@ -48,12 +48,12 @@ def kept(run: Run) -> dict:
         (f"{FOUND}\nprint('hello')", "done"),
         (f"{FOUND}\nprint('hello'); sys.exit(3)", "failed: exit code 3"),
         (f"{FOUND}\nprint('hello', flush=True); os.kill(os.getpid(), 9)", "killed by signal 9"),
-        (f"{FOUND}\nprint('hello', flush=True); time.sleep(60)", "ended after its 1 s"),
+        (f"{FOUND}\nprint('hello', flush=True); time.sleep(60)", "ended after its 3 s"),
     ],
 )
 def test_what_a_step_found_stays_whatever_becomes_of_it(code, status, tmp_path, capsys):
     run = run_in(tmp_path)
-    seconds = 1.0 if "sleep" in code else 20.0
+    seconds = 3.0 if "sleep" in code else 20.0
     found = run.process("one", python(code), seconds)
     assert found.status == status
     assert found.good == (status == "done")
@@ -84,7 +84,7 @@ def test_what_a_step_began_ends_with_it(tmp_path):
     )
     run = run_in(tmp_path)
     start = time.monotonic()
-    assert run.process("one", python(code), 1.5).status == "ended after its 2 s"
+    assert run.process("one", python(code), 3).status == "ended after its 3 s"
     assert time.monotonic() - start < 15
     (record,) = run.records
     for _ in range(100):
@@ -161,7 +161,7 @@ def test_a_step_that_is_ended_may_say_what_it_has(tmp_path):
     # a process that was begun in the background may have inherited that it is not to be interrupted
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('so far: 3 failed', flush=True)"
-    run_in(tmp_path).process("tests", python(code), 2)
+    run_in(tmp_path).process("tests", python(code), 3)
     assert "so far: 3 failed" in (tmp_path / "log").read_text()
 
 
