@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from experiments.presenting import markdown, number
 from experiments.versus.contest import Cell, Contest
@@ -31,9 +32,11 @@ def table(contest: Contest, cells: Sequence[Cell], results: Sequence[Result], fo
         "",
         "## Every try",
         "",
-        _tries(contest, results),
+        _tries(contest, task, results),
         "Lengths with their confidence bounds: all verdicts on a contestant and seed hold together with probability",
-        f"{1 - judge.delta:g}, so the more tries, the wider they are. Core-minutes of different machines are not the same thing: "
+        f"{1 - judge.delta:g}, so the more tries, the wider they are. Where a mean is in the range, `responses it takes` are how many a",
+        "certificate of it takes, by its distance from the bounds and by the spread of the responses. Core-minutes of different",
+        "machines are not the same thing: "
         + ", ".join(f"{letter} is {place}" for place, letter in _machines(results).items())
         + ".",
         "",
@@ -61,10 +64,10 @@ def _contestants(contest: Contest, found: Sequence[Outcome], results: Sequence[R
     return markdown(header, rows)
 
 
-def _tries(contest: Contest, results: Sequence[Result]) -> str:
+def _tries(contest: Contest, task: Mapping[str, Any], results: Sequence[Result]) -> str:
     header = (
-        "contestant", "try", "mean length (bounds), by seed", "verdict", "perplexity", "/ SFT's", "under 4 tokens", "cut",
-        "tokens, k", "core-minutes", "machine",
+        "contestant", "try", "mean length (bounds), by seed", "verdict", "responses it takes", "perplexity", "/ SFT's",
+        "under 4 tokens", "cut", "tokens, k", "core-minutes", "machine",
     )  # fmt: skip
     rows, machines = [], _machines(results)
     for name, entrant in contest.contestants.items():
@@ -74,6 +77,7 @@ def _tries(contest: Contest, results: Sequence[Result]) -> str:
                 costs = [Cost().with_try(item) for item in own]
                 rows.append((
                     entrant.title, attempt, ", ".join(map(_length, own)), ", ".join(item.judged["verdict"] for item in own),
+                    ", ".join(_taken(task, item) for item in own),
                     _average([item.judged["perplexity"] for item in own], ".2f"), _ratio([item.ratio for item in own]),
                     *(f"{100 * sum(item.judged[share] for item in own) / len(own):.0f}%" for share in ("few", "cut")),
                     _tokens(costs), _mean(costs, _minutes, ".1f"),
@@ -91,6 +95,15 @@ def _machines(results: Sequence[Result]) -> dict[str, str]:
 def _length(result: Result) -> str:
     judged = result.judged
     return f"{judged['length']['mean']:.1f} ({judged['lower']:.1f} to {judged['upper']:.1f})"
+
+
+def _taken(task: Mapping[str, Any], result: Result) -> str:
+    """Responses that a certificate of this mean and spread takes; "-" where the mean is outside."""
+    judged = result.judged
+    if not task["min"] <= judged["length"]["mean"] <= task["max"]:
+        return "-"
+    more = max(bound["more"] or 0 for bound in judged["certificate"]["bounds"])
+    return f"{judged['samples'] + more:,}"
 
 
 def _minutes(cost: Cost) -> float:

@@ -109,7 +109,8 @@ def test_runs_go_on_and_tell_what_failed(tmp_path):
 def result(cell: Cell, verdict: str, perplexity: float, seconds: float = 60.0) -> Result:
     judged = {
         "verdict": verdict, "perplexity": perplexity, "sampled_tokens": 500, "seconds": 30.0, "length": {"mean": 14.0},
-        "lower": 13.0, "upper": 15.0, "few": 0.0, "cut": 0.25, "machine": "new",
+        "lower": 13.0, "upper": 15.0, "few": 0.0, "cut": 0.25, "machine": "new", "samples": 50,
+        "certificate": {"bounds": [{"more": None}, {"more": 1950 if verdict == "INCONCLUSIVE" else None}]},
     }  # fmt: skip
     trained = {"sampled_tokens": 1000, "seconds": seconds, "machine": "old" if cell.attempt == "scale-2" else "new"}
     return Result(cell.contestant, cell.attempt, cell.seed, {}, trained, judged, ratio=perplexity / 10)
@@ -143,6 +144,8 @@ def test_a_certificate_costs_all_tries_before_it():
         "ab",
         "a",
     ]
+    assert "| defaults | 14.0 (13.0 to 15.0) | INCONCLUSIVE | 2,000 | 11.00 |" in text
+    assert "| beta-0.2 | 14.0 (13.0 to 15.0) | SATISFIED | 50 | 12.00 |" in text
     assert "machines are not the same thing: a is new, b is old." in text
     for left_out, known in (
         ("beta-0", ["sft", "l3m", "trl_sft", "trl_grpo"]),
