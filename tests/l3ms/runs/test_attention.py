@@ -1,6 +1,7 @@
 """`train.attn_implementation`: what a run asks for is what its training and its certificate compute with, or a line says why not."""
 
 import json
+from typing import Any
 
 import pytest
 from resumed_runs import project, train
@@ -60,8 +61,8 @@ def test_a_name_that_is_none_is_refused(tmp_path, tokenizer, make_model, capsys)
 
 
 def test_a_model_that_has_it_not_says_so(tmp_path, tokenizer):
-    heads = {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads: dict[str, Any] = {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
     config = GptOssConfig(vocab_size=len(tokenizer), **heads, **sizes)
     GptOssForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -67,10 +67,10 @@ def test_a_cpu_without_products_of_bfloat16_says_that_it_is_slow(
 ):
     config = load_config(project(tmp_path / "project", tokenizer, make_model(), train={"device": "cpu", **given}))
     monkeypatch.setattr(loading, "has_bfloat16_products", lambda: products)
-    console = Console(file=io.StringIO(), width=200)
-    loading.load_run(config, console=console)
+    file = io.StringIO()
+    loading.load_run(config, console=Console(file=file, width=200))
     said = "".join(f"train.{name}: {str(value).lower()} is slow on this CPU" for name, value in given.items())
-    heard = console.file.getvalue()
+    heard = file.getvalue()
     assert ("is slow" in heard) == bool(given and not products)
     assert products or said in heard
 
