@@ -76,7 +76,7 @@ def main(
         )
     arguments = inputs.Arguments(model, data, experiment.rows, yes=yes)
     console.print(f"{experiment.title}: {len(cells)} cells", markup=False, highlight=False)
-    values = {"here": str(place), "bfloat16": has_bfloat16_products(), **_prepare(place)(folder / "inputs", arguments)}
+    values = {**_given(place), **_prepare(place)(folder / "inputs", arguments)}
     ready = [_ready(cell, experiment, values, set_ or [], samples) for cell in cells]
     outcomes: list[Outcome] = []
     if not draw:
@@ -133,6 +133,11 @@ def _ready(
         except ConfigError as error:
             raise ConfigError(f"cell {cell.key}, {error.field}", error.message) from None
     return Cell(cell.name, cell.labels, cell.seed, settled, wanted)
+
+
+def _given(place: Path) -> dict[str, Any]:
+    """What every experiment may use, whatever its inputs are."""
+    return {"here": str(place), "bfloat16": has_bfloat16_products()}
 
 
 def _prepare(place: Path) -> Callable[[Path, inputs.Arguments], dict[str, Any]]:

@@ -31,7 +31,7 @@ def test_every_cell_is_a_configuration_that_l3ms_takes(name, tmp_path):
     experiment = read_experiment(HERE / name / "experiment.yaml")
     files = ["model", "train", "held_out", "reward_model", "second_opinion"]
     files += ["own", "own_held_out", "instructions", "instructions_held_out"]
-    values = {item: str(tmp_path / f"{item}.jsonl") for item in files} | {"here": str(HERE / name)}
+    values = {item: str(tmp_path / f"{item}.jsonl") for item in files} | command._given(HERE / name)
     cells = expand(experiment)
     assert experiment.reference in {cell.name for cell in cells}
     assert len({cell.config["train"]["iterations"] for cell in cells}) == 1  # compared at equal steps

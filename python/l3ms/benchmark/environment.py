@@ -81,7 +81,7 @@ def machine() -> str:
 
 def _kind(cpu: str, isa: Sequence[str], cores: int) -> str:
     widest = [flag for flag in WIDEST if flag in isa][-1:]
-    return ", ".join([*filter(None, [cpu]), *widest, f"{cores} core{'s' * (cores != 1)}"])
+    return ", ".join([cpu or "cpu", *widest, f"{cores} core{'s' * (cores != 1)}"])
 
 
 def _isa() -> list[str]:

@@ -104,7 +104,7 @@ def test_environment_describes_this_machine():
     assert not found.same_software(replace(found, torch="another"))
     assert ENVIRONMENT.device == "fast-cpu-2ghz-amx-bf16-2-cores"
     assert replace(ENVIRONMENT, isa=["avx2"], cores=1).device == "fast-cpu-2ghz-avx2-1-core"
-    assert replace(ENVIRONMENT, cpu="", isa=[]).device == "2-cores"
+    assert replace(ENVIRONMENT, cpu="", isa=[]).device == "cpu-2-cores"
     assert replace(ENVIRONMENT, gpu="NVIDIA H200").device == "nvidia-h200"
     assert re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine().lower())).strip("-") == found.device
 
