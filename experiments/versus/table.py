@@ -81,7 +81,7 @@ def _tries(contest: Contest, task: Mapping[str, Any], results: Sequence[Result])
                     _average([item.judged["perplexity"] for item in own], ".2f"), _ratio([item.ratio for item in own]),
                     *(f"{100 * sum(item.judged[share] for item in own) / len(own):.0f}%" for share in ("few", "cut")),
                     _tokens(costs), _mean(costs, _minutes, ".1f"),
-                    "".join(sorted(machines[place] for item in own for place in item.machines)),
+                    "".join(sorted({machines[place] for item in own for place in item.machines})),
                 ))  # fmt: skip
     return markdown(header, rows)
 
