@@ -3,6 +3,7 @@
 FOLDER/cells/NAME/seed-N/config.yaml   what the cell is
                          run/          the run folder of `l3ms train`, with certificate.json
                          log.txt       what the commands have printed
+                         machine.txt   where, and with how many cores
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.grid import Cell
+from l3ms.benchmark.environment import machine
 from l3ms.config.yaml_reader import ConfigError, read_yaml
 
 VERDICTS = {0: "satisfied", 3: "violated", 4: "inconclusive"}  # exit codes of `l3ms certify` that are no failure
 CERTIFICATE = "certificate.json"
+MACHINE = "machine.txt"
 
 Command = Callable[[list[str], Path, Mapping[str, str]], int]  # (words, log file, environment) -> exit code
 
@@ -141,6 +144,7 @@ def _run(cell: Cell, folder: Path, allow_code: bool, environment: Mapping[str, s
             left.unlink(missing_ok=True)  # of another configuration: not to be taken for this one's
         config.write_text(yaml.safe_dump(dict(cell.config), sort_keys=False, allow_unicode=True), encoding="utf-8")
         log.unlink(missing_ok=True)
+        (place / MACHINE).write_text(f"{machine(int(environment['OMP_NUM_THREADS']))}\n", encoding="utf-8")
         status = command(
             [*l3ms, "train", str(config), "--output", str(run), "--resume" if begun else "--overwrite", *code],
             log,

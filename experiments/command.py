@@ -19,16 +19,16 @@ import typer
 import yaml
 from rich.console import Console
 
-from experiments import ending, inputs
+from experiments import ending, inputs, published
 from experiments.cells import Outcome, cores, run_cells
 from experiments.grid import Cell, Experiment, assign, check_packages, expand, fill, read_experiment
-from experiments.results import Result, failed_lines, read_results, write_results
+from experiments.results import Result, failed_lines, read_results
 from l3ms.config.run_config import load_config, parse_override
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.model.autocasting import has_bfloat16_products
 
 ROOT = Path(__file__).resolve().parent
-PUBLISHED = ("table.md", "figure.png", "results.json")
+PUBLISHED = ("table.md", "figure.png", published.RESULTS, published.RUNS)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -57,6 +57,9 @@ def main(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run every cell again.")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="Run nothing: table and picture of what is there.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="Run only what experiments/NAME/results lacks, and add it to that table.")
+    ] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Copy them to experiments/NAME/results.")] = False,
 ) -> None:
     """Train and certify the cells of an experiment, then make OUTPUT/table.md, figure.png and results.json from their logs.
@@ -78,20 +81,29 @@ def main(
     console.print(f"{experiment.title}: {len(cells)} cells", markup=False, highlight=False)
     values = {**_given(place), **_prepare(place)(folder / "inputs", arguments)}
     ready = [_ready(cell, experiment, values, set_ or [], samples) for cell in cells]
+    known = published.read(place / "results", ready) if go_on else {}
     outcomes: list[Outcome] = []
     if not draw:
         if overwrite:
             shutil.rmtree(folder / "cells", ignore_errors=True)
-        outcomes = run_cells(ready, folder, jobs=jobs, allow_code=experiment.allow_code, console=console)
+        if known:
+            console.print(f"{len(known)} of them are published, with the same settings and data", highlight=False)
+        outcomes = run_cells(
+            [cell for cell in ready if cell.key not in known],
+            folder,
+            jobs=jobs,
+            allow_code=experiment.allow_code,
+            console=console,
+        )
     errors = {outcome.cell.key: outcome.error for outcome in outcomes if outcome.error}
-    results = read_results(ready, folder, experiment.reference)
+    results = read_results(ready, folder, experiment.reference, known)
     if not results:
         raise RuntimeError(f"no cell has finished; their logs are in {folder / 'cells'}")
     facts = {"title": experiment.title, "inputs": _shown(values, folder), **_machine(jobs)}
     if not draw and not any(outcome.skipped for outcome in outcomes):
         facts["seconds"] = round(time.monotonic() - start)
-    write_results(results, folder / "results.json", facts)
-    present(place, results, folder, facts, failed_lines(ready, folder, errors))
+    published.write(results, folder, facts, texts=experiment.publish_texts)
+    present(place, results, folder, facts, failed_lines(ready, results, errors))
     console.print((folder / "table.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
     if publish:
         (place / "results").mkdir(exist_ok=True)
@@ -132,7 +144,8 @@ def _ready(
             load_config(path)
         except ConfigError as error:
             raise ConfigError(f"cell {cell.key}, {error.field}", error.message) from None
-    return Cell(cell.name, cell.labels, cell.seed, settled, wanted)
+    identity = published.identity({"cell": cell.config, "set": settings}, wanted, values)
+    return Cell(cell.name, cell.labels, cell.seed, settled, wanted, identity)
 
 
 def _given(place: Path) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _machine(jobs: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"jobs": jobs, "cores": cores(), "machine": platform.machine(), "versions": versions}
+    return {"jobs": jobs, "cores": cores(), "versions": versions}
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -67,6 +67,7 @@ class Experiment(Section):
     allow_code: bool = False  # the base names reward functions of this repository
     rows: Count = 10_000  # of task data that are made ready (`inputs.py`)
     packages: list[Identifier] = Field([])  # that its rewards import, beyond those of the library
+    publish_texts: bool = True  # false where prompts are somebody's data
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Cell:
     seed: int
     config: Mapping[str, Any] = field(repr=False)
     certify: int | None  # fresh samples
+    identity: str = ""  # of its settings and inputs, whatever machine they are on (`published.identity`)
 
     @property
     def key(self) -> str:

@@ -1,15 +1,15 @@
-"""What the cells have come to, read from their files alone: report.json, metrics.jsonl, certificate.json."""
+"""What the cells have come to, read from their files alone: report.json, metrics.jsonl, certificate.json; or from what was published."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import CERTIFICATE, is_trained, run_folder
+from experiments.cells import CERTIFICATE, MACHINE, cell_folder, is_trained, run_folder
 from experiments.grid import Cell
 from l3ms.config.train import TrainConfig
 from l3ms.constraints.shares import bounds_of
@@ -38,12 +38,23 @@ class Result:
     certificate: dict[str, Any] | None
     ratio: float | None = None  # task perplexity over the reference's of the same seed
     responses: int = 0  # sampled in an iteration, of the constraints
+    machine: str = ""  # that it ran on
+    identity: str = ""  # the cell's
     examples: list[dict[str, str]] = field(default_factory=list, repr=False)  # {"prompt", "average", "initial"?}
     metrics: list[dict[str, Any]] = field(default_factory=list, repr=False)  # the iterations
+
+    @property
+    def minutes(self) -> float:
+        """Of the training, its samples at the end and the certificate."""
+        return (self.seconds + float((self.certificate or {}).get("seconds") or 0.0)) / 60
 
     def bound(self, name: str = "length") -> tuple[float | None, float | None]:
         found = next((item for item in self.bounds if item["name"] == name), {})
         return bounds_of(found)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/seed-{self.seed}"
 
     @property
     def before(self) -> Result:
@@ -69,22 +80,15 @@ class Result:
         return value["mean"], *value["ci95"]
 
 
-def read_results(cells: Sequence[Cell], folder: Path, reference: str | None = None) -> list[Result]:
-    """Of the cells that have finished training."""
-    found = [_read(cell, folder) for cell in cells if is_trained(cell, folder)]
-    base = {result.seed: result.summary.get("perplexity") for result in found if result.name == reference}
-    return [_with_ratio(result, base.get(result.seed)) for result in found]
-
-
-def write_results(results: Sequence[Result], path: Path, facts: dict[str, Any]) -> None:
-    """`results.json`: `facts` about the whole, and of each cell everything but its iterations and texts."""
-    left_out = ("metrics", "examples")
-    rows = [{key: value for key, value in asdict(result).items() if key not in left_out} for result in results]
-    for row in rows:
-        if row["certificate"]:
-            row["certificate"].pop("run", None)  # a path of this machine
-    text = json.dumps({**facts, "cells": rows}, indent=1, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
+def read_results(
+    cells: Sequence[Cell], folder: Path, reference: str | None = None, published: Mapping[str, Result] | None = None
+) -> list[Result]:
+    """Of the cells that have finished training in `folder`, and of the others those that are published."""
+    known = published or {}
+    found = [_read(cell, folder) if is_trained(cell, folder) else known.get(cell.key) for cell in cells]
+    results = [result for result in found if result is not None]
+    base = {result.seed: result.summary.get("perplexity") for result in results if result.name == reference}
+    return [_with_ratio(result, base.get(result.seed)) for result in results]
 
 
 def _read(cell: Cell, folder: Path) -> Result:
@@ -109,6 +113,10 @@ def _read(cell: Cell, folder: Path) -> Result:
         mu=report.get("mu_end"),
         verdicts=_verdicts(certificate),
         certificate=certificate,
+        machine=place.read_text(encoding="utf-8").strip()
+        if (place := cell_folder(folder, cell) / MACHINE).exists()
+        else "",
+        identity=cell.identity,
         responses=(cell.config.get("train") or {}).get("constraint_batch_size", TrainConfig().constraint_batch_size),
         examples=report.get("examples") or [],
         metrics=metrics,
@@ -136,9 +144,10 @@ def _verdicts(certificate: dict[str, Any] | None) -> dict[str, str]:
     return {item["name"]: item["verdict"] for item in constraints if item["verdict"] is not None}
 
 
-def failed_lines(cells: Sequence[Cell], folder: Path, errors: dict[str, str]) -> list[str]:
+def failed_lines(cells: Sequence[Cell], results: Sequence[Result], errors: Mapping[str, str]) -> list[str]:
     """A line per cell that has no result, for the table: where the method or the machine failed, it says so."""
-    missing = [cell for cell in cells if not is_trained(cell, folder)]
+    there = {result.key for result in results}
+    missing = [cell for cell in cells if cell.key not in there]
     return [f"* `{cell.key}` has no result: {errors.get(cell.key, 'not run')}" for cell in missing] + [
         f"* `{cell.key}` is not certified: {errors[cell.key]}"
         for cell in cells

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.presenting import by_cell, markdown, number
+from experiments.presenting import by_cell, machine_letters, markdown, number
 from experiments.results import Result
 from l3ms.runs.labels import bounds_text
 
@@ -20,7 +20,7 @@ def table(results: Sequence[Result], name: Name) -> str:
         "", "seed", "wanted", "estimate at the end", "certificate: mean [bounds]", "verdict", "monitors: mean [bounds]",
         "task perplexity", "of SFT's", f"under {SHORT} tokens", "at the cap", "minutes", "sampled tokens",
     )  # fmt: skip
-    rows = []
+    rows, letters = [], machine_letters(results)
     for result in results:
         bounded = [item for item in result.bounds if (item["min"], item["max"]) != (None, None)]
         monitors = [item for item in result.bounds if item not in bounded]
@@ -34,7 +34,7 @@ def table(results: Sequence[Result], name: Name) -> str:
             "<br>".join(f"{shown(item['name'])} {certified(result, item['name'])}" for item in monitors) or "-",
             number(result.summary.get("perplexity")), number(result.ratio, ".3f"),
             f"{100 * share_below(result, SHORT):.1f}%", f"{100 * (1 - result.summary['ended']):.1f}%",
-            f"{minutes(result):.1f}", number(result.sampled_tokens, ",.0f"),
+            f"{result.minutes:.1f} {letters[result.machine]}", number(result.sampled_tokens, ",.0f"),
         ))  # fmt: skip
     return f"{markdown(header, rows)}\n{note(results)}"
 
@@ -42,13 +42,15 @@ def table(results: Sequence[Result], name: Name) -> str:
 def note(results: Sequence[Result]) -> str:
     samples = results[0].summary["samples"]
     certificates = sorted({run.certificate["samples"] for run in results if run.certificate})
+    letters = machine_letters(results)
+    machines = "; ".join(f"{letter}: {place or 'not recorded'}" for place, letter in letters.items())
     certified_by = (
         f"{' or '.join(map(str, certificates))} fresh samples on held-out prompts" if certificates else "none made"
     )
     return (
         f"Certificates: {certified_by}, of the averaged weights; the bounds hold together with 95%. Perplexity, short and cut "
-        f"responses: {samples} held-out rows. Minutes: of training, its samples at the end and the certificate. Sampled tokens: those "
-        "of the training. The plain fine-tuning has the bounds of its row only to be judged by them.\n"
+        f"responses: {samples} held-out rows. Minutes: of training, its samples at the end and the certificate "
+        f"({machines}). Sampled tokens: those of the training. The plain fine-tuning has the bounds of its row only to be judged by them.\n"
     )
 
 
@@ -111,10 +113,6 @@ def share_below(result: Result, tokens: int) -> float:
     """Of the responses after training those of fewer tokens."""
     counts = result.summary["length"].get("histogram") or []
     return sum(counts[:tokens]) / max(sum(counts), 1)
-
-
-def minutes(result: Result) -> float:
-    return (result.seconds + float((result.certificate or {}).get("seconds") or 0.0)) / 60
 
 
 def shown(name: str) -> str:

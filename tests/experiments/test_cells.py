@@ -74,7 +74,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, fake_command, console,
     assert outcomes[0].error == f"l3ms {stage} ended with exit code 2: l3ms: train.solver: no such solver"
     assert outcomes[1].error is None
     assert "FAILED a/seed-0" in console.file.getvalue()
-    lines = failed_lines(cells, tmp_path, {"a/seed-0": str(outcomes[0].error)})
+    lines = failed_lines(cells, read_results(cells, tmp_path), {"a/seed-0": str(outcomes[0].error)})
     assert len(lines) == 1
     assert "no such solver" in lines[0]
     names = [result.name for result in read_results(cells, tmp_path)]

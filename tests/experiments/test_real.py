@@ -217,7 +217,7 @@ def test_the_table_says_what_the_certificate_and_the_run_said():
     assert row["certificate: mean [bounds]"] == "14.2 [13.5, 15]"
     assert row["monitors: mean [bounds]"] == "ended 0.5 [0.4, 0.6]"
     assert (row["under 4 tokens"], row["at the cap"]) == ("25.0%", "25.0%")
-    assert (row["minutes"], row["sampled tokens |"]) == ("2.5", "264 |")  # 8 responses of 10, 11 and 12 tokens
+    assert (row["minutes"], row["sampled tokens |"]) == ("2.5 a", "264 |")  # 8 responses of 10, 11 and 12 tokens
     assert (row["of SFT's"], row["verdict"]) == ("1.250", "SATISFIED")
 
 

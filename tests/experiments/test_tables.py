@@ -162,6 +162,7 @@ def test_the_command(tmp_path, rows, fake_command, monkeypatch, capsys):
         "figure.png",
         "inputs",
         "results.json",
+        "runs.jsonl",
         "table.md",
     ]
     written = json.loads((output / "results.json").read_text())

@@ -74,9 +74,9 @@ def describe(on: str = "cpu") -> Environment:
     )
 
 
-def machine() -> str:
-    """The kind of this machine, "AMD EPYC, avx2, 1 core": the cores are those that this process may use."""
-    return _kind(cpu_name(), _isa(), _cores())
+def machine(cores: int | None = None) -> str:
+    """The kind of this machine, "AMD EPYC, avx2, 1 core": `cores`, or those that this process may use."""
+    return _kind(cpu_name(), _isa(), cores or _cores())
 
 
 def _kind(cpu: str, isa: Sequence[str], cores: int) -> str:
