@@ -9,10 +9,19 @@ from goals import GOALS, parts_of
 from parts import Skipped
 from records import part_file, read
 
-PARTS = [(goal, part) for goal in GOALS for part in parts_of(goal) if part.slice]
+APART = ("full at every page", "Python: kernels")
 
 
-@pytest.mark.parametrize(("goal", "part"), [pytest.param(*pair, id=f"{pair[0].key}-{pair[1].name}") for pair in PARTS])
+def cases():
+    """What needs processes of its own takes 30 to 70 s a part, of what other tests try too: `make test-full`."""
+    for goal in GOALS:
+        for part in parts_of(goal):
+            if part.slice:
+                slow = [pytest.mark.slow] if part.environment or part.name in APART else []
+                yield pytest.param(goal, part, id=f"{goal.key}-{part.name}", marks=slow)
+
+
+@pytest.mark.parametrize(("goal", "part"), list(cases()))
 def test_slice(goal, part, tmp_path):
     if part.environment:
         here = Path(__file__).parent
