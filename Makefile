@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is kept, whatever the shell says: where it is not, as in many images, each of the hundreds of processes of the tests compiles
+# torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
 # Passed on: make demo ARGS="--seed 3", make test ARGS="tests/build -x"
 ARGS ?=
 # Processes that run tests, each with one thread
@@ -172,6 +175,7 @@ $(VENV)/peers: $(VENV)/installed
 
 $(VENV)/experiments: $(VENV)/installed
 	$(PIP) install -q $(LEXICONS)
+	@touch $@
 
 $(VENV)/rivals: $(VENV)/installed
 	$(PIP) install -q --no-deps $(RIVALS)
