@@ -21,7 +21,9 @@ def project(tmp_path, tokenizer, make_model):
 
 
 def files(folder: Path):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    """But for the bytecode that Python keeps of a reward's module."""
+    found = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in found}
 
 
 def reward(project_folder, name, **bounds):
