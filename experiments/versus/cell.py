@@ -9,6 +9,7 @@ Seconds are the process's own, whatever else the machine does beside it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -42,6 +43,7 @@ def run(folder: Path) -> None:
             "sampled_tokens": trained.sampled_tokens,
             "seconds": round(time.process_time() - start, 1),
             "machine": machine(),
+            "rows": hashlib.sha256(Path(task.train).read_bytes()).hexdigest()[:16],  # that it learnt from
             "log": trained.log,
         }
         write_json(folder / TRAINED, values)

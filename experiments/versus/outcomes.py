@@ -24,7 +24,7 @@ class Result:
     setting: Mapping[str, Any]
     trained: dict[str, Any] = field(repr=False)
     judged: dict[str, Any] = field(repr=False)
-    ratio: float | None = None  # task perplexity over the reference's of the same seed
+    ratio: float | None = None  # task perplexity over the reference's of the same seed and training rows
 
     @property
     def certified(self) -> bool:
@@ -76,8 +76,13 @@ def read_results(cells: Sequence[Cell], folder: Path, reference: str) -> list[Re
             place = cell_folder(folder, cell)
             trained, judged = (json.loads((place / name).read_text(encoding="utf-8")) for name in (TRAINED, RESULT))
             found.append(Result(cell.contestant, cell.attempt, cell.seed, cell.values["setting"], trained, judged))
-    base = {item.seed: item.judged["perplexity"] for item in found if item.contestant == reference}
-    return [_with_ratio(item, base.get(item.seed)) for item in found]
+    base = {_paired(item): item.judged["perplexity"] for item in found if item.contestant == reference}
+    return [_with_ratio(item, base.get(_paired(item))) for item in found]
+
+
+def _paired(result: Result) -> tuple[int, str | None]:
+    """What has to be equal of a result and its reference: rows mined on machines with other packages are others."""
+    return result.seed, result.trained.get("rows")
 
 
 def outcomes(cells: Sequence[Cell], results: Sequence[Result]) -> list[Outcome]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.versus import contest as contests
 from experiments.versus.contest import Cell
-from experiments.versus.outcomes import Cost, Result, outcomes, tuned
+from experiments.versus.outcomes import Cost, Result, outcomes, read_results, tuned
 from experiments.versus.running import cell_folder, is_finished, run_cells
 from experiments.versus.table import table
 from experiments.versus.task import Task
@@ -154,6 +154,17 @@ def test_a_certificate_costs_all_tries_before_it():
         unfinished = outcomes(cells, [item for item in results if item.attempt != left_out])
         assert [item.contestant for item in unfinished] == known  # the tries up to the certificate are there, or not
         assert all((item.all_tries is None) == (item.contestant == "trl_grpo") for item in unfinished)
+
+
+def test_a_ratio_is_over_the_reference_that_learnt_from_the_same_rows(tmp_path):
+    cells = made("l3m", tmp_path, seeds=(0, 1))
+    for cell, rows in zip(cells, ("a", "a", "b", None, *"aaaa"), strict=True):
+        place = cell_folder(tmp_path, cell)
+        place.mkdir(parents=True)
+        (place / "cell.json").write_text(json.dumps(cell.values))
+        (place / "trained.json").write_text(json.dumps({"machine": "m"} | ({"rows": rows} if rows else {})))
+        (place / "result.json").write_text(json.dumps({"perplexity": 10.0 + cell.seed}))
+    assert [item.ratio for item in read_results(cells, tmp_path, "sft")] == [1.0, 1.0, None, None, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_the_best_try_is_the_cheapest_certified_one_or_the_nearest():
