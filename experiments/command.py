@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,11 @@ def main(
     console.print(f"{experiment.title}: {len(cells)} cells", markup=False, highlight=False)
     values = {**_given(place), **_prepare(place)(folder / "inputs", arguments)}
     ready = [_ready(cell, experiment, values, set_ or [], samples) for cell in cells]
+    contents = published.contents(values)
+    ready = [
+        replace(made, identity=published.identity({"cell": cell.config, "set": set_ or []}, made.certify, contents))
+        for cell, made in zip(cells, ready, strict=True)
+    ]
     known = published.read(place / "results", ready) if go_on else {}
     outcomes: list[Outcome] = []
     if not draw:
@@ -144,8 +150,7 @@ def _ready(
             load_config(path)
         except ConfigError as error:
             raise ConfigError(f"cell {cell.key}, {error.field}", error.message) from None
-    identity = published.identity({"cell": cell.config, "set": settings}, wanted, values)
-    return Cell(cell.name, cell.labels, cell.seed, settled, wanted, identity)
+    return Cell(cell.name, cell.labels, cell.seed, settled, wanted)
 
 
 def _given(place: Path) -> dict[str, Any]:

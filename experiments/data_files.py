@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -17,3 +18,8 @@ def data_file(given: str | Path | None, variable: str, wanted: str) -> Path:
     if not path.is_file():
         raise ConfigError("data", f"no such file: {path}; wanted {wanted}")
     return path
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file, the first 16 digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -45,9 +45,9 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def machine_letters(results: Iterable[Result]) -> dict[str, str]:
-    """A letter for each machine that the results are of."""
-    return {place: chr(ord("a") + index) for index, place in enumerate(sorted({item.machine for item in results}))}
+def machine_letters(machines: Iterable[str]) -> dict[str, str]:
+    """A letter for each."""
+    return {place: chr(ord("a") + index) for index, place in enumerate(sorted(set(machines)))}
 
 
 def mean(results: Sequence[Result], value: Callable[[Result], float | None]) -> float:

@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.data_files import fingerprint
 from experiments.grid import Cell
 from experiments.results import Result
 
@@ -26,10 +27,13 @@ _DRAWN = re.compile(
 )
 
 
-def identity(config: Mapping[str, Any], certify: int | None, values: Mapping[str, Any]) -> str:
-    """A hash of what a cell is: its settings (`config`, with its placeholders), the samples of its certificate, and the contents of its
-    inputs (`values` of the placeholders). Paths, and whether the machine has products of bfloat16, do not count."""
-    contents = {name: _content(value) for name, value in values.items() if name not in OF_THE_MACHINE}
+def contents(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the inputs are, wherever they are: `values` of the placeholders, a hash in the place of a path."""
+    return {name: _content(value) for name, value in values.items() if name not in OF_THE_MACHINE}
+
+
+def identity(config: Mapping[str, Any], certify: int | None, contents: Mapping[str, Any]) -> str:
+    """A hash of what a cell is: its settings (`config`, with placeholders), the samples of its certificate, its inputs' `contents`."""
     text = json.dumps([config, certify, contents], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -39,12 +43,7 @@ def _content(value: Any) -> Any:
     path = Path(value) if isinstance(value, str) else None
     if path is None or not path.exists():
         return value
-    digest = hashlib.sha256()
-    for part in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        with part.open("rb") as file:
-            while piece := file.read(1 << 24):
-                digest.update(piece)
-    return digest.hexdigest()
+    return " ".join(map(fingerprint, [path] if path.is_file() else sorted(path.glob("*.safetensors"))))
 
 
 def write(results: Sequence[Result], folder: Path, facts: Mapping[str, Any], *, texts: bool = True) -> None:
@@ -69,14 +68,14 @@ def read(folder: Path, cells: Sequence[Cell]) -> dict[str, Result]:
     if not (folder / RUNS).exists():
         return {}
     wanted = {cell.key: cell.identity for cell in cells}
-    lines = (folder / RUNS).read_text(encoding="utf-8").splitlines()
-    runs = {run["cell"]: run for run in map(json.loads, lines)}
+    with (folder / RUNS).open(encoding="utf-8") as lines:  # not splitlines: JSON leaves U+2028 of a text as it is
+        runs = {run["cell"]: run for run in map(json.loads, lines)}
     found = {}
     for row in json.loads((folder / RESULTS).read_text(encoding="utf-8"))["cells"]:
-        key = f"{row['name']}/seed-{row['seed']}"
-        if row.get("identity") and wanted.get(key) == row["identity"] and key in runs:
-            row["labels"] = tuple(row["labels"])
-            found[key] = Result(**row, metrics=_rows(runs[key]["metrics"]), examples=runs[key]["examples"])
+        result = Result(**{**row, "labels": tuple(row["labels"])})
+        if result.identity and wanted.get(result.key) == result.identity and result.key in runs:
+            run = runs[result.key]
+            found[result.key] = replace(result, metrics=_rows(run["metrics"]), examples=run["examples"])
     return found
 
 

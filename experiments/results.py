@@ -95,6 +95,7 @@ def _read(cell: Cell, folder: Path) -> Result:
     run = run_folder(folder, cell)
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run / "metrics.jsonl")
+    place = cell_folder(folder, cell) / MACHINE
     certificate = None
     if cell.certify is not None and (run / CERTIFICATE).exists():
         certificate = json.loads((run / CERTIFICATE).read_text(encoding="utf-8"))
@@ -113,9 +114,7 @@ def _read(cell: Cell, folder: Path) -> Result:
         mu=report.get("mu_end"),
         verdicts=_verdicts(certificate),
         certificate=certificate,
-        machine=place.read_text(encoding="utf-8").strip()
-        if (place := cell_folder(folder, cell) / MACHINE).exists()
-        else "",
+        machine=place.read_text(encoding="utf-8").strip() if place.exists() else "",
         identity=cell.identity,
         responses=(cell.config.get("train") or {}).get("constraint_batch_size", TrainConfig().constraint_batch_size),
         examples=report.get("examples") or [],

@@ -8,7 +8,6 @@ turn. With a field "prompt" beside them (a text), chosen and rejected are the re
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
 import re
@@ -121,11 +120,6 @@ def conversation(pair: Pair, reply: str, tokenizer: Any) -> str:
         turns = messages([*pair.prompt, ("assistant", reply)])
         return tokenizer.apply_chat_template(turns, tokenize=False)
     return f"{prompt_text(pair.prompt)} {reply}"
-
-
-def fingerprint(path: Path) -> str:
-    """sha256 of a file, the first 16 digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -20,10 +20,10 @@ import transformers
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from experiments.data_files import fingerprint
 from experiments.harmlessness.pairs import (
     Pair,
     data_path,
-    fingerprint,
     messages,
     prompt_text,
     read_pairs,

@@ -20,7 +20,7 @@ def table(results: Sequence[Result], name: Name) -> str:
         "", "seed", "wanted", "estimate at the end", "certificate: mean [bounds]", "verdict", "monitors: mean [bounds]",
         "task perplexity", "of SFT's", f"under {SHORT} tokens", "at the cap", "minutes", "sampled tokens",
     )  # fmt: skip
-    rows, letters = [], machine_letters(results)
+    rows, letters = [], machine_letters(result.machine for result in results)
     for result in results:
         bounded = [item for item in result.bounds if (item["min"], item["max"]) != (None, None)]
         monitors = [item for item in result.bounds if item not in bounded]
@@ -42,7 +42,7 @@ def table(results: Sequence[Result], name: Name) -> str:
 def note(results: Sequence[Result]) -> str:
     samples = results[0].summary["samples"]
     certificates = sorted({run.certificate["samples"] for run in results if run.certificate})
-    letters = machine_letters(results)
+    letters = machine_letters(result.machine for result in results)
     machines = "; ".join(f"{letter}: {place or 'not recorded'}" for place, letter in letters.items())
     certified_by = (
         f"{' or '.join(map(str, certificates))} fresh samples on held-out prompts" if certificates else "none made"

@@ -9,7 +9,6 @@ Seconds are the process's own, whatever else the machine does beside it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import shutil
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.data_files import fingerprint
 from experiments.versus.task import Contestant, Task
 
 CELL, TRAINED, RESULT = "cell.json", "trained.json", "result.json"
@@ -43,7 +43,7 @@ def run(folder: Path) -> None:
             "sampled_tokens": trained.sampled_tokens,
             "seconds": round(time.process_time() - start, 1),
             "machine": machine(),
-            "rows": hashlib.sha256(Path(task.train).read_bytes()).hexdigest()[:16],  # that it learnt from
+            "rows": fingerprint(Path(task.train)),  # that it learnt from
             "log": trained.log,
         }
         write_json(folder / TRAINED, values)

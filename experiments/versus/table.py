@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.presenting import markdown, number
+from experiments.presenting import machine_letters, markdown, number
 from experiments.versus.contest import Cell, Contest
 from experiments.versus.outcomes import Cost, Outcome, Result
 
@@ -87,9 +87,7 @@ def _tries(contest: Contest, task: Mapping[str, Any], results: Sequence[Result])
 
 
 def _machines(results: Sequence[Result]) -> dict[str, str]:
-    """A letter for each."""
-    names = sorted({place for item in results for place in item.machines})
-    return {place: chr(ord("a") + index) for index, place in enumerate(names)}
+    return machine_letters(place for item in results for place in item.machines)
 
 
 def _length(result: Result) -> str:

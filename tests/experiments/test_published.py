@@ -78,7 +78,7 @@ def test_what_is_drawn_comes_back(tmp_path, finished):
     finished(tmp_path, cells[1], verdict="SATISFIED", initial=True, sampled=[8, 9])
     results = read_results(cells, tmp_path, "sft")
     results[1].metrics[0]["time/task"] = 1.0  # is not drawn
-    results[1] = replace(results[1], examples=[{"prompt": "p", "average": "text"}])
+    results[1] = replace(results[1], examples=[{"prompt": "p", "average": "text\u2028of two lines"}])
     published.write(results, tmp_path, {"title": "t"})
     found = published.read(tmp_path, [*cells, replace(cells[0], name="other")])
     del results[1].metrics[0]["time/task"]
@@ -102,7 +102,8 @@ def test_an_identity_is_of_contents_and_not_of_paths_or_machines(tmp_path):
 
     def of(folder: str, **values: object) -> str:
         names = {"train": str(tmp_path / folder / "train.jsonl"), "model": str(tmp_path / folder / "model")}
-        return published.identity({"train": "${train}"}, 16, names | {"here": str(tmp_path / folder)} | values)
+        contents = published.contents(names | {"here": str(tmp_path / folder)} | values)
+        return published.identity({"train": "${train}"}, 16, contents)
 
     assert of("a") == of("b", bfloat16=True)
     assert of("c") != of("a")

@@ -20,8 +20,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from experiments import inputs
-from experiments.data_files import data_file
-from experiments.harmlessness.pairs import fingerprint
+from experiments.data_files import data_file, fingerprint
 from experiments.real import task
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.rollouts.sampling import rollout
