@@ -46,7 +46,8 @@ def main() -> None:
         model = peft.get_peft_model(model, peft.LoraConfig(r=given.lora, target_modules="all-linear"))
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    prompts = [json.loads(line)["prompt"] for line in given.prompts.read_text(encoding="utf-8").splitlines()]
+    with given.prompts.open(encoding="utf-8") as lines:
+        prompts = [json.loads(line)["prompt"] for line in lines]
     rows = [encode_prompt(tokenizer, as_turns(tokenizer, p)) for p in prompts[: given.batch_size * given.rounds]]
     found = race(ways(model, tokenizer, given.max_new_tokens), rows, given.batch_size)
     setting = f"{given.batch_size} x {given.max_new_tokens}" + (f", LoRA r = {given.lora}" * bool(given.lora))

@@ -20,6 +20,12 @@ def data_file(given: str | Path | None, variable: str, wanted: str) -> Path:
     return path
 
 
+def json_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, without their ends. Not `str.splitlines`, which cuts at U+2028 too: JSON leaves it as it is in a text."""
+    with path.open(encoding="utf-8-sig") as file:
+        return [line.rstrip("\n") for line in file]
+
+
 def fingerprint(path: Path) -> str:
     """sha256 of a file, the first 16 digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.data_files import fingerprint, json_lines
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo.run import prepare_base
 
@@ -41,7 +42,11 @@ def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
     """
     if (arguments.model is None) != (arguments.data is None):
         raise ConfigError("--data" if arguments.data is None else "--model", "--model and --data go together")
-    key = {"model": arguments.model, "data": str(arguments.data), "rows": arguments.rows, "seed": arguments.seed}
+    try:
+        data = None if arguments.data is None else fingerprint(arguments.data)
+    except OSError as error:
+        raise ConfigError("--data", f"{arguments.data} cannot be read: {error}") from None
+    key = {"model": arguments.model, "data": data, "rows": arguments.rows, "seed": arguments.seed}
     values = read_done(output, key)
     if values is None:
         output.mkdir(parents=True, exist_ok=True)
@@ -67,8 +72,8 @@ def _own(output: Path, arguments: Arguments) -> dict[str, Any]:
     assert arguments.data is not None
     assert arguments.model is not None
     try:
-        lines = [line for line in arguments.data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in json_lines(arguments.data) if line.strip()]
+    except UnicodeDecodeError as error:
         raise ConfigError("--data", f"{arguments.data} cannot be read: {error}") from None
     if len(lines) < 2:
         raise ConfigError("--data", f"{arguments.data} has {len(lines)} rows; some are to be held out")

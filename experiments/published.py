@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.data_files import fingerprint
+from experiments.data_files import fingerprint, json_lines
 from experiments.grid import Cell
 from experiments.results import Result
 
@@ -68,8 +68,7 @@ def read(folder: Path, cells: Sequence[Cell]) -> dict[str, Result]:
     if not (folder / RUNS).exists():
         return {}
     wanted = {cell.key: cell.identity for cell in cells}
-    with (folder / RUNS).open(encoding="utf-8") as lines:  # not splitlines: JSON leaves U+2028 of a text as it is
-        runs = {run["cell"]: run for run in map(json.loads, lines)}
+    runs = {run["cell"]: run for run in map(json.loads, json_lines(folder / RUNS))}
     found = {}
     for row in json.loads((folder / RESULTS).read_text(encoding="utf-8"))["cells"]:
         result = Result(**{**row, "labels": tuple(row["labels"])})

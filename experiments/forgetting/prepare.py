@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import inputs
+from experiments.data_files import json_lines
 from l3ms.config.run_config import load_config
 from l3ms.measuring.evaluation import task_perplexity
 from l3ms.runs.data import Example, encode
@@ -47,7 +48,7 @@ def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
 
 def _turn(source: Path, target: Path) -> str:
     """The rows with prompt and completion exchanged."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    rows = map(json.loads, json_lines(source))
     inputs.write_rows(
         target, ({"prompt": f"{row['completion']}\n", "completion": row["prompt"].rstrip("\n")} for row in rows)
     )
@@ -71,7 +72,6 @@ def _loss(model: str, rows: Path, limit: int = 1024) -> float:
     """Mean over rows of the loss per token, nats: what `data_nll` measures."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     network: Any = AutoModelForCausalLM.from_pretrained(model)
-    lines = rows.read_text(encoding="utf-8").splitlines()[:limit]
-    examples = [Example(row["prompt"], row["completion"]) for row in map(json.loads, lines)]
+    examples = [Example(row["prompt"], row["completion"]) for row in map(json.loads, json_lines(rows)[:limit])]
     encoded = encode(examples, tokenizer, max_length=inputs.MAX_TOKENS)
     return math.log(task_perplexity(network, encoded.rows, pad_token_id=tokenizer.pad_token_id or 0))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import command, inputs
+from experiments.data_files import json_lines
 from experiments.grid import Cell
 from experiments.presenting import interval, pooled, verdict
 from experiments.results import read_results
@@ -117,7 +118,7 @@ def test_far(tmp_path, finished):
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
-    inputs.write_rows(path, ({"prompt": f"p{i}", "completion": "c"} for i in range(40)))
+    inputs.write_rows(path, ({"prompt": f"p{i}", "completion": "c\u2028d"} for i in range(40)))
     return path
 
 
@@ -125,11 +126,17 @@ def test_inputs_of_a_model_of_ones_own(tmp_path, rows):
     arguments = inputs.Arguments("some/model", rows, rows=30)
     values = inputs.prepare(tmp_path / "inputs", arguments)
     assert values["model"] == "some/model"
-    sides = [Path(values[side]).read_text().splitlines() for side in ("train", "held_out")]
+    sides = [json_lines(Path(values[side])) for side in ("train", "held_out")]
     assert [len(side) for side in sides] == [30, 4]
     assert not set(sides[0]) & set(sides[1])
+    assert {json.loads(row)["completion"] for side in sides for row in side} == {"c\u2028d"}
+    Path(values["train"]).write_text("")
+    assert inputs.prepare(tmp_path / "inputs", arguments) == values
+    assert not json_lines(Path(values["train"]))  # what was there
+    inputs.write_rows(rows, ({"prompt": f"p{i}", "completion": "e"} for i in range(40)))  # other rows by the same name
+    inputs.prepare(tmp_path / "inputs", arguments)
+    assert {json.loads(row)["completion"] for row in json_lines(Path(values["train"]))} == {"e"}
     rows.unlink()
-    assert inputs.prepare(tmp_path / "inputs", arguments) == values  # from what is there
     with pytest.raises(ConfigError, match="--data"):
         inputs.prepare(tmp_path / "inputs", inputs.Arguments("some/model", rows, rows=31))
     with pytest.raises(ConfigError, match="go together"):

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from experiments import inputs
-from experiments.data_files import data_file, fingerprint
+from experiments.data_files import data_file, fingerprint, json_lines
 from experiments.real import task
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.rollouts.sampling import rollout
@@ -71,7 +71,7 @@ def prepare(output: Path, arguments: inputs.Arguments) -> dict[str, Any]:
 def read_tasks(path: Path) -> list[dict[str, str]]:
     """{"prompt", "completion"} of the first instance of each task. ConfigError naming the line for another form."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(json_lines(path), 1):
         if not line.strip():
             continue
         try:
