@@ -91,7 +91,7 @@ def no_nvcc(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def native_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that a machine with a CUDA build of torch, no nvcc and no GPU makes. The default tests compile this once."""
+    """The wheel that a machine with a CUDA build of torch, no nvcc and no GPU makes."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # what the processes of one run share
@@ -111,9 +111,19 @@ def native_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def native_site(native_wheel: Path, tmp_path: Path) -> Path:
-    """A copy of the package with its native part, unpacked from the wheel."""
+def wheel_site(native_wheel: Path, tmp_path: Path) -> Path:
+    """What that wheel installs."""
     return unpack(native_wheel.parents[1], tmp_path / "site")
+
+
+@pytest.fixture
+def native_site(tmp_path: Path) -> Path:
+    """A copy of the package with its native part, as `pip install -e .` has compiled it in this tree."""
+    if not list((ROOT / "l3m_kernels").glob("_C*.so")):
+        pytest.skip("the native part is not built here")
+    for source in (ROOT / "l3m_kernels", ROOT / "python" / "l3ms"):
+        shutil.copytree(source, tmp_path / "site" / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "site"
 
 
 @pytest.fixture(scope="session")

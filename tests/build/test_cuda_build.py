@@ -181,7 +181,7 @@ def architectures(wanted: str | None, nvcc: str, folder: Path) -> tuple[int, str
     [
         (None, "L3M_BUILD=cuda: nvcc was not found in CUDA_HOME or on PATH (torch has CUDA 13.0)"),
         ("12.9", "nvcc is of CUDA 12.9, torch of CUDA 13.0: the major versions differ"),
-        ("unknown", "nvcc --version does not tell its version"),
+        pytest.param("unknown", "nvcc --version does not tell its version", marks=pytest.mark.slow),
     ],
 )
 def test_an_nvcc_that_does_not_fit_is_refused_by_name(python, tree, no_nvcc, tmp_path, release, message):

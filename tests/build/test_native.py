@@ -36,13 +36,15 @@ def doctor(site: Path, **changes: object) -> None:
     path.write_text(json.dumps(record))
 
 
-def test_cuda_torch_without_nvcc_compiles_the_cpu_part(native_site):
-    record = json.loads((native_site / "l3m_kernels" / "_build.json").read_text())
+@pytest.mark.slow  # as all that takes the wheel: a minute
+def test_cuda_torch_without_nvcc_compiles_the_cpu_part(wheel_site):
+    record = json.loads((wheel_site / "l3m_kernels" / "_build.json").read_text())
     assert record["torch"]["cuda"] == "13.0"
     assert record["built"] == ["cpu"]
     assert record["missing"]["cuda"] == "nvcc was not found in CUDA_HOME or on PATH (torch has CUDA 13.0)"
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_from_elsewhere(python, native_wheel, tmp_path):
     """Another virtual environment, another folder. Its torch is this environment's, by a .pth file."""
     environment = tmp_path / "environment"
@@ -66,9 +68,10 @@ def test_installed_wheel_runs_from_elsewhere(python, native_wheel, tmp_path):
     assert version.returncode == 0, version.stderr
 
 
-def test_wheel_names_no_folder_of_the_build_machine(native_site):
+@pytest.mark.slow
+def test_wheel_names_no_folder_of_the_build_machine(wheel_site):
     """An rpath or a debug path would be one."""
-    (library,) = (native_site / "l3m_kernels").glob("_C*.so")
+    (library,) = (wheel_site / "l3m_kernels").glob("_C*.so")
     assert os.fsencode(Path(setuptools.__file__).parents[1]) not in library.read_bytes()
 
 

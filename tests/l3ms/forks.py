@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 
-def forked(act: Callable[[], Any], said: Path, output: str | Path = os.devnull, failed: int = 1) -> int:
-    """A process that does `act`, with its errors in `said`, and ends with the number that this returns, or with `failed`. -> its id"""
+def forked(act: Callable[[], Any], said: Path | None = None, output: str | Path = os.devnull, failed: int = 1) -> int:
+    """A process that does `act`, with its errors in `said` (None: it speaks where this one does), and ends with the number that this
+    returns, or with `failed`. -> its id"""
     process = os.fork()
     if process == 0:
         code = failed
         try:
-            speak_to(said, output)
+            if said is not None:
+                speak_to(said, output)
             code = act() or 0
         except BaseException:
             traceback.print_exc()

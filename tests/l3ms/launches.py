@@ -8,12 +8,12 @@ output of command N are in folder/N-R.json. ARGUMENTS of each rank may be its ow
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 from forks import forked
+from rank_forks import free_port
 
 
 def load():
@@ -29,12 +29,6 @@ def load():
     import l3ms.verdicts.checking  # noqa: F401
 
     torch.set_num_threads(1)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def fork(arguments, place, output):

@@ -1,9 +1,7 @@
-"""One rank of `test_distributed.py`: a policy over lengths, whose batch is split over the ranks; run as a program.
+"""One rank of `test_distributed.py`: a policy over lengths, whose batch is split over the ranks.
 
-python ranks.py RANK WORLD STORE OUTPUT
+python rank_forks.py ranks WORLD FOLDER; writes FOLDER/RANK.pt.
 """
-
-import sys
 
 import torch
 import torch.distributed as dist
@@ -153,12 +151,12 @@ def sharded(world, fused):
     return torch.cat([p.double().reshape(-1) for p in full]), opt.metrics()
 
 
-if __name__ == "__main__":
-    rank, world = int(sys.argv[1]), int(sys.argv[2])
+def main(folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
     found = {name: run(split, rank, world) for name, split in SPLITS.items()}
     found |= {"refused": refused(rank, world), "agreeing": agreeing(rank)}
     found |= {f"sharded, fused {fused}": sharded(world, fused) for fused in (False, True)}
-    torch.save(found, sys.argv[4])
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

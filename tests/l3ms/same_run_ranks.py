@@ -1,10 +1,10 @@
-"""One of four ranks of `test_same_run.py`: fifty iterations of one run by 1, 2 and 4 processes, whole and in parts; run as a program.
+"""One of four ranks of `test_same_run.py`: fifty iterations of one run by 1, 2 and 4 processes, whole and in parts.
 
-python same_run_ranks.py RANK STORE OUTPUT. Two processes are two of the four; the other two make the same run beside them.
+python rank_forks.py same_run_ranks 4 FOLDER [KIND ...]; writes FOLDER/RANK.pt.
+Two processes are two of the four; the other two make the same run beside them.
 """
 
 import itertools
-import sys
 
 import torch
 import torch.distributed as dist
@@ -111,14 +111,14 @@ def groups_of(rank):
     return found
 
 
-if __name__ == "__main__":
-    rank = int(sys.argv[1])
+def main(folder, *kinds):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     groups = groups_of(rank)
     found = {}
     for dtype, (kind, worlds) in itertools.product((torch.float64, torch.float32), KINDS.items()):
-        for world in worlds if not sys.argv[4:] or kind in (*sys.argv[4:], "whole") else ():
+        for world in worlds if not kinds or kind in (*kinds, "whole") else ():
             found[kind, world, dtype] = run(kind, world, dtype, groups)
-            torch.save(found, sys.argv[3])
+            torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

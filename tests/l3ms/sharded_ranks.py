@@ -1,6 +1,6 @@
-"""One rank of `test_sharded_models.py`: transformers models that fully_shard has split, beside whole ones; run as a program.
+"""One rank of `test_sharded_models.py`: transformers models that fully_shard has split, beside whole ones.
 
-python sharded_ranks.py RANK WORLD STORE OUTPUT [CHECK ...]
+python rank_forks.py sharded_ranks WORLD FOLDER [CHECK ...]; writes FOLDER/RANK.pt.
 """
 
 import copy
@@ -335,10 +335,10 @@ CHECKS = {
     "refusals": refusals,
 }
 
-if __name__ == "__main__":
-    rank, world, store, output, *names = sys.argv[1:]
+
+def main(folder, *names):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
+    dist.init_process_group("gloo")
     found = {}
     for name in names or CHECKS:
         try:
@@ -346,5 +346,5 @@ if __name__ == "__main__":
         except Exception:  # the tests say which
             found[name] = traceback.format_exc()
             print(name, found[name], file=sys.stderr)
-    torch.save(found, output)
+    torch.save(found, f"{folder}/{dist.get_rank()}.pt")
     dist.destroy_process_group()

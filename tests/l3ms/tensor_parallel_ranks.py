@@ -1,12 +1,8 @@
-"""The ranks of `test_tensor_parallel.py`: python tensor_parallel_ranks.py FOLDER, where each writes RANK.pt.
+"""The ranks of `test_tensor_parallel.py`: python rank_forks.py tensor_parallel_ranks 2 FOLDER; writes FOLDER/RANK.pt.
 
 Tiny models are saved, and loaded with `tp_plan="auto"` as a user does, and beside that whole, as on one process.
 """
 
-import contextlib
-import os
-import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -92,32 +88,13 @@ def run(folder):
     return found
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(path):
     torch.set_num_threads(1)
-    for name, (kind, options) in MODELS.items():
-        save(kind, folder / name, **options)
-    children = []
-    for rank in range(2):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-            torch.save(run(folder), folder / f"{rank}.pt")
-            dist.barrier()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    failed = 0
-    for _ in children:  # one that ends badly ends the others
-        _, status = os.wait()
-        if status:
-            failed = 1
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, 9)
-    sys.exit(failed)
+    folder = Path(path)
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        for name, (kind, options) in MODELS.items():
+            save(kind, folder / name, **options)
+    dist.barrier()
+    torch.save(run(folder), folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()

@@ -1,13 +1,12 @@
 """One rank of `test_trainer_ranks.py`: trainers with a `Watch`, started as torchrun does, by variables of the environment.
 
-python trainer_ranks.py MODEL FOLDER RUNS; RUNS is a list in JSON of what `train` is given, one run after the other; writes FOLDER/RANK.pt,
-the list of what they found.
+python rank_forks.py trainer_ranks WORLD MODEL FOLDER RUNS; RUNS is a list in JSON of what `train` is given,
+one run after the other; writes FOLDER/RANK.pt, the list of what they found.
 """
 
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import fsdp_on_cpus
@@ -60,10 +59,9 @@ def train(model, place, on_trip, steps=STEPS, save_steps=STEPS, rollout=None):
     }
 
 
-if __name__ == "__main__":
+def main(model, folder, runs):
     torch.set_num_threads(1)
     fsdp_on_cpus.patch()
-    model, folder, runs = sys.argv[1:]
     found = []
     for options in json.loads(runs):
         # a run of before, up to the step: what an interruption leaves

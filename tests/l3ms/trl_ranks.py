@@ -1,11 +1,11 @@
 """One rank of `test_trl_ranks.py`, or all of it: trainers under constraints whose responses are scripted, started as torchrun does.
 
-python trl_ranks.py MODEL FOLDER ROWS [fsdp]; writes FOLDER/RANK.pt. ROWS: of a batch, on each rank. fsdp: the model is split by FSDP2.
+python rank_forks.py trl_ranks WORLD MODEL FOLDER ROWS [fsdp]; writes FOLDER/RANK.pt.
+ROWS: of a batch, on each rank. fsdp: the model is split by FSDP2.
 """
 
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,8 @@ def sharded(folder: Path, model: str, rows: int) -> dict[str, Any]:
     return whole
 
 
-if __name__ == "__main__":
+def main(model, folder, rows, *how):
     torch.set_num_threads(1)
-    model, folder, rows, *how = sys.argv[1:]
     if how:
         import fsdp_on_cpus
 

@@ -9,16 +9,20 @@ from goals import GOALS, parts_of
 from parts import Skipped
 from records import part_file, read
 
-APART = ("full at every page", "Python: kernels")
+# Parts that take 7 to 60 s, of what other tests try too: `make test-full`, as all that need processes of their own.
+LONG = (
+    "G3-torch's samples", "G7-noisy", "G8-SGD", "G8-float64", "G10-full at every page", "G14-models and texts", "G16-soak",
+    "G17-Python: kernels",
+)  # fmt: skip
 
 
 def cases():
-    """What needs processes of its own takes 30 to 70 s a part, of what other tests try too: `make test-full`."""
     for goal in GOALS:
         for part in parts_of(goal):
             if part.slice:
-                slow = [pytest.mark.slow] if part.environment or part.name in APART else []
-                yield pytest.param(goal, part, id=f"{goal.key}-{part.name}", marks=slow)
+                name = f"{goal.key}-{part.name}"
+                slow = [pytest.mark.slow] if part.environment or name in LONG else []
+                yield pytest.param(goal, part, id=name, marks=slow)
 
 
 @pytest.mark.parametrize(("goal", "part"), list(cases()))

@@ -1,10 +1,7 @@
 """Two processes that share a batch find the multipliers and the gradient of one process that has it all."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+import rank_forks
 import ranks
 import torch
 
@@ -16,23 +13,8 @@ NAMES = ("multiplier of the samples", "multiplier", "estimate", "stderr", "batch
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, ranks.__file__]
-    outputs = [folder / f"{rank}.pt" for rank in range(2)]
-    processes = [
-        subprocess.Popen([*command, str(rank), "2", str(folder / "store"), str(output)], env=environment)
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(output) for output in outputs]
+    rank_forks.start("ranks", 2, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """One run by 1, 2 and 4 processes is the same run: DDP, fully_shard (also replicated), the vocabulary in parts, and both of these."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+import rank_forks
 import same_run_ranks
 import torch
 
@@ -16,23 +13,8 @@ CASES = [(kind, world) for kind, worlds in same_run_ranks.KINDS.items() for worl
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-    }
-    outputs = [folder / f"{rank}.pt" for rank in range(same_run_ranks.RANKS)]
-    command = [sys.executable, same_run_ranks.__file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder / "store"), str(output)], env=environment)
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        assert {process.wait(timeout=1200) for process in processes} == {0}
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(output) for output in outputs]
+    rank_forks.start("same_run_ranks", same_run_ranks.RANKS, folder, seconds=1200)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(same_run_ranks.RANKS)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

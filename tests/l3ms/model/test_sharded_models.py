@@ -1,10 +1,7 @@
 """Models that fully_shard has split over two processes do what whole ones do."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+import rank_forks
 import sharded_ranks
 import torch
 
@@ -27,25 +24,8 @@ def found(tmp_path_factory):
 
 
 def start(folder, world, *names):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-    }
-    outputs = [folder / f"{rank}.pt" for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, sharded_ranks.__file__, str(rank), str(world), str(folder / "store"), str(output), *names],
-            env=environment,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0] * world
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(output, weights_only=False) for output in outputs]
+    rank_forks.start("sharded_ranks", world, folder, *names)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.mark.parametrize("case", GRADIENTS)

@@ -1,24 +1,16 @@
 """Models that transformers has split over two ranks (`tp_plan="auto"`): the fused head computes where the head's rows are."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import rank_forks
 import torch
 
-PROGRAM = Path(__file__).resolve().parents[1] / "tensor_parallel_ranks.py"
 MODELS = ("llama", "tied", "gemma2")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], env=os.environ, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    rank_forks.start("tensor_parallel_ranks", 2, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -35,7 +35,13 @@ def test_the_first_samples_are_kept_with_the_checkpoints(tmp_path, tokenizer, ma
     assert report(stopped.parent / "out") == report(whole.parent / "out")
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"wanted": {"samples": 8, "batch_size": 64}}', "[]"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("", '{"wanted": {"samples": 8, "batch_size": 64}}'),
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("{}", "[]")),
+    ],
+)
 def test_samples_that_are_not_whole_are_measured_again(tmp_path, tokenizer, make_model, measured, damage):
     config = project(tmp_path / "project", tokenizer, make_model(), evaluate={"samples": 8, "initial": True})
     interrupted(config, 8)

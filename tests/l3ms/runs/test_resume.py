@@ -50,7 +50,9 @@ def whole(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow) if n in ("augmented_lagrangian", "penalty", "none") else n
+        pytest.param(n, marks=pytest.mark.slow)
+        if n in ("augmented_lagrangian", "penalty", "none", "dual_ascent")
+        else n
         for n in CONFIGS
     ],
 )

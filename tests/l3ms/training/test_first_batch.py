@@ -28,7 +28,10 @@ def test_all_responses_cut_is_said(tmp_path, tokenizer, make_model, caplog, monk
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({}, 1), ({"scale": 0.25}, 0), ({"max": 14}, 0), ({"mu": "paper"}, 0), ({"max_steps": 9}, 0)],
+    [
+        *(({}, 1), ({"scale": 0.25}, 0)),
+        *(pytest.param(case, 0, marks=pytest.mark.slow) for case in ({"max": 14}, {"mu": "paper"}, {"max_steps": 9})),
+    ],
     ids=str,
 )  # fmt: skip
 def test_a_barrier_that_is_flat_across_its_range_is_told_once(tmp_path, tokenizer, make_model, caplog, options, told):

@@ -143,8 +143,17 @@ def numbered(features):
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-@pytest.mark.parametrize("kind", ["position_ids", "cu_seq_lens", "seq_idx", "numbered mask", "padded"])
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "accumulated"),
+    [
+        *((kind, 1) for kind in ("cu_seq_lens", "seq_idx", "numbered mask", "padded")),
+        ("position_ids", 2),
+        *(
+            pytest.param(kind, 2, marks=pytest.mark.slow)
+            for kind in ("cu_seq_lens", "seq_idx", "numbered mask", "padded")
+        ),
+    ],
+)
 def test_a_collator_of_somebody_else_trains_on_the_same_sequences(tmp_path, tokenizer, make_model, kind, accumulated):
     data = [{name: row[name] for name in ("input_ids", "labels", "prompt")} for row in rows(8)]
     only = [{name: row[name] for name in ("input_ids", "labels")} for row in data]

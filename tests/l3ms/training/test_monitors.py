@@ -58,11 +58,13 @@ def without(make_model, tokenizer, tmp_path_factory):
     return trained
 
 
-@pytest.mark.parametrize("kind", MONITORS)
 @pytest.mark.parametrize(
-    ("options", "first"),
+    ("kind", "options", "first"),
     [
-        pytest.param(name, first, marks=[] if first or name == "adaptive" else pytest.mark.slow)
+        pytest.param(
+            kind, name, first, marks=[] if (kind == "function" if first else name == "adaptive") else pytest.mark.slow
+        )
+        for kind in MONITORS
         for name in OPTIONS
         for first in (True, False)
     ],
@@ -92,16 +94,27 @@ def loader():
     return torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, collate_fn=Collator(0))  # type: ignore[arg-type]
 
 
+SEEN_BY = {
+    "loader": lambda: l3ms.DataNLL("seen", loader(), monitor=True),
+    "function that draws": lambda: l3ms.Constraint("seen", drawing, monitor=True),
+    "length": lambda: l3ms.Length(name="seen", monitor=True),
+}
+DEFAULT = {
+    ("loader", "data"),
+    ("function that draws", "function"),
+    ("length", "length"),
+    ("function that draws", "length"),
+}
+
+
 @pytest.mark.parametrize(
-    "monitor",
+    ("monitor", "bounded"),
     [
-        lambda: l3ms.DataNLL("seen", loader(), monitor=True),
-        lambda: l3ms.Constraint("seen", drawing, monitor=True),
-        lambda: l3ms.Length(name="seen", monitor=True),
+        pytest.param(monitor, bounded, marks=[] if (monitor, bounded) in DEFAULT else pytest.mark.slow)
+        for monitor in SEEN_BY
+        for bounded in ("length", "data", "function")
     ],
-    ids=["loader", "function that draws", "length"],
 )
-@pytest.mark.parametrize("bounded", ["length", "data", "function"])
 def test_a_monitor_draws_nothing_from_the_generators_of_the_run(make_model, train, monitor, bounded):
     """Where nothing else samples, and where another reward draws after it."""
     constraint = {
@@ -110,7 +123,7 @@ def test_a_monitor_draws_nothing_from_the_generators_of_the_run(make_model, trai
         "function": l3ms.Constraint("noise", drawing, max=0.5),
     }[bounded]
     found = []
-    for constraints in ([constraint], [monitor(), constraint]):
+    for constraints in ([constraint], [SEEN_BY[monitor](), constraint]):
         trainer, _ = train(make_model(attention_dropout=0.1), constraints=constraints, max_steps=3)
         found.append(torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]))
     assert torch.equal(*found)

@@ -2,14 +2,11 @@
 
 import functools
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import rank_forks
 import torch
 import trainer_ranks
 from training_runs import timeless
@@ -43,22 +40,7 @@ def runs(start, tmp_path_factory):
 
 
 def started(folder, *runs):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-    }  # fmt: skip
-    command = [sys.executable, trainer_ranks.__file__, str(folder / "model"), str(folder), json.dumps(runs)]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    rank_forks.start("trainer_ranks", 2, folder / "model", folder, json.dumps(runs), seconds=120)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
     return list(zip(*ranks, strict=True))
 

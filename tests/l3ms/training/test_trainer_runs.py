@@ -54,12 +54,16 @@ def test_training_again_goes_on_with_the_same_optimizer(make_model, train):
 @pytest.mark.parametrize(
     ("step", "options"),
     [
-        (2, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
         (6, {}),  # the end of an epoch, and of the first time around the prompts
-        (8, {}),  # the average has begun
+        pytest.param(8, {}, marks=pytest.mark.slow),  # the average has begun
         (7, {"optim": "adamw_torch_fused", "learning_rate": 1e-2}),
-        (8, {"optim": "adamw_torch", "learning_rate": 1e-2, "gradient_accumulation_steps": 2}),
-        (8, {"solver": "none", "constraints": ()}),
+        pytest.param(
+            8,
+            {"optim": "adamw_torch", "learning_rate": 1e-2, "gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(8, {"solver": "none", "constraints": ()}, marks=pytest.mark.slow),
         (8, {"adapter": True}),
     ],
 )
@@ -126,7 +130,11 @@ def test_a_checkpoint_brings_back_the_barrier(make_model, train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "fraction", "averaged"), [(10, 0.2, 2), (7, 0.2, 2), (4, 0.2, 1), (5, 0.2, 1), (3, 1.0, 3), (6, 0.5, 3)]
+    ("steps", "fraction", "averaged"),
+    [
+        *((7, 0.2, 2), (4, 0.2, 1), (3, 1.0, 3)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((10, 0.2, 2), (5, 0.2, 1), (6, 0.5, 3))),
+    ],
 )
 def test_the_averaged_model_is_the_mean_of_the_last_iterates(make_model, train, steps, fraction, averaged):
     """With constraints, of those that the responses were sampled from: a half-step later the mean of the constraint is another."""

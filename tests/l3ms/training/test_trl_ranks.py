@@ -1,13 +1,9 @@
 """TRL's trainers under constraints on two processes: the ranks agree bit for bit, and do what one process does with the whole batch."""
 
-import os
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import rank_forks
 import torch
 from tiny_models import SIZES
 
@@ -15,7 +11,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("trl") is None, reason='trl is not installed: pip install ".[trl]"'),
 ]
-SCRIPT = Path(__file__).resolve().parents[1] / "trl_ranks.py"
 KINDS = ("SFTTrainer", "DPOTrainer", "GRPOTrainer", "RLOOTrainer")
 
 
@@ -34,25 +29,9 @@ def ranks(tmp_path_factory, tokenizer):
 
 
 def start(folder, world, *how):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     place = folder / "-".join((str(world), *how))
     place.mkdir()
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    if world > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, str(SCRIPT), str(folder / "model"), str(place), str(8 // world), *how]
-    of_rank = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {} for rank in range(world)]
-    processes = [subprocess.Popen(command, env={**environment, **own}) for own in of_rank]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0] * world
-    finally:
-        for process in processes:
-            process.kill()
+    rank_forks.start("trl_ranks", world, folder / "model", place, 8 // world, *how, seconds=300)
     return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
