@@ -74,7 +74,7 @@ def passed(last: str) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize(("suite", "least"), [("kernels", 230), ("ops", 320)])
+@pytest.mark.parametrize(("suite", "least"), [("kernels", 235), ("ops", 330)])
 def test_in_the_interpreter(suite, least):
     assert passed(interpreted(SUITES[suite])) >= least
 

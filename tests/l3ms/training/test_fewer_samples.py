@@ -127,7 +127,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [*(pytest.param(c, marks=pytest.mark.slow) for c in ("auto", "reuse")), "both"])
+@pytest.mark.parametrize("case", [c if c == "both" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_run_that_is_resumed_is_the_one_that_was_not_interrupted(make_model, train, case):
     options = {"constraints": [EASY], "max_steps": 14, "save_strategy": "steps", "save_steps": 7, **CASES[case]}
     whole, _ = train(make_model(), **options)
