@@ -108,10 +108,15 @@ def make_inputs(output: Path, data: Path, plan: Plan, rows: int) -> dict[str, An
     values = {"model": model, "train": str(output / "train.jsonl"), "held_out": str(output / "held_out.jsonl")}
     halves = split(pairs, 0.5, seed=1)
     for seed, (name, half) in enumerate(zip(("reward_model", "second_opinion"), halves, strict=True)):
+        values[name] = str(output / name)
+        mark = output / "trained" / name  # a call that is ended after the first one goes on with the second
+        if read_done(mark, key) is not None:
+            continue
         settings = dataclasses.replace(plan.reward_model, seed=seed)
         report = train_reward_model(model, half, held_out, output / name, settings, console)
         console.print(f"{name.replace('_', ' ')}: {summary(report)}", highlight=False, soft_wrap=True)
-        values[name] = str(output / name)
+        mark.mkdir(parents=True, exist_ok=True)
+        write_done(mark, key, {})
     write_done(output, key, values)
     return values
 

@@ -38,6 +38,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs.progress import progress_bar
 
 Z95 = 1.959964
+PART = 8  # rows of like lengths that go through the model together; 32 of the HH data, padded to their longest, are 1.6 times the tokens
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Settings:
     max_length: int = 256  # tokens of a conversation; longer ones lose their beginning
     validation: float = 0.15  # share of the training conversations
     bf16: bool = False  # bfloat16 activations over float32 weights
+    blocks: int = 0  # only the last so many of the model learn, with the head; 0: all of it
     seed: int = 0
 
 
@@ -97,6 +99,17 @@ def fit(
         trainer.train()
     model.load_state_dict(best.weights)
     return model.eval(), best.losses
+
+
+def freeze_below(model: nn.Module, blocks: int) -> None:
+    """Leave the last `blocks` of the model, its last norm and its head to learn. ConfigError where there are not as many."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    if not 0 < blocks <= len(layers):
+        raise ConfigError("blocks", f"the model has {len(layers)} of them: {blocks} cannot learn")
+    embeddings: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in (*embeddings, *layers[: len(layers) - blocks]):
+        module.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -190,6 +203,8 @@ def train_reward_model(
         "right"  # as l3ms.RewardModel pads: a model with absolute positions counts from the first token
     )
     classifier.config.pad_token_id = tokenizer.pad_token_id
+    if settings.blocks:
+        freeze_below(classifier, settings.blocks)
     learned, validation = split(train, settings.validation, seed=settings.seed)
     with progress_bar(console, "reward model") as advance:
         classifier, losses = fit(classifier, tokenizer, learned, validation, settings, advance)
@@ -235,8 +250,19 @@ def _outputs(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, 
     values = []
     for start in range(0, len(texts), batch_size):
         batch = _encode(tokenizer, texts[start : start + batch_size], max_length).to(model.device)
-        values.append(model(**batch).logits.double().cpu())
+        values.append(_logits(model, batch).double().cpu())
     return torch.cat(values)
+
+
+def _logits(model: Any, batch: Any) -> Tensor:
+    """(N, labels) of rows that are padded on the right: through the model in parts of like lengths, each as wide as its longest."""
+    lengths = batch["attention_mask"].sum(1)
+    order = lengths.argsort()
+    parts = []
+    for rows in order.split(PART):
+        width = int(lengths[rows[-1]])
+        parts.append(model(**{name: values[rows, :width] for name, values in batch.items()}).logits)
+    return torch.cat(parts)[order.argsort()]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> Any:
@@ -266,7 +292,7 @@ class _BradleyTerry(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        chosen, rejected = model(**inputs).logits[:, 0].float().chunk(2)
+        chosen, rejected = _logits(model, inputs)[:, 0].float().chunk(2)
         return bradley_terry_loss(chosen, rejected)
 
 

@@ -16,6 +16,7 @@ from experiments.harmlessness.train_reward_model import (
     Settings,
     assess,
     bradley_terry_loss,
+    freeze_below,
     main,
     score,
     share,
@@ -167,7 +168,7 @@ def checkpoint(tmp_path_factory):
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
     )
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("base")
@@ -262,6 +263,26 @@ def test_standardised_scores_have_mean_0_and_spread_1_and_keep_their_order(train
     assert float(torch.corrcoef(torch.stack([before, after]))[0, 1]) > 0.97
     model.score = torch.nn.Sequential(head)  # no linear head
     assert standardise(model, tokenizer, held_out, settings) is None
+
+
+def test_the_last_blocks_alone_can_learn(checkpoint, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    settings = Settings(epochs=4, learning_rate=1e-2, max_length=32, blocks=1)
+    report = train_reward_model(checkpoint, planted(200, 0), planted(100, 1), tmp_path / "rm", settings)
+    assert report["accuracy"]["share"] > 0.9
+    before, after = (
+        dict(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).named_parameters())
+        for folder in (checkpoint, tmp_path / "rm")
+    )
+    moved = {name for name, weight in before.items() if "score" not in name and not torch.equal(weight, after[name])}
+    blocks = {name.split(".")[2] for name in before if ".layers." in name}
+    last = f"layers.{max(map(int, blocks))}."
+    assert len(blocks) > 1
+    assert moved == {name for name in before if last in name or name == "model.norm.weight"}
+    for blocks in (-1, 100):
+        with pytest.raises(ConfigError, match=rf"blocks: the model has \d+ of them: {blocks} cannot learn"):
+            freeze_below(AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1), blocks)
 
 
 def test_l3ms_reward_model_gives_the_same_scores(trained):

@@ -60,6 +60,33 @@ def test_inputs_are_made_once(tiny, tmp_path, monkeypatch):
     assert prepare.prepare(output, Arguments()) == values
 
 
+def test_a_call_that_was_ended_goes_on_behind_the_reward_model_that_is_there(tiny, tmp_path, monkeypatch):
+    trained = []
+    train = prepare.train_reward_model
+
+    def first_alone(model, half, held_out, output, *rest):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(output.name)
+        return train(model, half, held_out, output, *rest)
+
+    def counted(model, half, held_out, output, *rest):
+        trained.append(output.name)
+        return train(model, half, held_out, output, *rest)
+
+    output = tmp_path / "inputs"
+    monkeypatch.setattr(prepare, "train_reward_model", first_alone)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(output, Arguments(data=tiny))
+    monkeypatch.setattr(prepare, "train_reward_model", counted)
+    values = prepare.prepare(output, Arguments(data=tiny))
+    assert trained == ["reward_model", "second_opinion"]
+    assert values == prepare.prepare(output, Arguments(data=tiny))
+    monkeypatch.setattr(prepare, "Settings", lambda: Settings(epochs=1, max_length=48))
+    prepare.prepare(output, Arguments(data=tiny))  # other settings: both anew
+    assert trained[2:] == ["reward_model", "second_opinion"]
+
+
 def test_without_data_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv("L3M_HH_DATA", raising=False)
     with pytest.raises(ConfigError, match="anthropics/hh-rlhf"):

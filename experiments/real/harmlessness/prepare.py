@@ -15,7 +15,7 @@ from experiments.real.task import model_folder
 from l3ms.model.autocasting import has_bfloat16_products
 
 TASK = {"prompt": 240, "reply": 160}  # characters: about 40 tokens
-REWARD_MODEL = Settings(learning_rate=2e-5, epochs=2, max_length=256, bf16=has_bfloat16_products())
+REWARD_MODEL = Settings(learning_rate=5e-5, epochs=2, max_length=256, blocks=10, bf16=has_bfloat16_products())
 
 
 def prepare(output: Path, arguments: Arguments) -> dict[str, Any]:
