@@ -27,6 +27,7 @@ def assert_works_without_native(python, site: Path, *reasons: str) -> None:
     assert str(site) not in report, "the command must name the source tree, not where the package is installed"
 
 
+@pytest.mark.slow
 def test_isolated_build_does_not_see_torch(python, tree, installed, tmp_path):
     isolated = tmp_path / "isolated"
     isolated.mkdir()
@@ -59,6 +60,7 @@ def test_missing_compiler_fails_when_native_code_was_asked_for(python, tree):
     assert not list((tree / "dist").glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_missing_cmake_degrades(python, tree, installed, tmp_path):
     hide = "import shutil; found = shutil.which; shutil.which = lambda name, **k: None if name == 'cmake' else found(name, **k); "
     done = python("-c", hide + BUILD_WHEEL, cwd=tree)

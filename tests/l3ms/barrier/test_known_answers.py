@@ -101,7 +101,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "reward_model"])
+# A half of the ready-made rewards: those that take longest, or are another one's complement.
+REPEATS = ("matches", "avoids", "readability", "length chance", "length quantile", "asynchronous", "contains")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in REPEATS)) for kind in (*KINDS, "reward_model")],
+)
 def test_a_policy_ends_at_the_constrained_optimum(kind, tokenizer):
     count, steps = (200, 120) if kind != "reward_model" else (100, 80)
     if kind == "reward_model":

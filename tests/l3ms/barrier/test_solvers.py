@@ -36,7 +36,10 @@ def parameter(start=3.0):
 
 
 @pytest.mark.parametrize("solver", [l3ms.DualAscent(rate=0.5), l3ms.AugmentedLagrangian(rate=0.5, penalty=5.0)])
-@pytest.mark.parametrize(("bounds", "target", "multiplier"), [({"min": 1.0}, 1.0, 2.0), ({"max": -1.0}, -1.0, 2.0)])
+@pytest.mark.parametrize(
+    ("bounds", "target", "multiplier"),
+    [({"min": 1.0}, 1.0, 2.0), pytest.param({"max": -1.0}, -1.0, 2.0, marks=pytest.mark.slow)],
+)
 def test_dual_methods_find_the_multiplier(solver, bounds, target, multiplier):
     """min x^2, x >= 1 (or x <= -1): x = +-1 and lambda = 2.
 
@@ -66,7 +69,7 @@ def test_the_quadratic_penalty_damps_dual_ascent():
     assert overshoot(l3ms.AugmentedLagrangian(0.5, 5.0)) < 0.5 * overshoot(l3ms.DualAscent(0.5))
 
 
-@pytest.mark.parametrize(("weight", "target"), [(5.0, 1.0), (1.0, 0.5)])
+@pytest.mark.parametrize(("weight", "target"), [(5.0, 1.0), pytest.param(1.0, 0.5, marks=pytest.mark.slow)])
 def test_penalty_is_exact_only_beyond_the_multiplier(weight, target):
     """min x^2 + w max(0, 1 - x): x = 1 for w >= 2, else x = w / 2."""
     x = parameter()

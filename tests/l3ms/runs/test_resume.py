@@ -49,12 +49,7 @@ def whole(tmp_path_factory, tokenizer):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow)
-        if n in ("augmented_lagrangian", "penalty", "none", "dual_ascent")
-        else n
-        for n in CONFIGS
-    ],
+    [pytest.param(n, marks=pytest.mark.slow) if n != "several" else n for n in CONFIGS],
 )
 def test_every_kind_of_run_goes_on(tmp_path, tokenizer, make_model, name):
     configs = [project(tmp_path / part, tokenizer, make_model(), **CONFIGS[name]) for part in ("whole", "stopped")]

@@ -77,7 +77,7 @@ def test_a_rollout_is_used_as_often_as_was_said(make_model, train):
 
 
 def test_a_rollout_is_not_used_again_where_few_of_its_responses_would_count(make_model, train):
-    trainer, recorder = train(make_model(), max_steps=6, learning_rate=0.5, rollout_reuse=6)
+    trainer, recorder = train(make_model(num_hidden_layers=2), max_steps=6, learning_rate=0.5, rollout_reuse=6)
     own, shares = sampled(recorder), logged(trainer, "l3m/ess")
     low = [i for i, share in enumerate(shares) if share is not None and share < LEAST_SHARE]
     assert low
@@ -246,7 +246,9 @@ def test_data_alone_can_be_left_out(make_model, train):
     assert set(logged(trainer, "l3m/sampled_tokens")) == {0.0}
 
 
-@pytest.mark.parametrize("options", [CASES["auto"], CASES["reuse"]], ids=["auto", "reuse"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(CASES["auto"], marks=pytest.mark.slow), CASES["reuse"]], ids=["auto", "reuse"]
+)
 def test_monitors_change_nothing(make_model, train, options):
     found = []
     for more in ([], [l3ms.Length(name="seen", monitor=True), l3ms.KL(name="far", monitor=True)]):

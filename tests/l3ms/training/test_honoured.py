@@ -175,21 +175,26 @@ def test_a_collator_of_somebody_else_trains_on_the_same_sequences(tmp_path, toke
     "settings",
     [
         {"train_sampling_strategy": "group_by_length"},
-        {"train_sampling_strategy": "batch_rebalance"},
         {"remove_unused_columns": True},
-        {"include_num_input_tokens_seen": "non_padding"},
         {"neftune_noise_alpha": 5.0},
-        {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
-        {"accelerator_config": {"split_batches": True}},
         {"bf16": True},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss", "eval_strategy": "steps",
          "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
-        {"optim": "adafactor"},
-        {"optim": "rmsprop"},
         {"optim": "adamw_torch_fused"},
-        {"eval_strategy": "epoch", "eval_on_start": True, "max_steps": 6},
-        {"torch_empty_cache_steps": 1},
-        {"full_determinism": True},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                {"train_sampling_strategy": "batch_rebalance"},
+                {"include_num_input_tokens_seen": "non_padding"},
+                {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+                {"accelerator_config": {"split_batches": True}},
+                {"optim": "adafactor"},
+                {"optim": "rmsprop"},
+                {"eval_strategy": "epoch", "eval_on_start": True, "max_steps": 6},
+                {"torch_empty_cache_steps": 1},
+                {"full_determinism": True},
+            )
+        ),
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )  # fmt: skip

@@ -20,7 +20,7 @@ def start(tmp_path_factory, tokenizer, make_model):
     """start(run, ...) -> what each rank found in each of the runs, which two processes take one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
     tokenizer.save_pretrained(folder / "model")
-    make_model(gain=0.3).save_pretrained(folder / "model")
+    make_model(gain=0.3, num_hidden_layers=2).save_pretrained(folder / "model")
     return functools.partial(started, folder)
 
 

@@ -55,7 +55,7 @@ def test_training_again_goes_on_with_the_same_optimizer(make_model, train):
     ("step", "options"),
     [
         pytest.param(2, {}, marks=pytest.mark.slow),
-        (6, {}),  # the end of an epoch, and of the first time around the prompts
+        pytest.param(6, {}, marks=pytest.mark.slow),  # the end of an epoch, and of the first time around the prompts
         pytest.param(8, {}, marks=pytest.mark.slow),  # the average has begun
         (7, {"optim": "adamw_torch_fused", "learning_rate": 1e-2}),
         pytest.param(
@@ -64,7 +64,7 @@ def test_training_again_goes_on_with_the_same_optimizer(make_model, train):
             marks=pytest.mark.slow,
         ),
         pytest.param(8, {"solver": "none", "constraints": ()}, marks=pytest.mark.slow),
-        (8, {"adapter": True}),
+        pytest.param(8, {"adapter": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_resumed_in_the_middle_is_the_run_that_was_not_interrupted(make_model, train, tmp_path, step, options):
