@@ -34,11 +34,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.harmlessness.pairs import Pair, conversation, data_path, read_pairs, shorten, split, without
+from experiments.harmlessness.scoring import encode, logits_of, outputs, scores, texts_of
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs.progress import progress_bar
 
 Z95 = 1.959964
-PART = 8  # rows of like lengths that go through the model together; 32 of the HH data, padded to their longest, are 1.6 times the tokens
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def standardise(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Set
     head = getattr(model, name)
     setattr(model, name, nn.Identity())
     try:
-        features = _outputs(model, tokenizer, _texts(pairs, tokenizer), settings.max_length)  # (N, D)
+        features = outputs(model, tokenizer, texts_of(pairs, tokenizer), settings.max_length)  # (N, D)
     finally:
         setattr(model, name, head)
     weight = head.weight[0].double().cpu()
@@ -144,14 +144,9 @@ def standardise(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Set
     return {"mean": mean, "std": float(values.std())}
 
 
-def score(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int, batch_size: int = 64) -> Tensor:
-    """The raw score of each conversation, (N,) float64 on the CPU."""
-    return _outputs(model, tokenizer, texts, max_length, batch_size)[:, 0]
-
-
 def assess(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Settings) -> dict[str, Any]:
     """What the model is worth on pairs it has not seen, and how much of it is the length of the reply."""
-    chosen, rejected = _scores(model, tokenizer, pairs, settings)
+    chosen, rejected = scores(model, tokenizer, pairs, settings.max_length)
     length = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs], dtype=torch.float64)
     shorter = length[:, 0] < length[:, 1]
     right = chosen > rejected
@@ -234,49 +229,6 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def _scores(model: Any, tokenizer: Any, pairs: Sequence[Pair], settings: Settings) -> tuple[Tensor, Tensor]:
-    chosen, rejected = score(model, tokenizer, _texts(pairs, tokenizer), max_length=settings.max_length).chunk(2)
-    return chosen, rejected
-
-
-def _texts(pairs: Sequence[Pair], tokenizer: Any) -> list[str]:
-    """All chosen conversations, then all rejected ones."""
-    return [conversation(pair, getattr(pair, side), tokenizer) for side in ("chosen", "rejected") for pair in pairs]
-
-
-@torch.no_grad()
-def _outputs(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64) -> Tensor:
-    model.eval()
-    values = []
-    for start in range(0, len(texts), batch_size):
-        batch = _encode(tokenizer, texts[start : start + batch_size], max_length).to(model.device)
-        values.append(_logits(model, batch).double().cpu())
-    return torch.cat(values)
-
-
-def _logits(model: Any, batch: Any) -> Tensor:
-    """(N, labels) of rows that are padded on the right: through the model in parts of like lengths, each as wide as its longest."""
-    lengths = batch["attention_mask"].sum(1)
-    order = lengths.argsort()
-    parts = []
-    for rows in order.split(PART):
-        width = int(lengths[rows[-1]])
-        parts.append(model(**{name: values[rows, :width] for name, values in batch.items()}).logits)
-    return torch.cat(parts)[order.argsort()]
-
-
-def _encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> Any:
-    return tokenizer(
-        list(texts),
-        padding=True,
-        truncation=True,
-        max_length=max_length,
-        return_tensors="pt",
-        return_token_type_ids=False,
-        add_special_tokens=not getattr(tokenizer, "chat_template", None),  # a template has written them
-    )
-
-
 class _Collator:
     """Pairs -> the tokens of all chosen conversations, then of all rejected ones, padded together."""
 
@@ -285,14 +237,14 @@ class _Collator:
 
     def __call__(self, pairs: Sequence[Pair]) -> Any:
         texts = [conversation(p, reply, self.tokenizer) for p in pairs for reply in (p.chosen, p.rejected)]
-        return _encode(self.tokenizer, texts[::2] + texts[1::2], self.max_length)
+        return encode(self.tokenizer, texts[::2] + texts[1::2], self.max_length)
 
 
 class _BradleyTerry(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        chosen, rejected = _logits(model, inputs)[:, 0].float().chunk(2)
+        chosen, rejected = logits_of(model, inputs)[:, 0].float().chunk(2)
         return bradley_terry_loss(chosen, rejected)
 
 
@@ -306,7 +258,7 @@ class _BestEpoch(TrainerCallback):
         self.weights = copy.deepcopy(model.state_dict())
 
     def _loss(self) -> float:
-        chosen, rejected = _scores(self.model, self.tokenizer, self.pairs, self.settings)
+        chosen, rejected = scores(self.model, self.tokenizer, self.pairs, self.settings.max_length)
         self.model.train()
         return float(bradley_terry_loss(chosen, rejected))
 

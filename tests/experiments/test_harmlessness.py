@@ -12,13 +12,13 @@ import torch
 
 from experiments.harmlessness import pairs as preference
 from experiments.harmlessness.pairs import Pair
+from experiments.harmlessness.scoring import score
 from experiments.harmlessness.train_reward_model import (
     Settings,
     assess,
     bradley_terry_loss,
     freeze_below,
     main,
-    score,
     share,
     standardise,
     train_reward_model,
