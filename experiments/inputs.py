@@ -94,12 +94,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_done(output: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `write_done` has left for the same `key`; None where there is nothing, or something else."""
+    """What `write_done` has left for the same `key`; None where there is nothing, or something else.
+
+    That of something else is removed: it is about to be made anew, and what a call leaves that is ended halfway is of neither.
+    """
     try:
         written = json.loads((output / DONE).read_text(encoding="utf-8"))
-        return written["values"] if written["for"] == key else None
+        if written["for"] == key:
+            return written["values"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        pass
+    (output / DONE).unlink(missing_ok=True)
+    return None
 
 
 def write_done(output: Path, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:

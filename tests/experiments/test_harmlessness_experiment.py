@@ -61,30 +61,36 @@ def test_inputs_are_made_once(tiny, tmp_path, monkeypatch):
 
 
 def test_a_call_that_was_ended_goes_on_behind_the_reward_model_that_is_there(tiny, tmp_path, monkeypatch):
-    trained = []
+    trained, most = [], 1
     train = prepare.train_reward_model
 
-    def first_alone(model, half, held_out, output, *rest):
-        if trained:
+    def counted(model, half, held_out, output, *rest):
+        if len(trained) == most:
             raise KeyboardInterrupt
         trained.append(output.name)
         return train(model, half, held_out, output, *rest)
 
-    def counted(model, half, held_out, output, *rest):
-        trained.append(output.name)
-        return train(model, half, held_out, output, *rest)
+    def settings(max_length):
+        monkeypatch.setattr(prepare, "Settings", lambda: Settings(epochs=1, max_length=max_length))
 
-    output = tmp_path / "inputs"
-    monkeypatch.setattr(prepare, "train_reward_model", first_alone)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(output, Arguments(data=tiny))
+    output, arguments = tmp_path / "inputs", Arguments(data=tiny)
     monkeypatch.setattr(prepare, "train_reward_model", counted)
-    values = prepare.prepare(output, Arguments(data=tiny))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(output, arguments)
+    most = 3
+    values = prepare.prepare(output, arguments)
     assert trained == ["reward_model", "second_opinion"]
-    assert values == prepare.prepare(output, Arguments(data=tiny))
-    monkeypatch.setattr(prepare, "Settings", lambda: Settings(epochs=1, max_length=48))
-    prepare.prepare(output, Arguments(data=tiny))  # other settings: both anew
-    assert trained[2:] == ["reward_model", "second_opinion"]
+    assert values == prepare.prepare(output, arguments)
+    settings(48)
+    with pytest.raises(KeyboardInterrupt):  # other settings: both anew, but for the second
+        prepare.prepare(output, arguments)
+    assert trained[2:] == ["reward_model"]
+    most = 100
+    settings(64)  # as at first: the reward model that is there is not theirs
+    assert values == prepare.prepare(output, arguments)
+    settings(48)
+    assert values == prepare.prepare(output, arguments)
+    assert trained[3:] == ["reward_model", "second_opinion"] * 2
 
 
 def test_without_data_nothing_is_written(tmp_path, monkeypatch):
