@@ -13,9 +13,9 @@ from experiments.harmlessness.pairs import Pair, conversation
 PART = 8  # rows of like lengths that go through the model together; 32 of the HH data, padded to their longest, are 1.6 times the tokens
 
 
-def score(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int, batch_size: int = 64) -> Tensor:
+def score(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int) -> Tensor:
     """The raw score of each conversation, (N,) float64 on the CPU."""
-    return outputs(model, tokenizer, texts, max_length, batch_size)[:, 0]
+    return outputs(model, tokenizer, texts, max_length)[:, 0]
 
 
 def scores(model: Any, tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tuple[Tensor, Tensor]:
@@ -30,13 +30,10 @@ def texts_of(pairs: Sequence[Pair], tokenizer: Any) -> list[str]:
 
 
 @torch.no_grad()
-def outputs(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64) -> Tensor:
+def outputs(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
+    """What the model's head gives for each conversation, (N, labels) float64 on the CPU; leaves the model in eval mode."""
     model.eval()
-    values = []
-    for start in range(0, len(texts), batch_size):
-        batch = encode(tokenizer, texts[start : start + batch_size], max_length).to(model.device)
-        values.append(logits_of(model, batch).double().cpu())
-    return torch.cat(values)
+    return logits_of(model, encode(tokenizer, texts, max_length).to(model.device)).double().cpu()
 
 
 def logits_of(model: Any, batch: Any) -> Tensor:
@@ -51,6 +48,7 @@ def logits_of(model: Any, batch: Any) -> Tensor:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> Any:
+    """Tokens and attention mask of all texts, (N, L) each, padded together."""
     return tokenizer(
         list(texts),
         padding=True,

@@ -1,8 +1,8 @@
 """Replies of the real model and two reward models of it, from preference pairs alone, as in `experiments/harmlessness`.
 
 Both reward models are the whole model with a head of one output, whose last ten blocks of thirty learn from one half of the training pairs
-each: 40 minutes a model on one core of an AMD EPYC with AVX2 alone, where all blocks, in batches padded to their longest row, would take
-two hours and a half. The replies to learn are those that can be written in 40 tokens.
+each: 45 minutes a model on one core of an AMD EPYC with AVX2 alone, at 29 s a step; with all blocks, in batches padded to their longest
+row, a step took 95 s. The replies to learn are those that can be written in 40 tokens.
 """
 
 from pathlib import Path
