@@ -208,7 +208,8 @@ class Tiles {
   Mul* tile_of(const Batch& batch, const Block& block, int64_t v, Scratch& scratch, int64_t* ld) {
     *ld = tile_ld(block.width);
     if (block.offset < batch.kept) return batch.exponentials + kept_before(batch.blocks, block.offset) + v * *ld;
-    return at_least(scratch.by_vocabulary, (std::max(tiling.panel, tiling.weight) + 1) * (tiling.block + kLine));
+    // Rows of the widest block: `tile_ld` never falls as a block gets wider.
+    return at_least(scratch.by_vocabulary, (std::max(tiling.panel, tiling.weight) + 1) * tile_ld(tiling.block));
   }
 
   // Elements of a block's exponentials, and of all those of the blocks before a column.

@@ -58,6 +58,12 @@ def test_frozen_inputs_and_plain_logits(dtype, frozen, options):
     check("cpp", large_case(SHAPES[1], dtype, frozen=frozen, **options), "weighted")
 
 
+@pytest.mark.parametrize(("width", "rows"), [(1200, 432), (2880, 176), (4608, 112)])
+def test_a_full_block_whose_rows_are_an_even_number_of_lines(width, rows):
+    """In pairs (AMX, AVX512_BF16) such rows of exponentials are a line further apart, and the last one is to be in the buffer."""
+    check("cpp", large_case((rows, width, 600), torch.bfloat16, frozen=("weight", "bias")), "log_likelihood")
+
+
 @pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("low_memory", [False, True])
