@@ -29,7 +29,8 @@ def agree(
     Raises:
         RuntimeError: on every rank, naming those that differ and in what.
     """
-    ours = optimizer if isinstance(optimizer, L3MOptimizer) else None
+    inner = getattr(optimizer, "optimizer", optimizer)  # of what accelerate has prepared
+    ours = inner if isinstance(inner, L3MOptimizer) else None
     if named is None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         named = {f"parameter {number}": p for number, p in enumerate(parameters)}

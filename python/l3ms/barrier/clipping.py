@@ -101,6 +101,18 @@ def _norm(grads: list[Tensor], like: Tensor) -> Tensor:
     alike: dict[Any, list[Tensor]] = {}  # torch takes no norm of DTensors of several meshes, or with other tensors
     for grad in grads:
         part: Any = grad
-        alike.setdefault((part.device_mesh, part.placements) if is_part(grad) else None, []).append(grad)
-    norms = [whole(torch.nn.utils.get_total_norm(part)).to(like) for part in alike.values()]
+        mesh = (part.device_mesh, part.placements) if is_part(grad) else None
+        alike.setdefault((mesh, grad.dtype.itemsize == 2, grad.device), []).append(grad)
+    norms = [_total_norm(part).to(like) for part in alike.values()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """() of tensors that are alike. Of 16 bits in fp32: in fp16 a norm above 65504 is infinite, and GradScaler alone scales by 65536."""
+    if grads[0].dtype.itemsize != 2:
+        return whole(torch.nn.utils.get_total_norm(grads))
+    if is_part(grads[0]):
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    else:
+        norms = [*torch._foreach_norm(grads, 2, dtype=torch.float32)]  # pyright: ignore[reportPrivateImportUsage]
+    return whole(torch.linalg.vector_norm(torch.stack(norms)))

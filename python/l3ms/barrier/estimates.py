@@ -5,8 +5,7 @@ and every split of a batch finds the same multipliers. Nothing here is committed
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -25,16 +24,16 @@ from l3m_kernels import (
 from l3ms.barrier import shifts
 from l3ms.barrier.importance import check_importance, counted_sums
 from l3ms.barrier.leaving_out import Foretelling
-from l3ms.barrier.reward_tables import RewardTables, Values
+from l3ms.barrier.rank_sums import RankSums
+from l3ms.barrier.reward_tables import Lengths, RewardTables, Values
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
-from l3ms.ranks.group import OtherRankRefused
 
 # A later part of a half-step is weighted by lambda / S with the S of the first. Past this ratio it drowns the first, and fp32 overflows.
 LARGEST_RATIO = 1e8
 
 
-class Estimates(RewardTables, Foretelling):
+class Estimates(RewardTables, Foretelling, RankSums):
     """Running estimates of R rewards, K one-sided bounds on them, and the half-step that is being prepared."""
 
     def __init__(
@@ -123,7 +122,7 @@ class Estimates(RewardTables, Foretelling):
     def observe(
         self,
         values: Values,
-        lengths: Tensor | None,
+        lengths: Lengths,
         normalisation: str,
         mu: Tensor,
         importance: Tensor | None = None,
@@ -134,8 +133,10 @@ class Estimates(RewardTables, Foretelling):
         `importance` (n,) are ratios of probabilities, see `importance`; of responses that are not `fresh` the estimates know already.
         """
         with self.errors_on_all_ranks():
+            self._check_ranks("observe")
             rewards = self._table(values)
             count = len(rewards)
+            lengths = None if lengths is None else torch.as_tensor(lengths)
             if lengths is not None and lengths.shape != (count,):
                 raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
             if importance is not None:
@@ -169,21 +170,21 @@ class Estimates(RewardTables, Foretelling):
             norm = norm * (drawn[-1, 1] / drawn[-1, 0].clamp(min=1)).clamp(min=1)
         elif lengths is not None and normalisation == "sequence":
             norm = tokens.clamp(min=1)
+        whole = self.total is None and not self._apart  # so far this part is the half-step
         weights = self._weights(rewards, norm, self._sums, mu, bool(bounded))
         if not bounded:
             return weights.seq_weight.float()  # 0
-        seq_weight = self._drawn_weights(rewards, norm, weights) if self._apart else weights.seq_weight
+        seq_weight = weights.seq_weight if whole else self._weights_of_part(rewards, norm, weights, part[:-1, 0])
         if importance is not None:
             seq_weight = seq_weight * importance
-        # The op divides by the values of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is.
-        all_values, own = (torch.stack([table[i, 0] for i in bounded]).sum() for table in (drawn, part))
-        own_mean = all_values / own.clamp(min=1)
-        return (seq_weight * (self._ratio(weights) * own_mean * self._world)).float()
+        return (seq_weight * (self._ratio(weights) * self._world)).float()
 
     def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
         """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
         local = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
+        values = {name: torch.as_tensor(value) for name, value in values.items()}
         with self.errors_on_all_ranks():
+            self._check_ranks("barrier_loss")
             self._check_names(values)
             for name, value in values.items():
                 column = self._finite(name, value.detach().reshape(-1))
@@ -198,8 +199,11 @@ class Estimates(RewardTables, Foretelling):
             name = self.constraints[owner].name
             if name in values:
                 sign, _, scale = row[:3]
-                of_all = self._world * local[owner, 0] / part[owner, 0].clamp(min=1)  # ranks average gradients: undo it
-                value = values[name].double().mean() * of_all
+                of_all = self._world / part[owner, 0].clamp(min=1)  # ranks average gradients: undo it
+                value = values[name].double()
+                value = (
+                    value.where(value.isfinite(), 0.0).sum() * of_all
+                )  # what is not finite is dropped, or was refused
                 # C_k of this batch's value: that of the estimate, moved
                 loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
         return loss
@@ -230,12 +234,14 @@ class Estimates(RewardTables, Foretelling):
         return values
 
     def noise(self, weights: BarrierWeights) -> Tensor:
-        """(R,) float64 standard errors of the dimensionless constraints, twice those of ranges; 0 where nothing was observed."""
-        return (weights.stderr * self._per_unit).where(weights.state[:, 0] > 0, 0.0)
+        """(R,) float64 standard errors of the dimensionless constraints, twice those of ranges; 0 where nothing was observed, and of
+        monitors."""
+        return (weights.stderr * self._per_unit).where((weights.state[:, 0] > 0) & (self._per_unit > 0), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load` takes: moving averages, what the solver and the shifts remember, counters, the last step's numbers."""
         return {
+            "sides": self.sides,
             "estimates": self.state.clone(),
             "memory": self.memory.clone(),
             "integral": [tensor.clone() for tensor in self.integral],
@@ -247,6 +253,22 @@ class Estimates(RewardTables, Foretelling):
             "last": [tensor.clone() for tensor in self.last or ()],
             "constraint_steps": int(self.steps),
         }
+
+    @property
+    def sides(self) -> list[list[Any]]:
+        """Of each one-sided bound its constraint and which side it is."""
+        signs = self.bounds.table[:, 0].tolist()
+        return [[self.constraints[i].name, "max" if s > 0 else "min"] for i, s in zip(self.owner, signs, strict=True)]
+
+    def check_sides(self, kept: Mapping[str, Any]) -> None:
+        """ValueError where the state is that of other bounds: multipliers and shifts are of each side of each constraint."""
+        found = kept.get("sides")  # 0.1.0 did not keep them
+        if (found is not None and found != self.sides) or len(kept["memory"]) != len(self.memory):
+            of, here = (
+                "other bounds" if sides is None else ", ".join(" ".join(side) for side in sides)
+                for sides in (found, self.sides)
+            )
+            raise ValueError(f"load_state_dict: the state is that of the bounds {of}, this optimizer has {here}")
 
     def load(self, kept: Mapping[str, Any]) -> None:
         """What `L3MOptimizer.state_dict` kept of this object."""
@@ -290,13 +312,18 @@ class Estimates(RewardTables, Foretelling):
         self.total = weights.total if self.total is None and bounded else self.total
         return weights
 
-    def _drawn_weights(self, rewards: Tensor, norm: Tensor, weights: BarrierWeights) -> Tensor:
-        """(n,) weights by the multipliers of `weights`, whose sums are not those of the responses: the baselines are of these."""
+    def _weights_of_part(self, rewards: Tensor, norm: Tensor, weights: BarrierWeights, own: Tensor) -> Tensor:
+        """(n,) weights of one part of a half-step by the multipliers of `weights`; the baselines are of all that was drawn so far.
+
+        The op divides by the values of the whole half-step so far; a part is the mean over its own, as every loss of a micro-batch is:
+        (R,) `own` of each reward, which differ where some are missing.
+        """
         options = {"smoothing": self.smoothing, "leave_one_out": self.leave_one_out, "norm": norm}
         sums = self._drawn[:-1].contiguous()
-        return multiplier_weights(
-            rewards, weights.state, self.bounds, lambda _: weights.multiplier, sums=sums, **options
-        ).seq_weight
+        own_mean = sums[:, 0] / own.clamp(min=1)
+        multiplier = weights.multiplier * own_mean[self.bounds.reward_index]
+        found = multiplier_weights(rewards, weights.state, self.bounds, lambda _: multiplier, sums=sums, **options)
+        return found.seq_weight * (found.total / weights.total)
 
     def integrate(self, weights: BarrierWeights, applied: Tensor) -> None:
         """The shifts of the bounds after a step that was `applied` () bool, see `shifts`."""
@@ -317,31 +344,3 @@ class Estimates(RewardTables, Foretelling):
         """Turns lambda / S of this part into lambda / S of the half-step."""
         total = weights.total if self.total is None else self.total
         return (weights.total / total).clamp(max=LARGEST_RATIO)
-
-    @contextmanager
-    def errors_on_all_ranks(self) -> Iterator[None]:
-        """Around what comes before an observation: an error in it is one on the other ranks too, where they wait for this one's sums."""
-        try:
-            yield
-        except Exception:
-            if self.process_group is not None:
-                failed = torch.zeros_like(self._sums)
-                failed[-1, 2] = 1.0
-                dist.all_reduce(failed, group=self.process_group)
-            raise
-
-    def _of_all_ranks(self, local: Tensor) -> Tensor:
-        """Sums of a part over all ranks. Row R holds responses, their tokens, ranks that failed."""
-        part = local.clone()
-        if self.process_group is not None:
-            dist.all_reduce(part, group=self.process_group)
-            if part[-1, 2] > 0:  # on a GPU this waits
-                raise OtherRankRefused(
-                    "observe: another rank refused its values or could not compute them; its error says why"
-                )
-        return part
-
-    @property
-    def _world(self) -> int:
-        """Data-parallel wrappers average gradients over the ranks; the weights already divide by the responses of all of them."""
-        return dist.get_world_size(self.process_group) if self.process_group is not None else 1

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from l3m_kernels import LogLikelihood, weighted_log_likelihood
 from l3ms.barrier import packed_state, shifts
-from l3ms.barrier.choices import check_choices
+from l3ms.barrier.choices import check_choices, check_limits
 from l3ms.barrier.clipping import apply, clip, gradients
 from l3ms.barrier.conflicts import ConflictWatch
 from l3ms.barrier.estimates import Estimates
 from l3ms.barrier.leaving_out import LeavingOut
 from l3ms.barrier.ranks import gathered, group_of
-from l3ms.barrier.reward_tables import Values
+from l3ms.barrier.reward_tables import Lengths, Values
 from l3ms.barrier.schedules import MuSchedule, NoiseFloorDecay, as_schedule, check_resolution, noise_floor
 from l3ms.barrier.solvers import Solver, as_solver
 from l3ms.barrier.step_reports import Progress, StepNumbers, StepReports
-from l3ms.barrier.wrapped import Wrapping, as_one, call_once, first_parameter
+from l3ms.barrier.wrapped import Wrapping, as_one, call_once, changed, first_parameter
 from l3ms.constraints.constraint import Constraint, check_constraints
 from l3ms.model.losses import scored_lengths, shift
 
@@ -95,12 +95,11 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
     ):
         base = as_one(base)
         smoothing = 0.1 if smoothing == "ema" else smoothing
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        check_limits(max_grad_norm, max_skipped)
         check_choices(clipping=clipping, length_norm=length_norm, baseline=baseline, nonfinite=nonfinite)
         self.base = base
         super().__init__(base.param_groups, base.defaults)
-        self._share()
+        packed_state.reserve(self.param_groups)
         self.constraints = check_constraints(constraints)
         if self.constraints and all(constraint.monitor for constraint in self.constraints):
             raise ValueError("constraints: all are monitors, which bound nothing")
@@ -136,25 +135,15 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
         """() float64 in [0.1, 1], what multiplies the clipped steps of the task: see `clipping`."""
         return shifts.task_share(self.estimates.integral.shift) if self.clipping == "adaptive" else self._one
 
-    def _share(self) -> None:
-        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
-        packed_state.reserve(self.param_groups)
-
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: torch's own would keep the parameters and leave out the barrier. Hooks go, as there."""
         self._reports.wait()
         return {name: value for name, value in vars(self).items() if name in _KEPT}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        base = state["base"]
-        super().__setstate__({"param_groups": base.param_groups, "state": base.state, "defaults": base.defaults})
-        vars(self).update(state)
-        self._share()
-
     # ---- the constraint half-step ----
 
     def observe(
-        self, rewards: Values, lengths: Tensor | None = None, *, importance: Tensor | None = None, fresh: bool = True
+        self, rewards: Values, lengths: Lengths = None, *, importance: Tensor | None = None, fresh: bool = True
     ) -> Tensor:
         """Rewards of n responses -> (n,) fp32 weights on the model's device, for a loss -sum_n weight_n log pi(y_n).
 
@@ -163,13 +152,15 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
         call's weights being a mean over its own responses.
 
         Args:
-            rewards: by constraint name, n values each in native units: a list (None excludes a response) or an (n,) tensor.
-            lengths: (n,) response tokens, for `length_norm`; without them weights are not normalised.
+            rewards: by constraint name, n values each in native units (of a share 0 or 1): a list (None: excluded) or an (n,) tensor.
+            lengths: (n,) response tokens, a list or a tensor, for `length_norm`; without them weights are not normalised.
             importance: (n,) probability of each response under the policy over the one it was drawn with, see `importance`.
             fresh: False for responses that were observed before, which the estimates are not told again; needs smoothing="trend".
 
         Raises:
-            ValueError: an unknown name, unequal numbers of values, NaN or inf, or a single response under the leave-one-out baseline.
+            ValueError: an unknown name, unequal numbers of values, NaN or inf, a single response under the leave-one-out baseline, or
+                raw values of a share, which takes those of `constraint.indicator` and `rollout.rewards`.
+            RuntimeError: the optimizer was made before torch.distributed was initialised.
         """
         return self.estimates.observe(rewards, lengths, self.length_norm, self.mu, importance, fresh)
 
@@ -323,6 +314,8 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped optimizer's, and the barrier's as `"l3m"`: mu, averages, counters (see `packed_state`), not what is observed."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
         ours = {
             "constraints": [constraint.name for constraint in self.constraints],
             "mu": self.mu.clone(),
@@ -331,11 +324,11 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
             "skipped_in_a_row": int(self._progress.in_a_row),
             **self._reports.state_dict(),
         }
-        return packed_state.joined(self.base.state_dict(), ours)
+        return changed(self, packed_state.joined(self.base.state_dict(), ours), self._optimizer_state_dict_post_hooks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Raises ValueError where the state has no `"l3m"`, or that of other constraints."""
-        base, ours = packed_state.split(state_dict)
+        """Raises ValueError where the state has no `"l3m"`, or that of other constraints, or of other sides of them."""
+        base, ours = packed_state.split(changed(self, dict(state_dict), self._optimizer_load_state_dict_pre_hooks))
         if ours is None:
             raise ValueError('load_state_dict: the state has no "l3m"; it is not that of an L3MOptimizer')
         names = [constraint.name for constraint in self.constraints]
@@ -343,8 +336,11 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
             raise ValueError(
                 f"load_state_dict: the state is that of constraints {ours['constraints']}, this optimizer has {names}"
             )
+        self.estimates.check_sides(ours)
         self.base.load_state_dict(base)
-        self._share()
+        packed_state.reserve(self.param_groups)
         self._progress = Progress.at(ours["mu"].to(self.mu).clone(), ours["skipped_steps"], ours["skipped_in_a_row"])
         self.estimates.load(ours)
         self._reports.load_state_dict(ours)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)

@@ -11,6 +11,7 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.reward_values import numbers
 
 Values = Mapping[str, Sequence[float | None] | Tensor]
+Lengths = Tensor | Sequence[int] | None
 
 
 class RewardTables:
@@ -41,6 +42,7 @@ class RewardTables:
                 given = torch.tensor([math.nan if v is None else v for v in listed], dtype=torch.float64)
                 absent = torch.tensor([v is None for v in listed], dtype=torch.bool)
                 columns[name] = self._finite(name, given, absent)
+            self._check_indicators(name, columns[name])
         sizes = {name: len(column) for name, column in columns.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"observe: every constraint needs one value per response, got {sizes}")
@@ -66,3 +68,13 @@ class RewardTables:
                 'pass None to exclude a response, or use L3MOptimizer(nonfinite="drop")'
             )
         return column.to(self.device, torch.float64)
+
+    def _check_indicators(self, name: str, column: Tensor) -> None:
+        """ValueError where values of a share are no 0 and 1: raw ones would be taken for the share itself."""
+        constraint = self.constraints[self.index[name]]
+        if constraint.event is not None and bool((other := (column != 0) & (column != 1) & column.isfinite()).any()):
+            row = int(other.nonzero()[0, 0])
+            raise ValueError(
+                f"observe: {constraint.where}: row {row} is {column[row].item():g}, and a share is of 0 and 1; give "
+                "constraint.indicator(values), or what rollout.rewards returns"
+            )

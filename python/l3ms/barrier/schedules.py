@@ -103,8 +103,10 @@ def as_schedule(mu: "str | MuSchedule", steps: int = 500) -> MuSchedule:
         return NoiseFloorDecay(steps=steps)
     if mu == "paper":
         return ExponentialDecay(steps=steps)
-    if not callable(mu):
-        raise ValueError(f'mu must be "auto", "paper" or a schedule such as l3ms.ExponentialDecay, got {mu!r}')
+    if isinstance(mu, type) or not (callable(mu) and hasattr(mu, "start") and hasattr(mu, "end")):
+        raise ValueError(
+            f'mu must be "auto", "paper" or a schedule such as l3ms.ExponentialDecay(steps=500), got {mu!r}'
+        )
     return mu
 
 

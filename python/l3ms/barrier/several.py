@@ -34,14 +34,22 @@ class SeveralOptimizers(torch.optim.Optimizer):
                 )
             taken |= own
         self.parts = list(parts)
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        super().__init__(self.param_groups, {})
         self.defaults, self.state = _defaults(self.parts), States(self.parts)  # type: ignore[assignment]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those that the parts have now: one that loads a state has others afterwards."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """torch's own __init__ begins with none."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises `ValueError` but while the optimizer is made: nobody says which part would step it."""
         if isinstance(self.state, States):
             raise ValueError("add_param_group: add the group to one of the optimizers before they become one")
-        super().add_param_group(param_group)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None  # L3MOptimizer has called it
@@ -75,15 +83,13 @@ class SeveralOptimizers(torch.optim.Optimizer):
             part.load_state_dict(
                 {"state": {key: value for key, value in state.items() if key in names}, "param_groups": own}
             )
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.parts = state["parts"]
-        groups = [group for part in self.parts for group in part.param_groups]
-        super().__setstate__({"defaults": _defaults(self.parts), "state": States(self.parts), "param_groups": groups})
+        super().__setstate__({"defaults": _defaults(self.parts), "state": States(self.parts)})
 
 
 def _defaults(parts: list[torch.optim.Optimizer]) -> dict[str, Any]:

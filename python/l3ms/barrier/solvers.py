@@ -86,15 +86,11 @@ def as_solver(solver: str | Solver) -> Solver | None:
     named = {"dual_ascent": DualAscent, "augmented_lagrangian": AugmentedLagrangian, "penalty": Penalty}
     if solver == "barrier":
         return None
-    if isinstance(solver, str):
-        if solver not in named:
-            raise ValueError(
-                f"solver must be one of {', '.join(SOLVERS)}, or an object such as l3ms.DualAscent, got {solver!r}"
-            )
+    if isinstance(solver, str) and solver in named:
         return named[solver]()
-    if not hasattr(solver, "multipliers") or not hasattr(solver, "advance"):
+    if isinstance(solver, (str, type)) or not hasattr(solver, "multipliers") or not hasattr(solver, "advance"):
         raise ValueError(
-            f"solver must be one of {', '.join(SOLVERS)}, or an object such as l3ms.DualAscent, got {solver!r}"
+            f"solver must be one of {', '.join(SOLVERS)}, or an object such as l3ms.DualAscent(rate=0.1), got {solver!r}"
         )
     return solver
 

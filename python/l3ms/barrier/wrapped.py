@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from l3ms.barrier import packed_state
 from l3ms.barrier.several import SeveralOptimizers
 
 
@@ -27,6 +28,11 @@ def check_base(base: Any) -> None:
     """ValueError for what no half-step can be made with: no optimizer, no parameters, a step that needs a closure."""
     if not isinstance(base, torch.optim.Optimizer):
         raise ValueError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if type(base).__module__.partition(".")[0] == "accelerate":
+        raise ValueError(
+            "base is prepared by accelerate, which would hide from the barrier when a step is due: wrap it first, "
+            "accelerator.prepare(l3ms.L3MOptimizer(base, ...))"
+        )
     if not any(group["params"] for group in base.param_groups):
         raise ValueError("base has no parameters: is anything trainable (requires_grad)?")
     closure = inspect.signature(base.step).parameters.get("closure")
@@ -55,24 +61,61 @@ def call_once(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
+def changed(optimizer: Any, state: dict[str, Any], hooks: Mapping[Any, Callable[..., Any]]) -> dict[str, Any]:
+    """The state as torch's `hooks` on state dicts leave it, each of which may return another."""
+    for hook in hooks.values():
+        state = state if (other := hook(optimizer, state)) is None else other
+    return state
+
+
 def first_parameter(base: torch.optim.Optimizer) -> nn.Parameter:
     """Of any group: those of biases and norms, or all others, may be empty."""
     return next(parameter for group in base.param_groups for parameter in group["params"])
 
 
 class Wrapping:
-    """What is passed on to `base`: new groups; `train()` and `eval()` where it has two modes (schedule-free)."""
+    """What is passed on to `base`: groups, state and defaults, of which there is one set for both, whoever loads or replaces it; new
+    groups; `train()` and `eval()` where it has two modes (schedule-free)."""
 
     base: torch.optim.Optimizer
-    _share: Callable[[], None]  # of groups and state there is one, of both
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._made:
+            self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._made:
+            self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        if self._made:
+            self.base.defaults = defaults
+
+    @property
+    def _made(self) -> bool:
+        """Whether torch's own __init__, which would begin with no groups, is through."""
+        return "estimates" in vars(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """To `base`, which steps it, with its defaults. Raises `ValueError` where that is several, of which nobody says which."""
-        if "estimates" not in vars(self):  # torch's own __init__
-            super().add_param_group(param_group)  # type: ignore[misc]
-            return
-        self.base.add_param_group(param_group)
-        self._share()
+        if self._made:
+            self.base.add_param_group(param_group)
+            packed_state.reserve(self.param_groups)
 
     def train(self) -> None:
         """The weights that steps are made with."""

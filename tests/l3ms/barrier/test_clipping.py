@@ -323,3 +323,18 @@ def test_a_gpu_is_not_waited_for(base):
     ours = torch.cat([p.detach().cpu() for p in opt.param_groups[0]["params"]])
     torch.testing.assert_close(ours, torch.cat([p.detach() for p in on_cpu.param_groups[0]["params"]]))
     assert opt.metrics() == pytest.approx(on_cpu.metrics(), rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_fp16_a_norm_that_fp16_cannot_hold_is_a_norm(fused):
+    """With GradScaler's 65536 that is any above 1; torch's own optimizer makes these steps."""
+    x = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.float16))
+    # torch 2.13's fused SGD leaves 16-bit weights on a CPU as they are
+    base = torch.optim.Adagrad([x], lr=0.01, fused=True) if fused else torch.optim.SGD([x], lr=1.0)
+    opt = l3ms.L3MOptimizer(base, [l3ms.Length(max=9)], max_grad_norm=1.0)
+    x.grad = torch.full_like(x, 1000.0)
+    assert torch.nn.utils.get_total_norm([x.grad]).isinf()
+    opt.step()
+    assert opt.metrics()["l3m/grad_norm/task"] == pytest.approx(1e5, rel=1e-4)
+    assert opt.skipped_steps == 0
+    assert x.unique().item() == pytest.approx(0.99, abs=1e-3)

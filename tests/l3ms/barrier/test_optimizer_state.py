@@ -218,3 +218,32 @@ def test_hooks_of_torch_run():
     run.opt.register_step_post_hook(lambda *_: calls.append("post"))
     run.iterate(1)
     assert calls == ["pre", "post"] * 2
+
+
+def test_hooks_of_torch_on_states_run_and_may_change_them():
+    opt = l3ms.L3MOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), [l3ms.Length(max=9)])
+    called = []
+    opt.register_state_dict_pre_hook(lambda optimizer: called.append("before"))
+    opt.register_state_dict_post_hook(lambda optimizer, state: {**state, "more": 1})
+    opt.register_load_state_dict_pre_hook(lambda optimizer, state: called.append(state.pop("more")))
+    opt.register_load_state_dict_post_hook(lambda optimizer: called.append("after"))
+    state = opt.state_dict()
+    assert state["more"] == 1
+    opt.load_state_dict(state)
+    assert called == ["before", 1, "after"]
+    assert state["more"] == 1, "the caller's stays as it is"
+
+
+@pytest.mark.parametrize("sides", [{"min": 3, "max": 9}, {"min": 3}])
+def test_a_state_of_other_sides_of_a_bound_is_refused(sides):
+    """Shifts and multipliers are of each side; the bound itself may have moved."""
+    opt, moved, other = (
+        l3ms.L3MOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), [l3ms.Length(**bounds)])
+        for bounds in ({"max": 9}, {"max": 7}, sides)
+    )
+    moved.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"the state is that of the bounds length max, this optimizer has length min"):
+        other.load_state_dict(opt.state_dict())
+    old = opt.state_dict()
+    del old["l3m"]["sides"]
+    moved.load_state_dict(old)

@@ -136,3 +136,18 @@ def test_each_part_is_a_mean_over_its_own_responses_in_units_of_the_first_parts_
     multiplier = scaled_multiplier(6.0 - 1.0, 0.1, 0.01)  # of the mean of all five
     expected = [multiplier / total * (6.0 - value) / 3 for value in second]
     assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_each_constraint_a_part_is_a_mean_over_its_own_values():
+    """The second part has none of `b`: its weights by `a` are those of a part that was told nothing of `b`."""
+    first = {"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0, 2.0, 0.5, 1.0]}
+    constraints = [l3ms.Constraint(name, max=1.0, scale=1.0) for name in "ab"]
+    missing, untold = make(*constraints), make(*constraints)
+    assert torch.equal(missing.observe(first), untold.observe(first))
+    found = missing.observe({"a": first["a"], "b": [None] * 4})
+    torch.testing.assert_close(found, untold.observe({"a": first["a"]}), rtol=1e-6, atol=0)
+    # by hand: lambda / S of a, over 4 values of its own
+    last = missing.estimates.pending
+    share = float(last.multiplier[0] / missing.estimates.total)  # type: ignore[union-attr]
+    expected = [-share * (r - 2.5) * 8 / 7 / 4 for r in first["a"]]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
