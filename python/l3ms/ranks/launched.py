@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+STARTED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # by MPI, or by srun
 WAY_OUT = "start the processes with torchrun or accelerate launch"
 
 
@@ -34,9 +34,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     """
     world = _number(environment, "WORLD_SIZE", 1)
     if world < 2:
-        for name in MPI:
+        for name in STARTED if "WORLD_SIZE" not in environment else ():
             if _number(environment, name, 1) > 1:
-                raise ValueError(f"{name} is {environment[name]} and WORLD_SIZE is not set: {WAY_OUT}")
+                raise ValueError(
+                    f"{name} is {environment[name]} and WORLD_SIZE is not set: {WAY_OUT}; WORLD_SIZE=1 for runs of their own"
+                )
         return None
     rank = _number(environment, "RANK", None)
     if not 0 <= rank < world:

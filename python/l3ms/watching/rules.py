@@ -118,6 +118,11 @@ class HeldOutWatch:
                 trips.append(Trip(f"held-out {name}", gap, self.limit))
         return trips
 
+    @property
+    def beyond(self) -> bool:
+        """Whether the last look found a gap."""
+        return any(self._beyond.values())
+
     def forget(self) -> None:
         self._beyond.clear()
 

@@ -16,6 +16,8 @@ from l3ms.model.averaging import WeightAverage, trained
 from l3ms.model.sharding import local
 from l3ms.watching.watched import Watched
 
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group, as torch's schedules keep them
+
 
 class Snapshot(NamedTuple):
     iteration: int
@@ -45,7 +47,7 @@ class Snapshot(NamedTuple):
         assert optimizer is not None
         model = trainer.policy
         _copy(self.weights, model)
-        rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+        rates = [{key: group[key] for key in RATES if key in group} for group in optimizer.param_groups]
         counted = {"constraint_steps": optimizer.constraint_steps, "skipped_steps": optimizer.skipped_steps}
         counted["left_out"] = optimizer.left_out
         state = _on_cpu(self.optimizer)  # a copy: load_state_dict keeps what it is given, and steps are in place
@@ -57,7 +59,7 @@ class Snapshot(NamedTuple):
 
 
 class Snapshots:
-    """The last two."""
+    """Two: one from before what is looked at, and a newer one that will be that."""
 
     kept = 2
 
@@ -68,7 +70,10 @@ class Snapshots:
     def iterations(self) -> list[int]:
         return [snapshot.iteration for snapshot in self._taken]
 
-    def take(self, trainer: Watched) -> None:
+    def take(self, trainer: Watched, before: int) -> None:
+        """But where only the oldest is from iteration `before` or earlier: it is still needed."""
+        if len(self._taken) == self.kept and self._taken[-1].iteration > before:
+            return
         del self._taken[: -self.kept + 1]  # before the next: never three in memory
         self._taken.append(Snapshot.of(trainer))
 
@@ -87,12 +92,20 @@ def halve_learning_rate(trainer: Watched) -> None:
     scheduler: Any = trainer.lr_scheduler
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     for group in trainer.l3m_optimizer.param_groups:
-        for key in ("lr", "initial_lr"):
+        for key in RATES:
             if key in group:
                 group[key] = group[key] / 2
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+    _halve(scheduler)
     scheduler._last_lr = [group["lr"] for group in trainer.l3m_optimizer.param_groups]
+
+
+def _halve(scheduler: Any) -> None:
+    """The rates that a schedule of torch keeps, or those that it is made of."""
+    for part in getattr(scheduler, "_schedulers", ()):
+        _halve(part)
+    for name in ("base_lrs", "max_lrs"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
 
 
 def _trained(module: torch.nn.Module) -> dict[str, Tensor]:

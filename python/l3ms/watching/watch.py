@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ class Watch(TrainerCallback):
     """Give it to the trainer: `L3MTrainer(..., callbacks=[l3ms.Watch(on_trip="stop")])`. Without constraints it does nothing.
 
     Args:
-        config: a `WatchConfig`; or its fields as `options`: `on_trip` ("warn", "stop", "rollback"), `window`, `every`, limits.
-        held_out: rows as the trainer's, of prompts it does not train on; without them rewards are not compared.
+        config: a `WatchConfig` or a dict of its fields, or these as `options`: `on_trip` ("warn", "stop", "rollback"), `window`, limits.
+        held_out: rows as an L3MTrainer's (prompt, input_ids, labels), of prompts it does not train on; without them rewards are not
+            compared.
 
     Attributes:
         tripped: [{"rule", "iteration", "value", "limit", "action"}], with "restored", the iteration gone back to, after a rollback.
@@ -55,14 +56,19 @@ class Watch(TrainerCallback):
         rollbacks: how many there have been.
 
     Raises:
-        ValueError: an unknown option or a value out of range.
+        ValueError: an unknown option or a value out of range; where the training begins, held-out rows that are none.
     """
 
     def __init__(
-        self, config: WatchConfig | None = None, *, held_out: Sequence[dict[str, Any]] | None = None, **options: Any
+        self,
+        config: WatchConfig | Mapping[str, Any] | None = None,
+        *,
+        held_out: Sequence[dict[str, Any]] | None = None,
+        **options: Any,
     ):
+        given = config.model_dump() if isinstance(config, WatchConfig) else dict(config or {})
         try:
-            self.config = WatchConfig(**{**({} if config is None else config.model_dump()), **options})
+            self.config = WatchConfig(**{**given, **options})
         except ValidationError as error:
             raise explain(error, WatchConfig) from None
         self.held_out = held_out
@@ -77,6 +83,8 @@ class Watch(TrainerCallback):
         self._rules = RuleWatch(self.config)
         self._held_out = HeldOutWatch(self.config.held_out_gap)
         self._snapshots = Snapshots()
+        self._window: deque[int] = deque(maxlen=self.config.window)  # iterations whose responses the rules look at
+        self._since: int | None = None  # the first look at held-out prompts of those in a row that found a gap
         self._batches: deque[dict[str, list[float | None]]] = deque(maxlen=HELD_OUT_BATCHES)
         self._warned: set[str] = set()
         self._cosines: PairCosines | None = None
@@ -87,10 +95,9 @@ class Watch(TrainerCallback):
         self._floor = short_floor(trainer.constraints, self.config.short_below)
         if trainer.l3m_optimizer is None:
             return
-        if self.held_out:
-            check_names("Watch: held_out", self.held_out[0])
+        check_rows(self.held_out or [])
         if self.config.on_trip == "rollback":
-            self._snapshots.take(trainer)
+            self._snapshots.take(trainer, trainer.state.global_step)
 
     def state(self) -> dict[str, Any]:
         """What it knows, for a checkpoint, without the weights to go back to; the batches are this rank's."""
@@ -129,17 +136,19 @@ class Watch(TrainerCallback):
             responses = self._of_all_ranks(response_tokens(trainer.last_rollout))
             values = response_statistics(responses, self._floor)
             self._batches.append(trainer.last_rewards)
+            self._window.append(iteration)
             trips = self._rules.update(values)
             seen.update({f"watch/{name}": value for name, value in values.items() if name != "length/spread"})
         if config.held_out_every and self._rows and iteration % config.held_out_every == 0:
             trips += self._look_at_held_out(trainer, seen)
+            self._since = (self._since or iteration) if self._held_out.beyond else None
         if config.every and iteration // config.every > self._looked and trainer.sampled and not self._sharded:
             self._looked = iteration // config.every
             self._look_at_gradients(trainer, seen)
         if trips:
             self._act(trainer, trips, control)
         elif config.on_trip == "rollback" and iteration % config.snapshot_every == 0:
-            self._snapshots.take(trainer)
+            self._snapshots.take(trainer, self._before)
         if config.on_trip == "rollback":
             seen["watch/rollbacks"] = float(self.rollbacks)
 
@@ -224,6 +233,13 @@ class Watch(TrainerCallback):
 
     # ---- what follows ----
 
+    @property
+    def _before(self) -> int:
+        """The last iteration of which nothing that a rule looks at now is."""
+        assert self.trainer is not None
+        found = [*self._window, *(() if self._since is None else (self._since,))]
+        return min(found, default=self.trainer.state.global_step + 1) - 1
+
     def _act(self, trainer: Watched, trips: list[Trip], control: Any) -> None:
         config, iteration = self.config, trainer.state.global_step
         assert trainer.l3m_optimizer is not None
@@ -238,11 +254,13 @@ class Watch(TrainerCallback):
             trainer.watched.update(
                 trainer.l3m_optimizer.metrics()
             )  # the log is of the iteration that was, not of the snapshot
-            restored["restored"] = self._snapshots.restore(trainer, iteration - config.window)
+            restored["restored"] = self._snapshots.restore(trainer, self._before)
             what = f"back to iteration {restored['restored']}"
             self._rules.forget()
             self._held_out.forget()
             self._batches.clear()
+            self._window.clear()
+            self._since = None
             if self.rollbacks == config.max_rollbacks:
                 action, what = "stop", f"{what}, and training stops after {self.rollbacks} rollbacks"
             else:
@@ -256,6 +274,20 @@ class Watch(TrainerCallback):
                 {"rule": rule, "iteration": iteration, "value": value, "limit": limit, "action": action, **restored}
             )
             logger.warning("iteration %d: %s is %.3g, beyond %.3g: %s", iteration, rule, value, limit, what)
+
+
+def check_rows(rows: Sequence[Any]) -> None:
+    """ValueError where held-out rows are not as an L3MTrainer's, which is not seen before they are looked at."""
+    for number, row in enumerate(rows):
+        missing = [
+            name for name in ("prompt", "input_ids", "labels") if not isinstance(row, Mapping) or name not in row
+        ]
+        if missing:
+            raise ValueError(
+                f"Watch: held_out[{number}] must be a row as an L3MTrainer's, with prompt, input_ids and labels; it has no {missing[0]}"
+            )
+    if len(rows):
+        check_names("Watch: held_out", rows[0])
 
 
 def short_floor(constraints: Sequence[Constraint], share: float) -> float | None:

@@ -13,6 +13,7 @@ def test_a_process_is_one_of_several_where_the_launcher_says_so():
     assert launched(BY_HAND) == Launched(3, 4, 3, "10.0.0.1", 29500, False, "/0")
     assert launched(BY_TORCHRUN) == Launched(3, 4, 1, "10.0.0.1", 29500, True, "a/2")
     assert launched({}) is None
+    assert launched({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1"}) is None
     assert launched({**BY_HAND, "WORLD_SIZE": "1", "RANK": "0"}) is None
 
 
@@ -25,6 +26,10 @@ def test_a_process_is_one_of_several_where_the_launcher_says_so():
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         ({"WORLD_SIZE": None, "OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4"),
+        (
+            {"WORLD_SIZE": None, "SLURM_STEP_NUM_TASKS": "4"},
+            "SLURM_STEP_NUM_TASKS is 4 .*WORLD_SIZE=1 for runs of their own",
+        ),
     ],
 )
 def test_half_an_environment_is_refused_with_the_way_out(changes, said):

@@ -1,5 +1,8 @@
 """Going back: the same bits, the same counters, an average without what came after."""
 
+import types
+
+import pytest
 import torch
 from training_runs import assert_moved
 
@@ -61,11 +64,57 @@ def test_two_are_kept_and_the_newest_before_the_trip_is_taken(make_model, train)
     taken = Snapshots()
     for iteration in (0, 10, 20, 30):
         trainer.state.global_step = iteration
-        taken.take(trainer)
+        taken.take(trainer, iteration)
     assert taken.iterations == [20, 30]
     assert taken.restore(trainer, before=29) == 20
     assert taken.iterations == [20], "a snapshot from after the trip was kept"
     assert taken.restore(trainer, before=5) == 20  # the oldest there is
+
+
+def test_one_from_before_what_is_looked_at_is_kept_until_the_next_is_that(make_model, train):
+    """A window of iterations that sampled may be longer than two snapshots are apart."""
+    trainer, _ = train(make_model())
+    taken = Snapshots()
+    for iteration, before in ((0, 0), (10, 0), (20, 5), (30, 9), (40, 10), (50, 20)):
+        trainer.state.global_step = iteration
+        taken.take(trainer, before)
+        assert taken.iterations[0] <= before
+    assert taken.iterations == [10, 40]
+    assert taken.restore(trainer, before=20) == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 12}),
+        ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 4}),
+        ("SequentialLR", None),
+        ("ChainedScheduler", None),
+        ("CosineAnnealingLR", {"T_max": 9}),
+    ],
+)
+def test_half_of_the_rate_is_half_for_the_rest_of_the_schedule(kind, options):
+    """Of every kind that torch has: what a schedule keeps, in itself, in its parts and in the groups."""
+    schedules = torch.optim.lr_scheduler
+
+    def made():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.05, momentum=0.9)
+        if options is not None:
+            return optimizer, getattr(schedules, kind)(optimizer, **options)
+        parts = [schedules.LambdaLR(optimizer, lambda step: (step + 1) / 3), schedules.ExponentialLR(optimizer, 0.9)]
+        return optimizer, schedules.SequentialLR(
+            optimizer, parts, [3]
+        ) if kind == "SequentialLR" else schedules.ChainedScheduler(parts)
+
+    (whole, schedule), (halved, other) = made(), made()
+    for step in range(9):
+        if step == 4:
+            halve_learning_rate(types.SimpleNamespace(l3m_optimizer=halved, lr_scheduler=other))  # type: ignore[arg-type]
+        share = 0.5 if step >= 4 else 1.0
+        assert halved.param_groups[0]["lr"] == pytest.approx(share * whole.param_groups[0]["lr"], rel=1e-12), step
+        for optimizer, its in ((whole, schedule), (halved, other)):
+            optimizer.step()
+            its.step()
 
 
 def test_half_the_learning_rate_and_the_schedule_goes_on(make_model, train):

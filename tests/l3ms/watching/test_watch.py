@@ -1,6 +1,7 @@
 """`Watch` in whole runs on tiny models: planted hacking trips, a healthy run is the run it would have been, stop and rollback."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,35 @@ def test_rollback_restores_the_snapshot_halves_the_rate_and_goes_on_at_most_so_o
     assert "training stops after 1 rollbacks" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("looks", "before"),
+    [
+        ([(1, None), (5, None), (9, None), (13, None)], 4),  # an iteration in four samples
+        ([(1, None), (2, 0.0), (3, None), (4, 9.0)], 1),
+        ([(1, None), (2, 9.0), (3, None), (4, 9.0), (5, None), (6, 9.0)], 1),  # held-out prompts, since iteration 2
+    ],
+)
+def test_a_rollback_is_to_before_all_that_the_rules_look_at(looks, before, monkeypatch):
+    watch = l3ms.Watch(on_trip="rollback", window=3, held_out_every=2, snapshot_every=3, every=0)
+    trainer: Any = types.SimpleNamespace(
+        args=types.SimpleNamespace(world_size=1, seed=0, process_index=0), sharded=False, constraints=[l3ms.Length(max=9)],
+        l3m_optimizer=object(), sampled=True, last_rollout=object(), last_rewards={}, watched={},
+        state=types.SimpleNamespace(global_step=0),
+    )  # fmt: skip
+    monkeypatch.setattr("l3ms.watching.snapshots.Snapshot.of", lambda trainer: types.SimpleNamespace(iteration=0))
+    monkeypatch.setattr("l3ms.watching.watch.response_tokens", lambda rollout: [])
+    monkeypatch.setattr("l3ms.watching.watch.response_statistics", lambda responses, floor: {"length/spread": 9.0})
+    watch.begin(trainer)
+    watch._rows = [{}]
+    for iteration, gap in looks:
+        trainer.state.global_step = iteration
+        monkeypatch.setattr(
+            watch, "_look_at_held_out", lambda *_, gap=gap: watch._held_out.update({"length": gap}) and []
+        )
+        watch.on_step_end(trainer.args, trainer.state, None)
+    assert watch._before == before
+
+
 # ---- conflicts ----
 
 
@@ -198,6 +228,16 @@ def test_a_pair_with_one_bound_met_is_not_named(watched):
 
 
 # ---- options ----
+
+
+@pytest.mark.parametrize("row", [{"prompt": "red"}, {"input_ids": [1], "labels": [1]}, "red"])
+def test_held_out_rows_that_are_none_are_refused_where_the_training_begins(row, watched):
+    with pytest.raises(ValueError, match=r"Watch: held_out\[0\] must be a row as an L3MTrainer's, with .*; it has no"):
+        watched(l3ms.Watch(held_out=[row]), [l3ms.Length(max=9)])
+
+
+def test_options_may_be_a_dict():
+    assert l3ms.Watch({"on_trip": "stop"}, window=3).config == WatchConfig(on_trip="stop", window=3)
 
 
 @pytest.mark.parametrize(
