@@ -100,6 +100,7 @@ def test_rows_fit_the_registers_of_a_cluster(architecture, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_a_row_is_read_once(tmp_path):
     """Of 8, 10 or 16 vectors a thread as many loads of 128 bits, and an exponential an element, beside those of the sums."""
     command = [str(NVCC), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-ptx", "-arch=sm_90", str(CLUSTER)]
@@ -135,7 +136,7 @@ def test_the_torch_side_compiles(tmp_path):
     from torch.utils import cpp_extension
 
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in cpp_extension.include_paths())]
-    flags = ["-std=c++20", "-Xcompiler", "-Wall,-Wextra,-Werror", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
+    flags = ["-std=c++20", "-Xcompiler", "-Wall,-Wextra,-Werror,-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     source = ROOT / "csrc" / "cuda_ops.cpp"  # nvcc hands it to the C++ compiler, with CUDA's headers
     command = [str(NVCC), *flags, *includes, "-c", str(source), "-o", str(tmp_path / "a.o")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -15,10 +15,22 @@ GRADIENTS = (torch.bfloat16, torch.float32, None, torch.float16)
 # Columns: the last of a warp, of a block, of 2, 4 and 8 blocks with 8, 10 and 16 vectors a thread, and the next one.
 EDGES = (1024, 1025, 16384, 16385, 32768, 32769, 65537, 131072, 131073, 163840, 163841, 262143, 262144)
 REAL = (32000, 50257, 128256, 151936)
+QUICK = {
+    1024,
+    1025,
+    16385,
+    32769,
+    65537,
+    131073,
+    163841,
+    262144,
+    50257,
+}  # the first of each size, the last, and one of a model
+SIZES = [size if size in QUICK else pytest.param(size, marks=pytest.mark.slow) for size in (*EDGES, *REAL)]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
-@pytest.mark.parametrize("vocabulary", [*EDGES, *REAL])
+@pytest.mark.parametrize("vocabulary", SIZES)
 def test_rows_of_every_size_of_a_cluster(kernels, vocabulary, seed):
     """Against float64, in guarded buffers whose rest is NaN-poisoned shared memory; with bias and softcap, and without."""
     rows = 2
