@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import Trainer
 
 from l3ms.model.averaging import WeightAverage
 from l3ms.training.settings import L3MSettings
+
+logger = logging.getLogger(__name__)
 
 
 class AveragingTrainer(Trainer):
@@ -31,7 +34,21 @@ class AveragingTrainer(Trainer):
     @property
     def average_from(self) -> int:
         """The first iteration whose weights are in the average; one past the last where none are."""
-        return math.floor(self.state.max_steps * (1 - self.l3m.average_fraction)) + 1
+        return math.floor(1e-6 + self.state.max_steps * (1 - self.l3m.average_fraction)) + 1
+
+    def begin_average(self) -> None:
+        """When a training begins or is resumed: an average with iterations before `average_from`, of an earlier training or of one that was
+        to end sooner, is begun anew."""
+        found = 0 if self.average is None else self.average.n_averaged
+        due = max(0, self.state.global_step - self.average_from + 1)
+        if found > due:
+            self.average = None
+        if self.state.global_step and found != due:
+            text = (
+                "the checkpoint has the average of %d iterations, and this run that of those from iteration %d on: %s"
+            )
+            how = "it begins anew" if found > due else "it goes on with what is there"
+            logger.warning(text, found, self.average_from, how)
 
     def average_weights(self) -> None:
         """In an iteration, between its half-steps: from `average_from` on, add the weights to the average.

@@ -88,5 +88,5 @@ class GivenTrainer(Constraining):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.l3m.solver != "none":
+        if checkpoint is not None:
             self.load_constraints(Path(checkpoint))

@@ -22,6 +22,7 @@ class HalfSteps(TrainerCallback):
             fuse_head(
                 self.trainer.policy
             )  # the Trainer has changed its configuration; a refusal now, not after the last iteration
+        self.trainer.begin_average()
         self.trainer.begin_watching()
         optimizer = self.trainer.l3m_optimizer
         self._checks = WeightChecks(self.trainer.policy, None if optimizer is None else optimizer.base)
