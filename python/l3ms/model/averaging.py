@@ -19,24 +19,25 @@ from l3ms.model.sharding import as_placed, is_part, reshard, whole
 
 @dataclass
 class WeightAverage:
-    """Of the trained parameters; the others are what they are. Of sharded ones each rank averages its part."""
+    """Of the trained parameters, also of those that are frozen meanwhile; the others are what they are. Of sharded ones each rank averages
+    its part."""
 
     n_averaged: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)  # by name, float32, or float64 where the parameter is
 
     @classmethod
     def of(cls, n_averaged: int, kept: Mapping[str, Tensor], model: nn.Module) -> WeightAverage:
-        """As it was kept, in any dtype, for the parameters that `model` trains."""
-        return cls(n_averaged, {name: _wide(kept[name], parameter) for name, parameter in trained(model)})
+        """As it was kept, in any dtype, for the parameters that `model` trains or has trained."""
+        return cls(n_averaged, {name: _wide(kept[name], parameter) for name, parameter in _averaged(model, kept)})
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Add the weights as they are now."""
         self.n_averaged += 1
-        for name, parameter in trained(model):
-            if self.n_averaged == 1:
-                self.weights[name] = _wide(parameter.detach(), parameter)
-            else:
+        if self.n_averaged == 1:
+            self.weights = {name: _wide(parameter.detach(), parameter) for name, parameter in trained(model)}
+        else:
+            for name, parameter in _averaged(model, self.weights):
                 mean = self.weights[name]
                 mean.lerp_(parameter.detach().to(mean.dtype), 1 / self.n_averaged)
 
@@ -69,6 +70,18 @@ class WeightAverage:
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     reshard(module)
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _averaged(model: nn.Module, known: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is in an average, whether it is trained now or not. ValueError for what is trained and not in it."""
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        if name in known:
+            yield name, parameter
+        elif parameter.requires_grad:
+            raise ValueError(
+                f"{name} is trained, and was not when the average of the weights began: unfreeze it before, or set average_fraction=0"
+            )
 
 
 def _wide(tensor: Tensor, like: nn.Parameter) -> Tensor:

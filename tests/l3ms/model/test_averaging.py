@@ -48,3 +48,26 @@ def test_one_that_was_kept_goes_on_also_from_a_bfloat16_file():
         assert one.weights["weight"].dtype == torch.float32
     assert torch.equal(again.weights["weight"], average.weights["weight"])
     assert (old.weights["weight"] - average.weights["weight"]).abs().max() < 0.01
+
+
+def test_what_is_frozen_meanwhile_stays_in_it_and_what_is_trained_later_is_refused():
+    model = nn.Linear(2, 2)
+    average, seen = WeightAverage(), []
+    for step in range(3):
+        model.weight.requires_grad_(step == 0)
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        average.update(model)
+        seen.append(model.weight.detach().clone())
+    torch.testing.assert_close(average.weights["weight"], torch.stack(seen).mean(0))
+    kept = WeightAverage.of(3, dict(average.weights), model)
+    assert torch.equal(kept.weights["weight"], average.weights["weight"])
+
+    model.weight.requires_grad_(True)
+    model.bias.requires_grad_(False)
+    average = WeightAverage()
+    average.update(model)
+    model.bias.requires_grad_(True)
+    for call in (lambda: average.update(model), lambda: WeightAverage.of(1, dict(average.weights), model)):
+        with pytest.raises(ValueError, match="bias is trained, and was not when the average of the weights began"):
+            call()
