@@ -7,10 +7,12 @@ trained is kept, which is small, and put in its place while the reference is com
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet, ref
 
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from l3ms.model.copies import shard_like, whole_copy
 from l3ms.model.heads import fuse_head
 from l3ms.model.pretrained import load_whole, reason
 from l3ms.model.sharding import as_placed, fully_sharded, is_part, is_sharded, local, reshard, whole
+
+logger = logging.getLogger(__name__)
 
 OWN_BASE = (
     True,
@@ -39,18 +43,30 @@ class Reference:
         self.model: Any = None if self.source is not None else given
         self.adapters = False  # the reference is the policy without them
         self.start: dict[str, Tensor] | None = None  # or with what was trained as it was
+        self._policy: Any = None  # a weak one: whose start the reference is, None where it is given or loaded
+        self._earlier: WeakSet[Any] = WeakSet()  # whose start it was
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
         return self
 
     def prepare(self, model: Any) -> None:
-        """Load it; or it is `model` as it is now, a copy or what is under the adapters."""
+        """Load it; or it is `model` as it is now, a copy or what is under the adapters, until another model is prepared."""
+        if self._policy is not None and self._policy() is not model:
+            if (before := self._policy()) is not None:
+                self._earlier.add(before)
+            self._earlier.discard(model)
+            self.model, self.adapters, self.start, self._policy = None, False, None, None
+            logger.warning("%s: reference is another model now, as it is at the start of its training", self.where)
+        self._find(model)
+
+    def _find(self, model: Any) -> None:
         adapted = hasattr(model, "disable_adapter")
         if self.model is None and not self.adapters and self.start is None:
             given = self.source is not None
             own = not given or (
                 adapted and model.get_base_model().name_or_path == self.source and not _base_changed(model)
             )
+            self._policy = ref(model) if own else None
             if own and adapted and (given or _changes_nothing(model)):
                 self.adapters = True
             elif own and adapted:
@@ -75,7 +91,11 @@ class Reference:
             raise ValueError(
                 f"{self.where}: reference is missing: call prepare(model) before the training, or give one"
             )
-        self.prepare(model)
+        if model in self._earlier:
+            raise ValueError(
+                f"{self.where}: reference is the start of another model's training by now: give each model a constraint of its own"
+            )
+        self._find(model)
         if self.adapters:
             return model, model.disable_adapter()
         if self.start is not None:

@@ -85,3 +85,30 @@ def test_another_model_than_the_one_that_was_prepared_is_refused(make_model, tok
     wider = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"])
     with pytest.raises(ValueError, match="reference is the model with its first adapters, and this one has no whole"):
         constraint.measure(out, peft.get_peft_model(make_model(), wider))
+
+
+@pytest.mark.parametrize("kind", [None, "lora", "trained"])
+def test_each_training_is_measured_from_its_own_start(make_model, tokenizer, kind, caplog):
+    first, second = (make_model(seed=seed) if kind is None else adapted(make_model(seed=seed), kind) for seed in (0, 1))
+    constraint = l3ms.KL(max=5.0)
+    constraint.prepare(first)
+    out = l3ms.rollout(second, tokenizer, ["a b"] * 4, max_new_tokens=6)
+    constraint.prepare(second)
+    assert "reference is another model now" in caplog.text
+    assert constraint.measure(out, second) == pytest.approx([0.0] * 4, abs=1e-5)
+    change(second)
+    constraint.prepare(second)  # a trainer that is made once more, of the same model
+    assert max(map(abs, constraint.measure(out, second))) > 0.01  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reference is the start of another model's training by now"):
+        constraint.measure(out, first)
+    constraint.prepare(first)
+    constraint.measure(out, first)
+
+
+def test_a_reference_that_was_given_stays(make_model, caplog):
+    given = make_model(seed=3)
+    constraint = l3ms.KL(max=5.0, reference=given)
+    for seed in (0, 1):
+        constraint.prepare(make_model(seed=seed))
+    assert constraint.reference_model is given
+    assert not caplog.records
