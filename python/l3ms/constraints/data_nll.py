@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l3ms.constraints.constraint import NO_REFERENCE, Constraint
-from l3ms.model.batches import Collator
+from l3ms.model.batches import Collator, separate
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.orders import BatchOrder, PromptOrder
 from l3ms.model.sharding import reshard
@@ -181,18 +181,21 @@ def sequence_nll(model: Any, batch: Batch) -> Tensor:
 
     Args:
         model: with a fused head, see `fuse_head`.
-        batch: {"input_ids", "labels"} (N, L), labels not shifted, -100 where not scored; "attention_mask" (N, L).
+        batch: {"input_ids", "labels"} (N, L), labels not shifted, -100 where not scored; "attention_mask", "position_ids" (N, L). One
+            that packs several sequences into a row is told by the latter, or what else `separate` knows.
 
     Raises:
-        ValueError: nothing in the batch is scored.
+        ValueError: nothing in the batch is scored; or as `separate`.
     """
+    batch = separate(batch)
     length = scored_lengths(shift(batch["labels"]))
     scored = int(length.sum())  # before the batch is moved: a GPU is not waited for
     if not scored:
         raise ValueError("sequence_nll: no label of the batch is scored")
     first = next(model.parameters())
     device, dtype = first.device, torch.float64 if first.dtype == torch.float64 else torch.float32
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels") if name in batch}
+    names = ("input_ids", "attention_mask", "position_ids", "labels")
+    inputs = {name: batch[name].to(device) for name in names if name in batch}
     count = None if isinstance(model, torch.nn.DataParallel) else scored
     seq_weight = uncast(model, task_weights(length, dtype).to(device))
     out = model(**inputs, seq_weight=seq_weight, scored=count, auxiliary=True, use_cache=False)

@@ -36,29 +36,42 @@ class CountingCollator(Collator):
         return {**batch, "scored": int((batch["labels"][:, 1:] != -100).sum())}
 
 
+OURS = {"input_ids", "attention_mask", "labels", "scored"}  # what such a batch holds
+
 PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens")
+
+OWN_COLLATOR = "a batch does not hold them; give a data_collator whose batches do"
 
 
 def _tokens(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Tokens and labels of a row, without what its attention_mask hides: padding that it came with.
 
-    Raises `ValueError` for a row that has none, as many labels as tokens, or several sequences.
+    Raises `ValueError` for a row that has none, another number of labels than tokens, several sequences, or position_ids or
+    token_type_ids that are not those that a model supposes.
     """
     if "input_ids" not in row or "labels" not in row:
         raise ValueError(f"rows must hold input_ids and labels, got {sorted(row)}: encode texts first")
     ids, labels = list(row["input_ids"]), list(row["labels"])
     if len(ids) != len(labels):
         raise ValueError(f"a row must have one label per token, got {len(ids)} input_ids and {len(labels)} labels")
-    positions = row.get("position_ids")
-    if any(name in row for name in (*PACKED[1:], "seq_lengths")) or (
-        positions is not None and any(position == 0 for position in list(positions)[1:])
+    positions, mask = row.get("position_ids"), row.get("attention_mask")
+    if (
+        any(name in row for name in (*PACKED[1:], "seq_lengths"))
+        or (positions is not None and any(position == 0 for position in list(positions)[1:]))
+        or (mask is not None and any(int(number) > 1 for number in mask))
     ):
         raise ValueError("a row must be one sequence, got a packed one: give its sequences as rows of their own")
-    mask = row.get("attention_mask")
     if mask is not None:
-        kept = [bool(keep) for keep in mask]
-        ids, labels = ([x for x, keep in zip(values, kept, strict=True) if keep] for values in (ids, labels))
+        ids, labels, positions = (_kept(values, mask) for values in (ids, labels, positions))
+    if positions is not None and [int(position) for position in positions] != list(range(len(ids))):
+        raise ValueError(f"position_ids of a row must count from 0: {OWN_COLLATOR}")
+    if any(int(kind) for kind in row.get("token_type_ids", ())):
+        raise ValueError(f"token_type_ids of a row must be 0: {OWN_COLLATOR}")
     return ids, labels
+
+
+def _kept(values: Any, mask: Any) -> Any:
+    return None if values is None else [value for value, keep in zip(values, mask, strict=True) if keep]
 
 
 def separate(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.trainer_utils import has_length
 
 from l3ms.constraints.constraint import Constraint, check_constraints
-from l3ms.model.batches import Collator, CountingCollator, separate
+from l3ms.model.batches import OURS, Collator, CountingCollator, separate
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.split_heads import uncast
@@ -70,8 +70,7 @@ class L3MTrainer(Constraining, TimingTrainer):
         tokenizer, rows = kwargs.get("processing_class"), kwargs.get("train_dataset") if prompts is None else prompts
         if rows is not None and needs_responses(args, self.constraints):
             check_sampling(self.constraints, tokenizer, rows)
-        self._own_collator = kwargs.get("data_collator") is None
-        if self._own_collator:
+        if kwargs.get("data_collator") is None:
             check_rows("train_dataset", kwargs.get("train_dataset"))
             check_rows("eval_dataset", kwargs.get("eval_dataset"))
             kwargs["data_collator"] = self._collator(args, tokenizer, kwargs.get("train_dataset"))
@@ -119,7 +118,8 @@ class L3MTrainer(Constraining, TimingTrainer):
         return self.current_gradient_accumulation_steps * self._averaged_over
 
     def _rows_apart(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs if self._own_collator else separate(inputs)
+        """A batch of our own collator holds no packed rows: a GPU is not waited for. `data_collator` and loaders may be others by now."""
+        return inputs if inputs.keys() == OURS else separate(inputs)
 
     @staticmethod
     def _collator(args: L3MConfig, tokenizer: Any, rows: Any) -> Collator:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import l3ms
-from l3ms.model.batches import CountingCollator
+from l3ms.model.batches import Collator, CountingCollator
 from l3ms.model.losses import scored_lengths, shift, task_weights
 
 V, D = 11, 6
@@ -173,3 +173,25 @@ def test_rows_become_a_padded_batch_with_the_count_of_what_is_scored():
         "labels": [[-100, 6, 7], [8, -100, -100]],
     }  # fmt: skip
     assert found["scored"] == 2  # what nothing comes before is not predicted
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"attention_mask": [1, 1, 2, 2]}, "a row must be one sequence, got a packed one"),
+        ({"position_ids": [0, 1, 0, 1]}, "a row must be one sequence, got a packed one"),
+        ({"position_ids": [0, 1, 40, 41]}, "position_ids of a row must count from 0: .*give a data_collator"),
+        ({"position_ids": [0, 1, 2, 3], "attention_mask": [0, 1, 1, 1]}, "position_ids of a row must count from 0"),
+        ({"token_type_ids": [0, 0, 1, 1]}, "token_type_ids of a row must be 0: .*give a data_collator"),
+    ],
+)
+def test_what_a_batch_would_not_hold_of_a_row_is_refused(columns, line):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
+    with pytest.raises(ValueError, match=line):
+        Collator(0)([{**row, **columns}])
+
+
+def test_columns_that_say_what_is_so_anyway_are_taken():
+    row = {"input_ids": [0, 6, 7, 8], "labels": [-100, -100, 7, 8], "token_type_ids": [0, 0, 0, 0]}
+    batch = Collator(0)([{**row, "position_ids": torch.arange(4), "attention_mask": torch.ones(4)}])
+    assert batch["input_ids"].tolist() == [[0, 6, 7, 8]]

@@ -168,6 +168,15 @@ def test_a_collator_of_somebody_else_trains_on_the_same_sequences(tmp_path, toke
     assert_same_weights(found[1][2], found[0][2], 1e-5)
 
 
+def test_packed_batches_are_told_however_they_come(tmp_path, tokenizer, make_model):
+    only = [{name: row[name] for name in ("input_ids", "labels")} for row in rows(4)]
+    trainer = make(tmp_path, None, make_model(), settings={"solver": "none"}, constraints=(), data=only)
+    whole = trainer.compute_loss(trainer.model, trainer.data_collator(only))
+    for kind in ("position_ids", "numbered mask"):
+        packed = collators(tokenizer)[kind](only)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, packed), whole)
+
+
 # ---- what the Trainer does with its other arguments ----
 
 
