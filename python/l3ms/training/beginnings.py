@@ -68,6 +68,7 @@ def _changes(module: nn.Module) -> bool:
     values = vars(module)
     drawn = values.get("p", 0) if isinstance(module, nn.Dropout) else 0
     drawn = drawn or any(value for key, value in values.items() if isinstance(value, float) and _draws(key))
+    drawn = drawn or values.get("neftune_noise_alpha")  # whose size is by the length of what comes through
     return bool(values.get("gradient_checkpointing")) or (module.training and bool(drawn))
 
 
@@ -78,13 +79,17 @@ def _draws(name: str) -> bool:
 def _limit(config: Any) -> float:
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    found = [value for name, value in {**text.to_dict(), **rope}.items() if any(word in name for word in LIMITS)]
+    ropes = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one, or one for each kind of layer
+    named = [pair for values in (text.to_dict(), *ropes) for pair in values.items()]
+    found = [value for name, value in named if any(word in name for word in LIMITS)]
+    if any("dynamic" in (values.get("rope_type"), values.get("type")) for values in ropes):
+        found.append(getattr(text, "max_position_embeddings", None))
     return min((value for value in found if type(value) is int and value > 0), default=float("inf"))
 
 
 def _is_right(model: Any, inputs: dict[str, Any], count: int, options: dict[str, Any]) -> bool:
     known = _right.setdefault(model, {})
-    state = str((type(model), active_adapters(model), options.get("auxiliary")))
+    state = str((type(model), model.training, active_adapters(model), options.get("auxiliary")))
     if state not in known:
         known[state] = _tried(model, inputs, count, options)
     return known[state]

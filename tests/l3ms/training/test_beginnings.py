@@ -124,6 +124,40 @@ def test_whole_rows_where_a_forward_draws_or_is_another(make_model, change):
         assert tokens < inputs["input_ids"].numel()
 
 
+def test_noise_whose_size_is_by_the_length_gets_whole_rows_also_after_an_evaluation(make_model):
+    model, inputs, weight = make_model("Llama"), batch(), torch.ones(4)
+    l3ms.fuse_head(model)
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # the Trainer sets it, whose hook draws while it trains
+    for training in (False, True):
+        model.train(training)
+        beginnings.forward(model, inputs, seq_weight=weight)
+        _, tokens = tokens_of(model, lambda: beginnings.forward(model, inputs, seq_weight=weight))
+        assert (tokens == inputs["input_ids"].numel()) is training
+
+
+def test_each_mode_is_tried(make_model, monkeypatch):
+    model, tried = make_model("Llama"), []
+    l3ms.fuse_head(model)
+    monkeypatch.setattr(beginnings, "_tried", lambda model, *_: tried.append(model.training))
+    for training in (False, True, True):
+        beginnings.forward(model.train(training), batch(), seq_weight=torch.ones(4))
+    assert tried == [False, True]
+
+
+def test_whole_rows_where_positions_are_others_beyond_a_width(make_model):
+    def limit(**rope):
+        return beginnings._limit(make_model("Llama", rope_parameters={"rope_theta": 1e4, **rope}).config)
+
+    assert limit(rope_type="default") == float("inf")
+    assert limit(rope_type="dynamic", factor=2.0) == 64
+    kinds = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"original_max_position_embeddings": 8}}
+    config = make_model("Llama").config
+    config.rope_parameters = kinds
+    assert beginnings._limit(config) == 8
+    del kinds["sliding_attention"]
+    assert beginnings._limit(config) == 64
+
+
 def test_an_activated_adapter_gets_whole_rows(make_model):
     """Its invocation may lie across the end of what is shared: nothing would be found of it then."""
     import peft
@@ -167,6 +201,7 @@ def test_a_training_is_that_with_whole_rows(make_model, train, monkeypatch):
     for on in (True, False):
         monkeypatch.setattr(beginnings, "_could", beginnings._could if on else lambda *arguments: False)
         trainer, recorder = train(make_model(), data=data, max_steps=3)
+        policy_log_likelihood(trainer, trainer.last_rollout)  # in evaluation it is tried once more
         seen = tokens_of(trainer.model, lambda trainer=trainer: policy_log_likelihood(trainer, trainer.last_rollout))
         found.append((recorder.weights, *seen))
     (ours, said, tokens), (theirs, expected, all_tokens) = found
