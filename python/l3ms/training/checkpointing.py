@@ -7,6 +7,7 @@ DeepSpeed optimizer and weights are in their formats, and whole or not there as 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from l3ms.model.random_numbers import random_state, set_random_state
 from l3ms.ranks import lookout
@@ -150,6 +151,19 @@ class CheckpointingTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """In a checkpoint weights have the model's own names, under which they are loaded into it. A saved model has those of its kind's
+        files, which `from_pretrained` turns into the model's."""
+        own = self._partial is not None and isinstance(self.model, PreTrainedModel)
+        model: Any = self.model
+        if own:
+            model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if own:
+                del model.save_pretrained
+
     def _save_scaler(self, output_dir: str) -> None:
         scaler: Any = self.accelerator.scaler
         if scaler is not None and self.args.should_save:
@@ -163,6 +177,29 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with self.reading():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """All of it, or an error: transformers' own keeps weights of the last step that the checkpoint lacks, with a warning."""
+        best = self.state.best_model_checkpoint
+        if not self._sharded:
+            folder = Path(str(best))
+            if adapted := hasattr(self.model, "disable_adapter"):
+                name = str(self.model.active_adapters[0])  # type: ignore[union-attr]
+                folder = folder if name == "default" else folder / name
+            kinds = ("adapter_model",) if adapted else ("model", "pytorch_model")
+            ends = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+            if not any((folder / f"{kind}{end}").is_file() for kind in kinds for end in ends):
+                raise CheckpointError(
+                    f"load_best_model_at_end: {folder} has no weights of the {'adapter' if adapted else 'model'}"
+                )
+            wrong = misfit(folder, self.model)
+            if wrong is not None:
+                raise CheckpointError(f"load_best_model_at_end: {folder}: {wrong}")
+            self.state.best_model_checkpoint = str(folder)
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _load_callback_state(self) -> None:
         with self.reading():
