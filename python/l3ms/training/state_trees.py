@@ -1,23 +1,26 @@
-"""State in JSON and safetensors: trees of None, bool, int, float, str and tensors in lists, tuples and dicts. Nothing is unpickled."""
+"""State in JSON and safetensors: None, bool, int, float, str and tensors in lists, tuples, dicts and Counters. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
 def save_tree(folder: Path, name: str, tree: Any) -> None:
-    """`folder/name.json`, and its tensors in `folder/name.safetensors`; types, keys and values come back as they were, on the CPU.
+    """`folder/name.json`, and its tensors in `folder/name.safetensors`; types, keys and values come back as they were, on the CPU; NumPy's
+    numbers as Python's, and what is derived from such a type as that.
 
-    Raises `TypeError` for anything else in `tree`.
+    Raises `TypeError` for anything else in `tree`, saying where.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(tree, tensors))
+    text = json.dumps(_encode(tree, tensors, name))
     folder.mkdir(parents=True, exist_ok=True)  # a rank may be here before the one that writes the weights
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
@@ -36,19 +39,28 @@ def load_tree(folder: Path, name: str) -> Any:
         ) from None
 
 
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": key}
     if isinstance(value, dict):
-        return {"dict": [[_encode(key, tensors), _encode(item, tensors)] for key, item in value.items()]}
+        pairs = [
+            (_encode(key, tensors, where), _encode(item, tensors, f"{where}.{key}")) for key, item in value.items()
+        ]
+        return {"counter" if isinstance(value, Counter) else "dict": pairs}
     if isinstance(value, (list, tuple)):
-        items = [_encode(item, tensors) for item in value]
+        items = [_encode(item, tensors, f"{where}.{i}") for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
-    raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint")
+    raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint: {where}")
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -61,6 +73,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[inner]
     if kind == "tuple":
         return tuple(_decode(item, tensors) for item in inner)
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
+    if kind in ("dict", "counter"):
+        made = {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
+        return made if kind == "dict" else Counter(made)
     raise ValueError(f"unknown kind {kind!r}")

@@ -1,5 +1,7 @@
 """State comes back from JSON and safetensors as it was, types and bits; what nobody saved is one line."""
 
+import collections
+import enum
 import json
 import math
 import random
@@ -16,7 +18,8 @@ BASE = torch.arange(6.0)
 TREES = [
     None, True, 0, -1.5, 1 / 3, 5e-324, math.inf, "", "tensor", [], {}, (), [1, [2, (3, {"a": None})]], {1: "one", "1": "text"},
     {"dict": {"tuple": {"tensor": [1]}}}, {(0, "a"): 1}, torch.tensor(3), torch.zeros(0, 3), torch.tensor([math.nan, -0.0, math.inf]),
-    torch.arange(3, dtype=torch.uint8), torch.ones(2, 3).bfloat16(), torch.ones(2, 3).T, {"same": [BASE, BASE, BASE[1:3]]},
+    collections.Counter({3: 2, "a": 1}), torch.arange(3, dtype=torch.uint8), torch.ones(2, 3).bfloat16(), torch.ones(2, 3).T,
+    {"same": [BASE, BASE, BASE[1:3]]},
 ]  # fmt: skip
 
 
@@ -116,3 +119,49 @@ def test_no_file_is_no_file(tmp_path):
         load_tree(tmp_path, "state")
     (tmp_path / "state.json").write_text(json.dumps(1))
     assert load_tree(tmp_path, "state") == 1
+
+
+class Kind(str, enum.Enum):
+    LINEAR = "linear"
+
+
+class Number(enum.IntEnum):
+    TWO = 2
+
+
+def test_numbers_of_others_are_pythons(tmp_path):
+    rate = np.logspace(-3, -2, 2)[0]
+    tree = [rate, np.float32(0.5), np.int64(3), np.bool_(True), Number.TWO, Kind.LINEAR]
+    save_tree(tmp_path, "state", tree)
+    same(load_tree(tmp_path, "state"), [float(rate), 0.5, 3, True, 2, "linear"])
+
+
+def test_what_cannot_be_saved_is_said_with_its_place(tmp_path):
+    with pytest.raises(TypeError, match=r"cannot save a set in a checkpoint: optimizer.groups.1.names"):
+        save_tree(tmp_path, "optimizer", {"groups": [{}, {"names": {1}}]})
+
+
+def test_a_sequence_of_schedules_goes_on(tmp_path):
+    schedules = torch.optim.lr_scheduler
+
+    def made():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        parts = [schedules.LinearLR(optimizer, 0.1, 1.0, 4), schedules.MultiStepLR(optimizer, [2, 3], 0.1)]
+        return optimizer, schedules.SequentialLR(optimizer, parts, [4])
+
+    def rates(optimizer, scheduler, steps):
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    whole, cut = made(), made()
+    expected = rates(*whole, 9)
+    assert rates(*cut, 3) == expected[:3]
+    save_tree(tmp_path, "scheduler", cut[1].state_dict())
+    again = made()
+    again[0].load_state_dict(cut[0].state_dict())
+    again[1].load_state_dict(load_tree(tmp_path, "scheduler"))
+    assert rates(*again, 6) == expected[3:]
