@@ -126,7 +126,7 @@ TRAINING = (
     Mutant("digests of a checkpoint are not compared", ROOM + 'training/checkpoints.py', " or _sha256(path) != digest:",
            ":", CHECKPOINTS),
     Mutant("checkpoints are ordered as texts", ROOM + 'training/checkpoints.py',
-           'int(path.name.partition("-")[2]), reverse=True', "path.name, reverse=True", CHECKPOINTS),
+           "key=_step, reverse=True", "key=lambda path: path.name, reverse=True", CHECKPOINTS),
     Mutant("a file that is not in the manifest is no matter", ROOM + 'training/checkpoints.py',
            "sorted(wanted.keys() ^ found)", "sorted(wanted.keys() - found)", CHECKPOINTS),
     Mutant("a resumed run has other random numbers", ROOM + 'model/random_numbers.py',

@@ -34,6 +34,7 @@ class CheckpointingTrainer(Trainer):
     """
 
     _partial: Path | None = None  # where a checkpoint is being written
+    _sealed: Path | None = None  # one that was, before the callbacks have seen it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
@@ -117,8 +118,8 @@ class CheckpointingTrainer(Trainer):
                 if best is not None and (best.exists() or best.name == name):
                     state.best_model_checkpoint = str(best)
                     state.save_to_json(str(written / "trainer_state.json"))
-                checkpoints.seal(self._partial, name)
-                checkpoints.rotate(place, self.args.save_total_limit, keep=best)
+                self._sealed = checkpoints.seal(self._partial, name)
+                checkpoints.rotate(place, self.args.save_total_limit, keep=best, newest=self._sealed)
         except BaseException as error:
             reason = checkpoints.unwritable(self._partial) if isinstance(error, RuntimeError) else None
             discard()
@@ -130,6 +131,13 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(place / name))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What callbacks write into a checkpoint in `on_save` is a part of it."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        sealed, self._sealed = self._sealed, None
+        if sealed is not None and (sealed / checkpoints.MANIFEST).is_file():
+            checkpoints.seal_again(sealed)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Not while it is being written: `_save_checkpoint` does it afterwards."""

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,14 +55,7 @@ def seal(folder: Path, name: str) -> Path:
     A checkpoint of that name is replaced.
     """
     source, place = folder / name, folder.parent
-    files = {path.relative_to(source).as_posix(): path for path in _files(source)}
-    described = {key: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for key, path in sorted(files.items())}
-    for path in files.values():
-        _flush(path)
-    with (source / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"version": 1, "files": described}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(source / MANIFEST, _described(source, _files(source)))
     for path in (source, *(path for path in source.rglob("*") if path.is_dir())):
         _flush(path)
     target = place / name
@@ -73,6 +66,40 @@ def seal(folder: Path, name: str) -> Path:
     _flush(place)
     discard(place)
     return target
+
+
+def seal_again(folder: Path) -> None:
+    """What was put into a sealed checkpoint since, or written anew in it, belongs to it too."""
+    manifest, partial = folder / MANIFEST, folder.parent / PARTIAL
+    described, sealed = json.loads(manifest.read_text(encoding="utf-8"))["files"], manifest.stat().st_mtime_ns
+    names = {path: path.relative_to(folder).as_posix() for path in _files(folder) if path != manifest}
+    later = [path for path, name in names.items() if name not in described or path.stat().st_mtime_ns > sealed]
+    if not later:
+        return
+    described |= _described(folder, later)
+    for path in {path.parent for path in later}:
+        _flush(path)
+    begin(folder.parent)
+    _write(partial / MANIFEST, described)
+    (partial / MANIFEST).replace(manifest)
+    _flush(folder)
+    discard(folder.parent)
+
+
+def _described(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """By name in `folder`, flushed to the disk: size and contents."""
+    found = {}
+    for path in sorted(files):
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _flush(path)
+    return found
+
+
+def _write(manifest: Path, described: dict[str, Any]) -> None:
+    with manifest.open("w", encoding="utf-8") as file:
+        json.dump({"version": 1, "files": dict(sorted(described.items()))}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def unwritable(folder: Path) -> OSError | None:
@@ -118,7 +145,11 @@ def checkpoints(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     there = [path for path in place.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted([*there, *_replaced(place)], key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    return sorted([*there, *_replaced(place)], key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def _replaced(place: Path) -> list[Path]:
@@ -141,15 +172,24 @@ def newest(place: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, damaged
 
 
-def rotate(place: Path, limit: int | None, keep: Path | None = None) -> None:
-    """Remove all but the newest `limit` checkpoints (None or 0: none are) and `keep`."""
-    for folder in checkpoints(place)[limit:] if limit else []:
-        if folder != keep:
-            # Not under its name while it is being removed: half of it would be taken for a damaged one
-            gone = place / PARTIAL
-            discard(place)
-            folder.rename(gone)
-            discard(place)
+def rotate(place: Path, limit: int | None, keep: Path | None = None, newest: Path | None = None) -> None:
+    """Remove all but the newest `limit` checkpoints (None or 0: none are). `keep` is one of these, and beside the newest where that is one.
+
+    `newest`: the one that was written now. Those with more steps are of another run in the same place: they are the oldest.
+    """
+    there = checkpoints(place)
+    if newest is not None:
+        there.sort(key=lambda path: _step(path) > _step(newest))
+    if keep in there[1:]:
+        there.remove(keep)
+        there.insert(1, keep)
+        limit = max(limit, 2) if limit else limit
+    for folder in there[limit:] if limit else []:
+        # Not under its name while it is being removed: half of it would be taken for a damaged one
+        gone = place / PARTIAL
+        discard(place)
+        folder.rename(gone)
+        discard(place)
 
 
 def _files(folder: Path) -> Iterator[Path]:

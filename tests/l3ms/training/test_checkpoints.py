@@ -156,12 +156,33 @@ ALL = {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize(
-    ("limit", "keep", "left"), [(2, None, {3, 4}), (1, 2, {2, 4}), (None, None, ALL), (0, None, ALL), (9, None, ALL)]
+    ("limit", "keep", "left"),
+    [
+        (2, None, {3, 4}),
+        (1, 2, {2, 4}),
+        (2, 1, {1, 4}),
+        (3, 1, {1, 3, 4}),
+        (2, 4, {3, 4}),
+        (None, None, ALL),
+        (0, 2, ALL),
+        (9, 1, ALL),
+    ],
 )
 def test_old_ones_are_removed(tmp_path, limit, keep, left):
     for step in (1, 2, 3, 4):
         write(tmp_path, step, {"a": b"1"})
     checkpoints.rotate(tmp_path, limit, keep=None if keep is None else tmp_path / f"checkpoint-{keep}")
+    assert names(tmp_path) == {f"checkpoint-{step}" for step in left}
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "left"), [(1, None, {3}), (2, None, {2, 3}), (3, None, {1, 2, 3}), (2, 1, {1, 3})]
+)
+def test_those_of_a_longer_run_go_first(tmp_path, limit, keep, left):
+    for step in (1, 2, 3, 5, 4):
+        write(tmp_path, step, {"a": b"1"})
+    kept = None if keep is None else tmp_path / f"checkpoint-{keep}"
+    checkpoints.rotate(tmp_path, limit, keep=kept, newest=tmp_path / "checkpoint-3")
     assert names(tmp_path) == {f"checkpoint-{step}" for step in left}
 
 
