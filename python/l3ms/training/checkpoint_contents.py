@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from l3ms.regular_files import read_regular
+from l3ms.training import checkpoints
 from l3ms.training.state_trees import load_tree
 
 TREES = ("optimizer", "scheduler", "scaler", "random*", "watch*", "rollout*")  # names of `save_tree`
@@ -24,6 +25,8 @@ MOMENTS = (
     "momentum_buffer",
     "sum",
 )  # of torch's optimizers: one number per weight
+READ = ("l3m/", "constraints/", "time/", "memory/")  # in names of numbers of the log that a report is made of
+TAKEN = 1 << 12  # rows per iteration: it may have been another number before, or in a training before this one
 PLACE = ("taken", "rows", "seed", "world")
 
 
@@ -32,9 +35,9 @@ class CheckpointError(ValueError):
 
 
 def unreadable(folder: Path, taken: int) -> str | None:
-    """What is wrong with the contents of `folder`, None where nothing is. `taken`: rows per iteration for constraints, at most."""
+    """What is wrong with the contents of `folder`, None where nothing is. `taken`: rows per iteration for constraints."""
     try:
-        step = int(folder.name.rpartition("-")[2]) if folder.name.startswith("checkpoint-") else None
+        step = int(folder.name.rpartition("-")[2]) if checkpoints.NAME.fullmatch(folder.name) else None
         state = _check_state(_json(folder / "trainer_state.json"), step)
         if (folder / "l3m.json").exists():
             _check_progress(_json(folder / "l3m.json"), folder, state.global_step, taken)
@@ -115,16 +118,17 @@ def _check_state(values: Any, step: int | None) -> TrainerState:
     check(isinstance(state.log_history, list), "log_history is no list")
     for row in state.log_history:
         check(isinstance(row, dict) and _counts(row.get("step")), f"log_history holds {row!r:.60}")
-        wrong = [name for name, value in row.items() if not (value is None or isinstance(value, str) or _real(value))]
+        read = {name: value for name, value in row.items() if name in ("loss", "epoch") or name.startswith(READ)}
+        wrong = [name for name, value in read.items() if not (value is None or isinstance(value, str) or _real(value))]
         check(not wrong, f"log_history holds a {wrong[:1]} that is no number")
     return state
 
 
 def _check_progress(values: Any, folder: Path, step: int, taken: int) -> None:
     """`l3m.json`: a place further on than the run can be would be gone to, for ever."""
-    places = [values["prompts"], *values.get("data", {}).values()]
+    places = [place for place in (values["prompts"], *values.get("data", {}).values()) if place is not None]
     for place in places:
-        if not _counts(place["taken"]) or place["taken"] > step * taken:
+        if not _counts(place["taken"]) or place["taken"] > step * max(taken, TAKEN):
             raise CheckpointError(f"l3m.json: {place['taken']!r:.40} prompts cannot be taken in {step} iterations")
         for name in PLACE:
             if name in place and not _counts(place[name]):
@@ -178,6 +182,7 @@ def misfit_of_optimizer(optimizer: Any, found: Any) -> str | None:
     wrong = unlike({**fresh, "state": {}}, found, "optimizer")
     if wrong is not None:
         return wrong
+    shaped = MOMENTS if _is_of_torch(optimizer) else ()  # others keep factors or projections by these names
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, entries in found["state"].items():
         if not _counts(key) or key >= len(parameters) or not isinstance(entries, Mapping):
@@ -185,9 +190,15 @@ def misfit_of_optimizer(optimizer: Any, found: Any) -> str | None:
         for name, value in entries.items():
             if not (value is None or isinstance(value, Tensor) or _real(value)):
                 return f"optimizer.state.{key}.{name} is {value!r:.40}"
-            if name in MOMENTS and (not isinstance(value, Tensor) or value.shape != parameters[key].shape):
+            if name in shaped and (not isinstance(value, Tensor) or value.shape != parameters[key].shape):
                 return f"optimizer.state.{key}.{name} is not of its parameter's shape"
     return None
+
+
+def _is_of_torch(optimizer: Any) -> bool:
+    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    base = getattr(inner, "base", inner)
+    return all(type(part).__module__.startswith("torch.optim") for part in getattr(base, "parts", [base]))
 
 
 def _counts(value: Any) -> bool:
