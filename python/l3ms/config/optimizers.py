@@ -32,6 +32,7 @@ WITHOUT_BETAS = (
     "rmsprop_bnb_8bit",
     "rmsprop_bnb_32bit",
     "schedule_free_sgd",
+    "grokadamw",  # transformers hands it none
 )
 # Options that have a field of their own in `train`.
 ELSEWHERE = {

@@ -1,4 +1,4 @@
-"""Safe YAML for configurations: plain values only, numbers are numbers, and a repeated key is an error.
+"""Safe YAML for configurations, read and written: plain values only, numbers are numbers, and a repeated key is an error.
 
 YAML 1.1 reads `1e-6` as text, `010` as 8 and `1:30` as 90, and silently keeps the last of two equal keys; such have ruined runs. Tags
 (`!!python/name`) are refused, and aliases, since a few nested ones expand to gigabytes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ class _Loader(yaml.SafeLoader):
         return (super().construct_yaml_int if whole else super().construct_yaml_float)(node)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """`SafeDumper` that puts in quotes what `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
@@ -101,6 +107,11 @@ def parse_yaml(text: str, name: str = "value") -> Any:
         raise ConfigError(name, "is nested too deeply") from None
     except (ValueError, OverflowError) as error:  # an impossible date, an integer of thousands of digits
         raise ConfigError(name, f"holds a value that cannot be read: {error}") from None
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """The text that `parse_yaml` reads as the same values."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainerCallback
 
-from l3ms.config.yaml_reader import ConfigError
+from l3ms.config.yaml_reader import ConfigError, dump_yaml
 from l3ms.ranks import lookout
 from l3ms.regular_files import read_regular
 from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
@@ -72,8 +71,7 @@ def prepare_output(folder: Path, keep: Collection[str] = ()) -> None:
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """`config.yaml` with every field resolved: `l3ms train FOLDER/config.yaml --output OTHER` is the same run again."""
-    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    write_whole(folder / "config.yaml", text)
+    write_whole(folder / "config.yaml", dump_yaml(values))
 
 
 def save_weights(folder: Path, name: str, model: Any, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from l3ms.config.run_config import ConfigError, RunConfig, load_config, parse_override
-from l3ms.config.yaml_reader import parse_yaml
+from l3ms.config.yaml_reader import dump_yaml, parse_yaml
 
 GOOD = {
     "model": "./base",
@@ -326,6 +326,13 @@ def test_a_number_in_base_8_or_60_is_refused(text, value):
 def test_other_numbers_stay_numbers():
     text = "[0, 00, 0.0, -0, 007.5, 1_000, 0x10, 0b11, 1e-6, 08.5]"
     assert parse_yaml(text) == [0, 0, 0.0, 0, 7.5, 1000, 16, 3, 1e-6, 8.5]
+
+
+def test_texts_that_look_like_numbers_are_texts_when_they_are_read_again(write):
+    texts = ["3e-6", "1E5", "+1e9", "1_0e3", "1.e-6", ".5e3", "010", "1:30", "1_000", "0x1F", "null", "on", "2024-01-01", "é"]  # fmt: skip
+    assert parse_yaml(dump_yaml({"tags": texts, "rate": 3e-6})) == {"tags": texts, "rate": 3e-6}
+    config = load_config(write(dump_yaml(GOOD | {"logging": {"report_to": "tensorboard", "run_name": "3e-6"}})))
+    assert load_config(write(dump_yaml(config.model_dump()))) == config
 
 
 def test_half_a_character_is_refused():

@@ -74,6 +74,7 @@ def test_the_names_of_other_packages_are_transformers_own():
         ({"optimizer": "galore_adamw"}, "optimizer", "optim_target_modules"),
         ({"optimizer": "xyz"}, "optimizer", "wanted one of adamw_fused, adamw, muon"),
         ({"optimizer": "sgd", "betas": [0.9, 0.95]}, "betas", "are not used by optimizer sgd"),
+        ({"optimizer": "grokadamw", "betas": [0.7, 0.8]}, "betas", "are not used by optimizer grokadamw"),
         ({"optimizer": "adamw_8bit", "optimizer_options": {"eps": 1e-6}}, "optimizer_options", "not of adamw_8bit"),
         ({"optimizer_options": {"lr": 1.0}}, "optimizer_options", "train.learning_rate"),
     ],
