@@ -154,7 +154,8 @@ def _trainer(run: Run, trackers: Trackers, console: Console) -> tuple[L3MTrainer
     config = run.config
     metrics = MetricsWriter(run.folder / "metrics.jsonl")
     title = solver_label({"solver": config.train.solver})
-    callbacks: list[Any] = [metrics, ProgressCallback(bounds(config), title=title, console=console), trackers]
+    progress = ProgressCallback(bounds(config), title=title, console=console)
+    callbacks: list[Any] = [metrics, progress, trackers, resuming.SavedAsNow()]
     if config.watch is not None:
         callbacks.append(Watch(config.watch, held_out=run.held_out.rows))
     if config.logging.tensorboard and not trackers.event_files and is_first():

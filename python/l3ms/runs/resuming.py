@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import TrainerCallback
 
 from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
@@ -116,6 +117,13 @@ def find(folder: Path, console: Console, model: Any, taken: int) -> list[Path]:
 def _ranks_of(checkpoint: Path) -> int:
     """The processes that wrote it: each has random numbers of its own."""
     return max(1, len(list(checkpoint.glob("random*.json"))))
+
+
+class SavedAsNow(TrainerCallback):
+    """Checkpoints as often as the configuration says now: transformers takes from a checkpoint how often they were saved before it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps = args.save_steps
 
 
 # ---- what a run was begun with ----

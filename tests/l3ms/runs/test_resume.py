@@ -14,8 +14,10 @@ import torch
 import yaml
 from namespaces import in_a_namespace
 from resumed_runs import CONFIGS, assert_same, interrupted, project, report, rows, train
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from l3ms.runs import executing as run
+from l3ms.runs import resuming
 from l3ms.training import checkpoints
 
 SAME_THREADS = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of another split have other bits
@@ -203,6 +205,12 @@ def test_the_run_is_found_where_it_was_moved_to_and_may_be_evaluated_otherwise(w
     assert train(moved / "config.yaml", "--output", moved, "--resume", "--evaluate.samples", 32) == 0
     assert report(moved)["average"]["samples"] == 32
     assert rows(moved) == rows(expected)
+
+
+def test_checkpoints_are_saved_as_often_as_is_asked_for_now():
+    args, before = TrainingArguments(save_steps=1), TrainerState(save_steps=50)  # as it comes from a checkpoint
+    resuming.SavedAsNow().on_train_begin(args, before, TrainerControl())
+    assert before.save_steps == 1
 
 
 @pytest.fixture
