@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from l3ms.config.sections import MOST, Section, Share, Text
 
 SHARE = 0.1
+# Fields that name a column, by default of their own name
+COLUMNS = ("prompt", "completion", "messages", "text", "tools")
 Files = Annotated[list[Text], Field(min_length=1)]
 
 
@@ -23,10 +25,11 @@ class DataConfig(Section):
     train: Text | Files
     evaluation: Text | Files | None = None  # the held-out rows
     name: Text | None = None  # `datasets` configuration name
-    split: Text = "train"  # `datasets` split
+    split: Text = "train"  # `datasets` split of `train`, and of `evaluation` where that is the name of a data set
     evaluation_split: Text | None = None  # `datasets` split with the held-out rows
     evaluation_share: Share = SHARE  # held out from the training rows when nothing else is named
-    prompt: Text = "prompt"  # column names
+    # Columns. One that is named otherwise than here goes before those that have their names here, and some row must have it
+    prompt: Text = "prompt"
     completion: Text = "completion"
     messages: Text = "messages"
     text: Text = "text"
@@ -36,6 +39,11 @@ class DataConfig(Section):
         1024  # tokens of prompt + completion; longer rows are cut and counted
     )
     limit: Annotated[int, Field(ge=2, le=MOST)] | None = None  # read at most this many rows
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Field -> its column, of those that are not the default."""
+        return {field: getattr(self, field) for field in COLUMNS if getattr(self, field) != field}
 
     @model_validator(mode="after")
     def _check_held_out(self) -> DataConfig:

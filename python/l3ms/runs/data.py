@@ -27,12 +27,21 @@ def load_examples(config: DataConfig, *, seed: int) -> tuple[list[Example], list
     """Training and held-out examples. Without a named evaluation set, a share of the *prompts* is held out, so that no
     prompt is on both sides. Raises `ConfigError` naming the field, the file and the line or row."""
     _check_splits(config)
-    train = _read(config, "data.train", config.train, config.split)
+    seen: set[str] = set()
+    train = _read(config, "data.train", config.train, config.split, seen)
     if config.evaluation is not None:
-        return train, _read(config, "data.evaluation", config.evaluation, config.split)
-    if config.evaluation_split is not None:
-        return train, _read(config, "data.evaluation_split", config.train, config.evaluation_split)
-    return hold_out(train, config.evaluation_share, seed=seed)
+        split = "train" if is_files(config.evaluation) else config.split
+        sides = train, _read(config, "data.evaluation", config.evaluation, split, seen)
+    elif config.evaluation_split is not None:
+        sides = train, _read(config, "data.evaluation_split", config.train, config.evaluation_split, seen)
+    else:
+        sides = hold_out(train, config.evaluation_share, seed=seed)
+    for field, column in config.named.items():
+        if column not in seen:
+            raise ConfigError(
+                f"data.{field}", f"no row has a column {column!r} (columns: {', '.join(sorted(seen)[:8])})"
+            )
+    return sides
 
 
 def load_prompts(config: DataConfig, name: str, path: Path) -> list[Example]:
@@ -64,7 +73,7 @@ def _check_splits(config: DataConfig) -> None:
     sources: list[Source] = [config.train] if config.evaluation is None else [config.train, config.evaluation]
     if config.evaluation_split is not None and is_lines(config.train):
         raise ConfigError("data.evaluation_split", f"{_has_no(config.train)} splits; use data.evaluation: FILE.jsonl")
-    if config.split != "train" and all(map(is_lines, sources)):
+    if config.split != "train" and is_lines(config.train) and all(map(is_files, sources)):
         raise ConfigError(
             "data.split", f"{_has_no(config.train)} splits, got {config.split!r}; leave it out, or see data.limit"
         )
@@ -81,11 +90,12 @@ def _rows(config: DataConfig, name: str, source: Source, split: str) -> Rows:
     return read_rows(name, source, configuration=config.name, split=split, texts=texts)
 
 
-def _read(config: DataConfig, name: str, source: Source, split: str) -> list[Example]:
-    """All examples of one source; `name` is the field to blame."""
+def _read(config: DataConfig, name: str, source: Source, split: str, seen: set[str]) -> list[Example]:
+    """All examples of one source; `name` is the field to blame, `seen` gets the columns."""
     examples = []
     for where, row in _rows(config, name, source, split):
         examples.append(example(config, name, where, row))
+        seen.update(map(str, row))
         if config.limit is not None and len(examples) == config.limit:
             break
     if not examples:

@@ -42,12 +42,11 @@ def example(config: DataConfig, name: str, where: str, row: Any, *, prompt_only:
     """One checked row; with `prompt_only` it may have no answer, which is empty then. `name` is the field to blame."""
     if not isinstance(row, dict):
         raise ConfigError(name, f"{where}: must be an object with fields, got {type(row).__name__}")
-    if config.messages in row:
+    kind = _kind(config, name, where, row)
+    if kind == "messages":
         used = {config.messages}
         found = _conversation(name, f"{where}: {config.messages}", config, row[config.messages], prompt_only)
-    elif (
-        config.text in row and not {config.prompt, config.completion} & row.keys() and config.text != config.completion
-    ):
+    elif kind == "text":
         used = {config.text}
         _check_text(name, f"{where}: field {config.text!r}", row[config.text])
         found = Example("", row[config.text], is_text=True)
@@ -59,6 +58,20 @@ def example(config: DataConfig, name: str, where: str, row: Any, *, prompt_only:
     return Example(
         found.prompt, found.completion, columns, options, is_text=found.is_text, where=where, left_out=found.left_out
     )
+
+
+def _kind(config: DataConfig, name: str, where: str, row: dict[str, Any]) -> str:
+    """messages, text or pair: what has a column that the configuration names; else by the default names, in this order."""
+    here = {field: column for field, column in config.named.items() if column in row and field != "tools"}
+    wanted = list(dict.fromkeys("pair" if field in ("prompt", "completion") else field for field in here))
+    if len(wanted) > 1:
+        columns = ", ".join(f"{field}: {column}" for field, column in here.items())
+        raise ConfigError(name, f"{where}: two kinds of rows are named and it is both ({columns}): name one kind")
+    if wanted:
+        return wanted[0]
+    if config.messages in row:
+        return "messages"
+    return "text" if config.text in row and not {config.prompt, config.completion} & row.keys() else "pair"
 
 
 def _pair(name: str, where: str, config: DataConfig, row: dict[str, Any], prompt_only: bool) -> Example:

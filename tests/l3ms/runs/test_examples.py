@@ -67,6 +67,30 @@ def test_texts_are_examples_of_their_own():
         made({"text": "a"}, prompt="text")
 
 
+def test_a_column_that_is_named_goes_before_others():
+    talk = {"messages": [USER, ANSWER]}
+    pair = {"question": "a", "answer": "b"}
+    assert made(pair | talk, prompt="question", completion="answer") == Example("a", "b", talk)
+    assert made({"prompt": "a", "answer": "b"} | talk, completion="answer") == Example("a", "b", talk)
+    assert made({"prompt": "a", "completion": "b", "body": "c"}, text="body").completion == "c"
+    assert made(pair | {"text": "c"}, prompt="question", completion="answer").completion == "b"
+    assert made({"prompt": "a", "completion": "b", "talk": [USER, ANSWER]}, messages="talk").completion == "cold"
+    with pytest.raises(
+        ConfigError, match=r"line 1: two kinds of rows are named .* both \(prompt: question, text: body\)"
+    ):
+        made(pair | {"body": "c"}, prompt="question", text="body")
+
+
+@pytest.mark.parametrize("field", ["prompt", "completion", "messages", "text", "tools"])
+def test_a_column_that_no_row_has_is_refused(tmp_path, field):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "", "messages": [USER, ANSWER]} for i in range(3)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = rf"^data\.{field}: no row has a column 'typo' \(columns: completion, messages, prompt\)"
+    with pytest.raises(ConfigError, match=words):
+        load_examples(DataConfig(train=str(path), evaluation=str(path), **{field: "typo"}), seed=0)
+
+
 def test_tools_may_be_json_as_tables_hold_them():
     row = {"messages": [USER, ANSWER]}
     assert made(row | {"tools": json.dumps([{"name": "f"}])}).options == {"tools": [{"name": "f"}]}

@@ -139,11 +139,21 @@ def test_splits_and_configurations_of_files_are_refused(folder):
     path = str(folder / "a.jsonl")
     assert refused(path, split="train[:50%]").startswith("data.split: a JSONL file has no splits, got 'train[:50%]'")
     assert refused([path], split="test").startswith("data.split: a list of files has no splits")
+    (folder / "held.csv").write_text("prompt,completion\n" + "a,b\n" * 4)
+    held = str(folder / "held.csv")
+    assert refused(path, split="train[:50%]", evaluation=held).startswith("data.split: a JSONL file has no splits")
     assert refused(path, name="english").startswith("data.name: names a configuration of a data set")
     with pytest.raises(ValueError, match="evaluation_split names held-out rows, and so does evaluation"):
         DataConfig(train="org/rows", evaluation=path, evaluation_split="test")
     with pytest.raises(ValueError, match="evaluation_share is of no use"):
         DataConfig(train=path, evaluation=path, evaluation_share=0.3)
+
+
+def test_a_split_leaves_a_file_of_held_out_rows_whole(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + "a,b\n" * 4)
+    path = str(tmp_path / "rows.csv")
+    train, held = load_examples(DataConfig(train=path, evaluation=path, split="train[:50%]"), seed=0)
+    assert (len(train), len(held)) == (2, 4)
 
 
 def test_csv_texts_are_read_as_they_are_written(tmp_path):
