@@ -7,6 +7,7 @@ in the file are relative to the file's folder; paths given by a flag are relativ
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from l3ms.config.yaml_reader import ConfigError, parse_yaml, read_yaml, unnameab
 
 # Suffixes of files, not of names on a hub
 LOCAL = {".jsonl", ".ndjson", ".json", ".gz", ".csv", ".tsv", ".parquet", ".py", ".gguf"}
+ALWAYS = ("output", "rollout.folder")  # paths, also those where nothing is yet
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "load_config"]
 
@@ -64,8 +66,8 @@ def load_config(path: str | Path, overrides: list[tuple[str, Any]] | None = None
     path = Path(path)
     values = _resolve_paths(read_yaml(path), path.resolve().parent)
     for field, value in overrides or []:
-        _assign(values, field, value)
-    values = _resolve_paths(values, Path.cwd())
+        _assign(values, field, _from_here(field, value))
+    values = {key: value for key, value in values.items() if value is not None or key not in ("model", "output")}
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -189,8 +191,20 @@ def _assign(values: dict[str, Any], field: str, value: Any) -> None:
             here = here[key]
 
 
+def _from_here(field: str, value: Any) -> Any:
+    """The value of a flag, its paths from the current folder."""
+    parts = field.split(".")
+    found = copy.deepcopy(value)
+    for part in reversed(parts):
+        found = {part: found}
+    found = _resolve_paths(found, Path.cwd())
+    for part in parts:
+        found = found[part]
+    return found
+
+
 def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Make the paths in `values` absolute: `output` always, the others when they exist or look like a path."""
+    """Make the paths in `values` absolute, in place: those of `ALWAYS`, the others when they exist or look like a path."""
 
     def inside(section: Any, prefix: str, *names: str) -> None:
         if isinstance(section, dict):
@@ -199,12 +213,12 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
             )
 
     inside(values, "", "output", "model")
-    values = {key: value for key, value in values.items() if value is not None or key not in {"output", "model"}}
     inside(values.get("data"), "data.", "train", "evaluation")
     inside(values.get("rollout"), "rollout.", "folder")
     _resolve_code(values.get("rollout"), "rollout.", "engine", base)
     constraints = values.get("constraints")
-    for index, item in enumerate(constraints if isinstance(constraints, list) else []):
+    numbered = enumerate(constraints) if isinstance(constraints, list) else ()
+    for index, item in constraints.items() if isinstance(constraints, dict) else numbered:
         if not isinstance(item, dict):
             continue
         prefix = f"constraints.{index}."
@@ -224,9 +238,11 @@ def _resolve_code(section: Any, prefix: str, name: str, base: Path) -> None:
 
 
 def _resolve(field: str, text: Any, base: Path) -> Any:
-    """The path that `text` is: absolute if it is `output`, exists, or looks like one. Refused by its field where no file can have it."""
+    """The path that `text` is: absolute if it is of `ALWAYS`, exists, or looks like one. Refused by its field where no file can have it."""
     if isinstance(text, list):
         return [_resolve(f"{field}.{index}", item, base) for index, item in enumerate(text)]
+    if isinstance(text, dict):
+        return {index: _resolve(f"{field}.{index}", item, base) for index, item in text.items()}
     if not isinstance(text, str) or not text:
         return text
     if why := unnameable(text):
@@ -234,14 +250,14 @@ def _resolve(field: str, text: Any, base: Path) -> Any:
     try:
         path = Path(text).expanduser()
     except RuntimeError:
-        if field == "output":
+        if field in ALWAYS:
             raise ConfigError(field, f"has no home folder of a user {text.partition('/')[0]!r:.80}") from None
         return text
     full = path if path.is_absolute() else base / path
     if ".data." in f".{field}" and glob.has_magic(text) and not os.path.lexists(full):
         return str(path) if path.is_absolute() else os.path.join(glob.escape(str(base)), path)
     looks_local = text.startswith((".", "~", "/")) or path.suffix in LOCAL
-    if field != "output" and not looks_local and not os.path.exists(full):
+    if field not in ALWAYS and not looks_local and not os.path.exists(full):
         return text
     try:
         return str(full.resolve())

@@ -123,7 +123,7 @@ class SavedAsNow(TrainerCallback):
     """Checkpoints as often as the configuration says now: transformers takes from a checkpoint how often they were saved before it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.save_steps = args.save_steps
+        state.compute_steps(args, state.max_steps)
 
 
 # ---- what a run was begun with ----

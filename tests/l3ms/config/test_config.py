@@ -21,19 +21,6 @@ GOOD = {
 }
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(text):
-        path = tmp_path / "run.yaml"
-        if isinstance(text, bytes):
-            path.write_bytes(text)
-        else:
-            path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
-        return path
-
-    return write
-
-
 def test_good_file_with_paths_relative_to_it(write, tmp_path):
     config = load_config(write(GOOD))
     assert config.model == str(tmp_path / "base")
@@ -272,45 +259,6 @@ def test_all_broken_rules_between_sections_are_named_at_once(write):
         ConfigError, match=r"^train\.warmup: .*; constraints\.0\.min: .*; constraints\.1\.name: .* is used twice"
     ):
         load_config(write(values))
-
-
-def test_lists_and_globs_of_data_start_at_the_file(write, tmp_path, monkeypatch):
-    (tmp_path / "part [1].jsonl").write_text("")
-    data = {"train": ["a.jsonl", "more/*.jsonl.gz", "part [1].jsonl"], "evaluation": "held/**/*.json"}
-    nll = {"type": "data_nll", "name": "old", "data": {"train": ["b.csv", "c.parquet"]}, "max": 2}
-    path = write(GOOD | {"data": data, "constraints": [nll]})
-    monkeypatch.chdir("/")
-    config = load_config(path)
-    assert config.data.train == [
-        str(tmp_path / "a.jsonl"),
-        f"{tmp_path}/more/*.jsonl.gz",
-        str(tmp_path / "part [1].jsonl"),
-    ]
-    assert config.data.evaluation == f"{tmp_path}/held/**/*.json"
-    assert config.constraints[0].data.train == [str(tmp_path / "b.csv"), str(tmp_path / "c.parquet")]  # pyright: ignore
-    assert load_config(write(config.model_dump())) == config
-    assert load_config(path, [parse_override("--data.train.1", "x.jsonl")]).data.train[1] == "/x.jsonl"
-    for nothing in ([], [""], [None], {}):
-        with pytest.raises(ConfigError, match=r"^data\.train"):
-            load_config(write(GOOD | {"data": {"train": nothing}}))
-
-
-def test_a_glob_in_a_folder_that_looks_like_one(tmp_path):
-    import glob
-
-    folder = tmp_path / "[x]"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text("")
-    (folder / "run.yaml").write_text(yaml.safe_dump(GOOD | {"data": {"train": "*.jsonl"}}))
-    config = load_config(folder / "run.yaml")
-    assert glob.glob(str(config.data.train)) == [str(folder / "a.jsonl")]
-
-
-def test_paths_of_a_list_that_no_file_can_have(write, tmp_path):
-    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
-    for path, words in (("loop.jsonl", "circle"), ("a\0b", "NUL")):
-        with pytest.raises(ConfigError, match=rf"^data\.train\.1: .*({words})"):
-            load_config(write(GOOD | {"data": {"train": ["rows.jsonl", f"./{path}"]}}))
 
 
 @pytest.mark.parametrize(
