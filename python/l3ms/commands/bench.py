@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +60,7 @@ def bench(
         typer.Option(metavar="SECONDS", min=1, help="Time for all cases; who does not fit is left out and listed."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; slow contestants take part in fewer.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the inputs.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: as many as torch takes.")] = 0,
     memory: Annotated[
         bool,
@@ -91,8 +92,8 @@ def bench(
     named = {"--op": op, "--shape": shape, "--dtype": dtype, "--masked": masked, "--scaling": scaling}
     if full and (extra := [option for option, value in named.items() if value]):
         raise ConfigError("--full", f"says which cases are measured; leave out {', '.join(extra)}")
-    if scaling and (extra := [option for option in ("--op", "--masked") if named[option]]):
-        raise ConfigError("--scaling", f"measures weighted with all rows scored; leave out {', '.join(extra)}")
+    if scaling:
+        _check_scaling(named, {"--plot": plot, "--budget": budget, "--no-memory": not memory})
     if add and output is None:
         raise ConfigError("--add", "needs --output: the folder whose file is added to")
     if device not in ("cpu", "cuda"):
@@ -141,6 +142,19 @@ def bench(
         bench_iteration.execute(plan, model or "demo", yes, wide_console())
         return
     execute(plan, wide_console())
+
+
+def _check_scaling(named: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """ConfigError for what the two tables have no use for."""
+    from l3ms.config.yaml_reader import ConfigError
+
+    if extra := [option for option in ("--op", "--masked") if named[option]]:
+        raise ConfigError("--scaling", f"measures weighted with all rows scored; leave out {', '.join(extra)}")
+    if extra := [option for option, value in others.items() if value]:
+        raise ConfigError("--scaling", f"takes no {', '.join(extra)}: those are of the cases")
+    for option in ("--shape", "--dtype"):
+        if len(named[option] or []) > 1:
+            raise ConfigError(option, f"must be one with --scaling, got {' and '.join(named[option])}")
 
 
 def _rows(shape: list[str] | None, cases) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -84,9 +84,12 @@ def train(
         raise ConfigError("resume", "--resume goes on with a run and --overwrite replaces it: choose one")
 
     flags = {"model": model, "output": output, "train.iterations": iterations, "seed": seed}
-    overrides: list[tuple[str, Any]] = [(field, value) for field, value in flags.items() if value is not None]
-    overrides += [parse_override(flag, text) for flag, text in context.obj or []]
-    settings = load_config(config, overrides)
+    overrides = [parse_override(flag, text) for flag, text in context.obj or []]
+    if iterations is not None and (twice := {"train", "train.iterations"} & {field for field, _ in overrides}):
+        raise ConfigError(
+            "train.iterations", f"is given twice, by --iterations and by --{min(twice)}: leave one of them out"
+        )
+    settings = load_config(config, [(field, value) for field, value in flags.items() if value is not None] + overrides)
 
     from l3ms.runs import executing
 

@@ -55,13 +55,15 @@ class Demo:
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the report
 
 
-def check_bounds(low: float, high: float, max_new_tokens: int) -> None:
-    """Raise `ConfigError` for bounds on the mean length that no response can meet."""
+def check_options(low: float, high: float, max_new_tokens: int, seed: int) -> None:
+    """Raise `ConfigError` for bounds on the mean length that no response can meet, and a seed that no run takes."""
     for name, value in (("min", low), ("max", high)):
         if not (math.isfinite(value) and 1 <= value <= max_new_tokens):
             raise ConfigError(name, f"must be between 1 and {max_new_tokens} tokens, got {value:g}")
     if low >= high:
         raise ConfigError("min", f"must be below max, got {low:g} and {high:g}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError("seed", f"must be from 0 to {2**32 - 1}, got {seed}")
 
 
 def quiet() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.demo import corpus, real_model
-from l3ms.demo.comparison import Demo, check_bounds, compare, drawn, quiet
+from l3ms.demo.comparison import Demo, check_options, compare, drawn, quiet
 from l3ms.demo.corpus import Pair
 from l3ms.demo.settings import Settings
 from l3ms.runs.folder import check_output, prepare_output
@@ -119,11 +119,11 @@ def main(
     """Run the demo of the real model and return its report; `output` then holds what that of `l3ms demo` does, with adapters as models.
 
     Raises:
-        ConfigError: bounds that make no sense, an output folder that holds something, a download that nobody allowed.
+        ConfigError: bounds or a seed that make no sense, an output folder that holds something, a download that nobody allowed.
     """
     start = time.monotonic()
     console, folder = console or Console(), Path(output)
-    check_bounds(min, max, settings.max_new_tokens)
+    check_options(min, max, settings.max_new_tokens, seed)
     if form not in FORMATS:
         raise ConfigError("--format", f"must be one of {', '.join(FORMATS)}, got {form!r}")
     check_output(folder, overwrite=overwrite)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from l3ms.demo import base
-from l3ms.demo.comparison import Demo, check_bounds, compare, drawn, quiet
+from l3ms.demo.comparison import Demo, check_options, compare, drawn, quiet
 from l3ms.demo.settings import Settings
 from l3ms.runs.folder import check_output, prepare_output, save_weights
 
@@ -30,11 +30,11 @@ def main(
     """Run the demo and return its report; `output` then holds report.json, report.png, metrics, and the models.
 
     Raises:
-        ConfigError: bounds that make no sense, or an output folder that holds something.
+        ConfigError: bounds or a seed that make no sense, or an output folder that holds something.
     """
     start = time.monotonic()
     settings, console, folder = settings or Settings(), console or Console(), Path(output)
-    check_bounds(min, max, settings.max_new_tokens)
+    check_options(min, max, settings.max_new_tokens, seed)
     check_output(folder, overwrite=overwrite)
     quiet()
     ready = prepare_base(recipe, console)

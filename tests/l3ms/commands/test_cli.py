@@ -140,6 +140,14 @@ BAD = [
     (["--iterations", "-3"], "train.iterations: "),
     (["--train.learning-rate"], "train.learning_rate: the flag --train.learning-rate needs a value"),
     (["--train.learning-rate", "--seed"], "needs a value"),
+    (
+        ["--train.iterations", "3", "--iterations", "2"],
+        "train.iterations: is given twice, by --iterations and by --train.iterations",
+    ),
+    (
+        ["--iterations", "2", "--train", "{iterations: 3}"],
+        "train.iterations: is given twice, by --iterations and by --train: ",
+    ),
     (["--constraints.0.min", "10"], "constraints.0.min: must be below max"),
     (["--constraints.0.max", ".nan"], "constraints.0.max: must be a finite number"),
     (["--data.train", "gone.jsonl"], "data.train: no such file: "),

@@ -92,3 +92,10 @@ def test_refused_bounds(low: float, high: float, field: str, cache: Path, tmp_pa
         main(low, high, 0, tmp_path / "out", settings=SETTINGS, recipe=RECIPE)
     assert not (tmp_path / "out").exists()
     assert not cache.exists()
+
+
+def test_a_seed_that_no_run_takes_is_refused_before_anything_is_made(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").touch()
+    with pytest.raises(ConfigError, match=r"^seed: must be from 0 to 4294967295, got 4294967296"):
+        main(2, 8, 2**32, tmp_path, True, settings=SETTINGS, recipe=RECIPE)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
