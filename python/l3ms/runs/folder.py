@@ -24,15 +24,20 @@ ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
     "report.png", "certificate.json", "demo_inputs", "trackers.json", "emissions.csv",
 )  # fmt: skip
+# Of a run that has begun, or a demo; the other names are such as people give to files of their own
+SIGNS = ("metrics.jsonl", "sft.jsonl", "trackers.json", "demo_inputs", "checkpoints/inputs.json")
 
 
-def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, str] | None = None) -> None:
+def check_output(
+    folder: Path, *, overwrite: bool, going_on: bool = False, inputs: Mapping[str, str] | None = None
+) -> None:
     """Raise `ConfigError` unless a run may be written to `folder`; writes nothing.
 
     `inputs` maps fields to paths the run reads: one that `--overwrite` would remove is refused.
     """
     try:
-        _check_folder(folder, overwrite)
+        _check_folder(folder, overwrite or going_on)
+        _check_run(folder, "resume" if going_on else "output", {"config.yaml"} if going_on else set())
     except OSError as error:  # a name that is too long, a folder that cannot be read
         raise ConfigError("output", f"{folder}: {error.strerror}") from None
     for field, path in (inputs or {}).items():
@@ -51,6 +56,16 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         raise ConfigError("output", f"{folder} cannot be created: {parent} is not a folder that can be written to")
+
+
+def _check_run(folder: Path, field: str, own: Collection[str]) -> None:
+    """What would be removed is a run's: some of it can be nothing else. `own`: what is known to be."""
+    there = [name for name in ARTEFACTS if name not in own and os.path.lexists(folder / name)]
+    if there and not any(os.path.lexists(folder / name) for name in SIGNS):
+        raise ConfigError(
+            field, f"{', '.join(there)} in {folder} would be removed, and nothing there says that a run made them: choose another "
+            "folder, or remove them yourself"
+        )  # fmt: skip
 
 
 def check_links(folder: Path) -> None:

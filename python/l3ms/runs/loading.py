@@ -81,7 +81,7 @@ def load_run(
 
     config, going_on = of_first(decide)
     of_first(lambda: check_trackers(config))
-    of_first(lambda: check_output(folder, overwrite=overwrite or going_on, inputs=_local_inputs(config)))
+    of_first(lambda: check_output(folder, overwrite=overwrite, going_on=going_on, inputs=_local_inputs(config)))
     check_code(config, allow_code)
     with first_of_machine_first():
         train_examples, held_out_examples = load_examples(config.data, seed=config.seed)
@@ -175,6 +175,9 @@ def _local_inputs(config: RunConfig) -> dict[str, str]:
                 paths[f"constraints.{index}.{name}"] = getattr(item, name)
         if isinstance(item, DataNLLConfig):
             paths |= _files(f"constraints.{index}.data", item.data)
+    for field, code in config.runs_code.items():
+        if (source := code.rpartition(":")[0]).endswith(".py"):
+            paths[field] = source
     return {field: path for field, path in paths.items() if Path(path).is_absolute()}
 
 

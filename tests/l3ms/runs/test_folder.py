@@ -1,0 +1,27 @@
+"""What may be removed where a run is replaced."""
+
+import pytest
+
+from l3ms.config.run_config import ConfigError
+from l3ms.runs import folder
+from l3ms.runs.whole_files import remove
+
+
+def test_what_no_run_has_made_is_not_overwritten(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").touch()
+    for going_on in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"^(output|resume): .*model in .* would be removed, and nothing there says"
+        ):
+            folder.check_output(tmp_path, overwrite=not going_on, going_on=going_on)
+    (tmp_path / "metrics.jsonl").touch()
+    folder.check_output(tmp_path, overwrite=True)
+    code = {"constraints.0.function": str(tmp_path / "model/rewards.py")}
+    with pytest.raises(ConfigError, match=r"^output: .*constraints\.0\.function is read from it"):
+        folder.check_output(tmp_path, overwrite=True, inputs=code)
+    for name in ("metrics.jsonl", "model"):
+        remove(tmp_path / name)
+    folder.check_output(tmp_path, overwrite=False, going_on=True)  # a run that was ended as it began
+    with pytest.raises(ConfigError, match=r"^output: config\.yaml in "):
+        folder.check_output(tmp_path, overwrite=True)
