@@ -122,8 +122,39 @@ def _constraint_rows(
     return encoded[0].rows, encoded[1].rows
 
 
-def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any, rows: list[dict[str, Any]]) -> None:
-    """Each reward function gets the first reference answers, as it will get the sampled ones."""
+def try_rewards(
+    config: RunConfig,
+    constraints: list[Constraint],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
+) -> None:
+    """Each reward function gets the first reference answers, as it will get the sampled ones. Functions of the user's own get those of the
+    held-out rows too, where these may have other columns: they would fail after the training."""
+    _try(
+        config,
+        constraints,
+        tokenizer,
+        rows,
+        {FunctionConfig: "function", RewardModelConfig: "model", ReadyRewardConfig: "reward"},
+    )
+    named = next((name for name in ("evaluation", "evaluation_split") if getattr(config.data, name) is not None), None)
+    if named is not None or held_out[0].keys() != rows[0].keys():
+        try:
+            _try(config, constraints, tokenizer, held_out, {FunctionConfig: "function"})
+        except ConfigError as error:
+            raise ConfigError(
+                f"data.{named or 'train'}", f"with the held-out rows {error.field} {error.message}"
+            ) from error
+
+
+def _try(
+    config: RunConfig,
+    constraints: list[Constraint],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    blamed: dict[type, str],
+) -> None:
     prompts = [row["prompt"] for row in rows]
     answers = [[token for token in row["labels"] if token != IGNORE_INDEX] for row in rows]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
@@ -136,7 +167,6 @@ def try_rewards(config: RunConfig, constraints: list[Constraint], tokenizer: Any
     columns["completion_ids"] = answers
     columns["raw_completions"] = [tokenizer.decode(tokens) for tokens in answers]
     columns["ended"] = [tokens[-1] == tokenizer.eos_token_id for tokens in answers]
-    blamed = {FunctionConfig: "function", RewardModelConfig: "model", ReadyRewardConfig: "reward"}
     for index, (item, constraint) in enumerate(zip(config.constraints, constraints, strict=True)):
         if type(item) in blamed:
             field, nonfinite = f"constraints.{index}.{blamed[type(item)]}", config.train.nonfinite

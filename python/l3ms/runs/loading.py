@@ -99,7 +99,7 @@ def load_run(
         except ValueError as error:
             raise ConfigError("train.mu_end", str(error)) from None
     train, held_out = encode_sides(config, tokenizer, model, train_examples, held_out_examples, console)
-    try_rewards(config, constraints, tokenizer, train.rows[:4])
+    try_rewards(config, constraints, tokenizer, train.rows[:4], held_out.rows[:4])
     sides = {"data.train": train.rows, "data.evaluation": held_out.rows}
     inputs = fingerprints(config, model, tokenizer, sides, constraints)
     same_inputs(inputs, rows=len(train.rows), iterations=config.train.iterations)

@@ -9,6 +9,10 @@ from cli_projects import l3ms, one_line
 from training_runs import timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from l3ms.config.run_config import ConfigError, RunConfig
+from l3ms.constraints.constraint import Constraint
+from l3ms.runs.constraints import try_rewards
+
 
 @pytest.fixture
 def judge(project, checkpoint):
@@ -214,3 +218,20 @@ def test_a_policy_without_padding_or_end_and_prompts_beyond_its_context(project,
     assert l3ms(project / "run.yaml") == 2
     assert one_line(capsys).startswith("l3ms: data.train: no prompt fits in 80 tokens")
     assert not (project / "out").exists()
+
+
+def test_held_out_rows_without_a_column_that_a_reward_needs_are_found_before_the_training(checkpoint):
+    def graded(prompts, completions, answer, **_):
+        return [float(value) for value in answer]
+
+    config = RunConfig.model_validate({
+        "model": "a", "output": "b", "data": {"train": "c.jsonl", "evaluation": "d.jsonl"},
+        "constraints": [{"type": "function", "name": "graded", "function": "e.py:graded", "min": 0.5}],
+    })  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    row = {"prompt": "alpha", "input_ids": [3, 4, 1], "labels": [-100, 4, 1]}
+    calls = (config, [Constraint("graded", graded, min=0.5)], tokenizer, [row | {"answer": 1}])
+    for held_out in ([row], [row | {"answer": "one"}]):
+        with pytest.raises(ConfigError, match=r"^data\.evaluation: with the held-out rows constraints\.0\.function "):
+            try_rewards(*calls, held_out)
+    try_rewards(*calls, [row | {"answer": 0}])
