@@ -16,7 +16,7 @@ from l3ms.config.run_config import RunConfig
 from l3ms.config.train import TrainConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.training.arguments import L3MConfig
-from l3ms.training.optimizers import torch_optimizer
+from l3ms.training.optimizers import torch_optimizer, try_step
 
 # Its name in the transformers that vLLM 0.32 wants is another.
 CHECKPOINTING: Any = next(
@@ -118,12 +118,17 @@ def training_arguments(config: RunConfig) -> L3MConfig:
 
 def named_optimizer(config: RunConfig) -> tuple[Any, dict[str, Any]] | None:
     """`train.optimizer` as the Trainer takes it where its arguments do not name it. Raises `ConfigError` for options
-    it does not have."""
+    that it does not have, or cannot step with."""
     train = config.train
     if train.optimizer not in TORCH or (train.optimizer == "adamw_fused" and not train.optimizer_options):
         return None
     settings = {"learning_rate": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay}
     try:
-        return torch_optimizer(train.optimizer, train.optimizer_options, **settings)
+        found = torch_optimizer(train.optimizer, train.optimizer_options, **settings)
+        if train.optimizer_options:
+            accelerator = None if is_on_cpu(config) else torch.accelerator.current_accelerator()
+            try_step(found, accelerator or torch.device("cpu"))
+        return found
     except ValueError as error:
-        raise blame("train", TrainConfig.model_fields, str(error)) from None
+        message = str(error).replace("optimizer_options: ", "optimizer_options ", 1)
+        raise blame("train", TrainConfig.model_fields, message) from None

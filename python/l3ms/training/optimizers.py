@@ -30,15 +30,20 @@ def torch_optimizer(
     """`name`, one of `l3ms.config.optimizers.TORCH` -> `optimizer_cls_and_kwargs` of the Trainer.
 
     Raises:
-        ValueError: an option that the optimizer does not have, or a torch that is too old for Muon; it begins with the field.
+        ValueError: an option that the optimizer does not have, or a value that is none of it, or a torch that is too old for Muon; it
+            begins with the field.
     """
     kind: Any = getattr(torch.optim, "Muon", None) if name == "muon" else _TORCH[name]
     if kind is None:
         raise ValueError(f"optimizer muon needs torch >= 2.9, this is {torch.__version__}")
-    known = [option for option in inspect.signature(kind.__init__).parameters if option not in ("self", "params")]
-    for option in options:
+    parameters = inspect.signature(kind.__init__).parameters
+    known = {option: item.annotation for option, item in parameters.items() if option not in ("self", "params")}
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"optimizer_options: {name} has no {option!r}; it has {', '.join(known)}")
+        if not _is_one(value, known[option]):
+            wanted = getattr(known[option], "__name__", known[option])
+            raise ValueError(f"optimizer_options: {option} of {name} must be {wanted}, got {value!r}")
     if name == "muon":
         own = {"momentum": betas[0], "adjust_lr_fn": "match_rms_adamw", **options}
         return MuonAndAdamW, {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "muon": own}
@@ -46,6 +51,37 @@ def torch_optimizer(
     if name == "adamw_fused":
         settings["fused"] = True
     return kind, {"lr": learning_rate, **settings, **options}
+
+
+def _is_one(value: Any, annotation: Any) -> bool:
+    """Whether a number, text, truth value or None is what an argument is annotated as: torch takes any text for true."""
+    kinds = str(annotation)
+    if annotation is inspect.Parameter.empty:
+        return True
+    if value is None:
+        return "None" in kinds or "Optional" in kinds
+    kind = type(value).__name__
+    return kind in kinds or (kind == "int" and "float" in kinds)
+
+
+def try_step(optimizer: tuple[Any, dict[str, Any]], device: torch.device) -> None:
+    """One step of weights that are thrown away, by what `torch_optimizer` gave; no random number is drawn.
+
+    Raises:
+        ValueError: what the optimizer says against its options; it begins with the field.
+    """
+    kind, settings = optimizer
+    layer = nn.Module()
+    layer.weight, layer.bias = (nn.Parameter(torch.ones(shape, device=device)) for shape in ((2, 2), (2,)))
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    try:
+        made = kind()(layer, **settings) if kind is MuonAndAdamW else kind(layer.parameters(), **settings)
+        made.step()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # TypeError, RuntimeError, AssertionError ...
+        raise ValueError(f"optimizer_options: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 class MuonAndAdamW:

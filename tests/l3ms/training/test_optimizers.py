@@ -5,8 +5,10 @@ import torch
 
 from l3ms.config.errors import explain
 from l3ms.config.optimizers import OTHERS, TORCH
+from l3ms.config.run_config import ConfigError, RunConfig
 from l3ms.config.train import TrainConfig
-from l3ms.training.optimizers import MuonAndAdamW, torch_optimizer
+from l3ms.runs.arguments import named_optimizer
+from l3ms.training.optimizers import MuonAndAdamW, torch_optimizer, try_step
 
 SETTINGS = {"learning_rate": 1e-3, "betas": (0.5, 0.95), "weight_decay": 0.1}
 
@@ -95,3 +97,43 @@ def test_what_an_optimizer_has_no_use_for_is_refused_by_its_field(section, field
 def test_an_option_that_torchs_optimizer_does_not_have_is_refused():
     with pytest.raises(ValueError, match="optimizer_options: sgd has no 'eps'; it has lr, momentum"):
         torch_optimizer("sgd", {"eps": 1.0}, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("adamw", {"eps": None}, "eps of adamw must be float, got None"),
+        ("adamw", {"eps": "1e-8"}, "eps of adamw must be float, got '1e-8'"),
+        ("adamw", {"amsgrad": "no"}, "amsgrad of adamw must be bool, got 'no'"),
+        ("adamw", {"foreach": 1}, "foreach of adamw must be .*bool.*, got 1"),
+        ("sgd", {"momentum": True}, "momentum of sgd must be float, got True"),
+        ("muon", {"ns_steps": 2.5}, "ns_steps of muon must be int, got 2.5"),
+        ("adamw_fused", {"foreach": True}, "cannot be"),
+        ("adamw", {"differentiable": True}, "leaf Variable"),
+        ("adamw", {"capturable": True}, "capturable"),
+        ("adamw", {"eps": -1}, "Invalid epsilon value"),
+        ("muon", {"ns_steps": 200}, "steps"),
+        ("muon", {"adjust_lr_fn": "other"}, "Adjust learning rate function other"),
+    ],
+)
+def test_values_that_an_optimizer_cannot_step_with_are_refused(tmp_path, name, options, words):
+    config = RunConfig.model_validate({
+        "model": "a", "output": str(tmp_path), "data": {"train": "b.jsonl"}, "constraints": [{"type": "length", "max": 5}],
+        "train": {"optimizer": name, "optimizer_options": options, "device": "cpu"},
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match=f"^train.optimizer_options: .*{words}"):
+        named_optimizer(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("muon", {"ns_steps": 3, "nesterov": False, "adjust_lr_fn": None}),
+        ("adamw_fused", {"eps": 1e-6, "foreach": None}),
+        ("sgd", {"momentum": 1e-1, "nesterov": True, "dampening": 0}),
+    ],
+)
+def test_an_optimizer_is_tried_without_drawing_a_number(name, options):
+    before = torch.get_rng_state()
+    try_step(torch_optimizer(name, options, **SETTINGS), torch.device("cpu"))
+    assert torch.get_rng_state().equal(before)
