@@ -15,8 +15,9 @@ from experiments.versus.task import Task, encoded, examples, quiet
 from l3ms.constraints.constraint import Length
 from l3ms.measuring.evaluation import evaluate
 from l3ms.runs.models import load_model
-from l3ms.verdicts.certificates import declare, judge, known_range
+from l3ms.verdicts.certificates import judge
 from l3ms.verdicts.certifying import draw, stream
+from l3ms.verdicts.declaring import declare, known_range
 
 FEW = 4  # tokens: a response that says nothing
 

@@ -32,14 +32,15 @@ if TYPE_CHECKING:
     from l3ms.training.constrained import constrained
     from l3ms.training.settings import L3MSettings
     from l3ms.training.trainer import L3MTrainer
-    from l3ms.verdicts.certificates import Verdict, declare, judge
+    from l3ms.verdicts.certificates import Verdict, judge
     from l3ms.verdicts.certifying import certify
+    from l3ms.verdicts.declaring import declare
     from l3ms.verdicts.options import CertifyOptions
     from l3ms.watching.watch import Watch
 
 _MODULES = {
     "Verdict": "verdicts.certificates",
-    "declare": "verdicts.certificates",
+    "declare": "verdicts.declaring",
     "judge": "verdicts.certificates",
     "CertifyOptions": "verdicts.options",
     "certify": "verdicts.certifying",

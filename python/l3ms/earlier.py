@@ -18,7 +18,7 @@ MODULES: dict[str, str] = {
     "async_rewards": "constraints.async_rewards",
     "batches": "model.batches",
     "certificate_table": "verdicts.certificate_table",
-    "certificates": "verdicts.certificates",
+    "certificates": "verdicts.certificates verdicts.declaring",
     "certifying": "verdicts.certifying verdicts.subject verdicts.options",
     "checking": "verdicts.checking",
     "checkpointing": "training.checkpointing",

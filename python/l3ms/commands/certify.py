@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +53,10 @@ def certify(
     prices: Annotated[
         bool, typer.Option("--prices", help="What each bound costs the task, from probe gradients.")
     ] = False,
-    probes: Annotated[int, typer.Option(min=32, help="Responses, and task rows, for the prices.")] = 512,
+    probes: Annotated[
+        int | None,
+        typer.Option(min=32, help="Responses, and task rows, for the prices; default: 512.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     engine: Annotated[
         str | None,
@@ -73,20 +76,23 @@ def certify(
 
     options = CertifyOptions(
         weights=weights, samples=samples, delta=delta, prompts=prompts, seed=seed, method=method,
-        ranges=dict(map(_range, reward_range or [])), json=json, allow_code=allow_code, prices=prices, probes=probes,
+        ranges=_ranges(reward_range or []), json=json, allow_code=allow_code, prices=prices, probes=probes,
         engine=engine,
     )  # fmt: skip
     return EXIT_CODES[execute(run, options, console=wide_console())["verdict"]]
 
 
-def _range(text: str) -> tuple[str, tuple[float, float]]:
+def _ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
     from l3ms.config.yaml_reader import ConfigError
 
-    name, _, values = text.partition("=")
-    try:
-        low, high = (float(value) for value in values.split(","))
-    except ValueError:
-        raise ConfigError("--range", f"wanted NAME=LOW,HIGH, got {text!r}") from None
-    if not (name and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError("--range", f"wanted NAME=LOW,HIGH with LOW below HIGH, got {text!r}")
-    return name, (low, high)
+    found: dict[str, tuple[float, float]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        try:
+            low, high = (float(value) for value in values.split(","))
+        except ValueError:
+            raise ConfigError("--range", f"wanted NAME=LOW,HIGH, got {text!r}") from None
+        if name in found:
+            raise ConfigError("--range", f"{name!r} has two of them, wanted one")
+        found[name] = (low, high)
+    return found

@@ -22,25 +22,14 @@ from typing import Literal
 
 import numpy as np
 
-from l3ms.constraints.constraint import Constraint, Length
+from l3ms.constraints.constraint import Constraint
+from l3ms.verdicts.declaring import Declared, Range, range_term
 from l3ms.verdicts.quantiles import beta_quantile, student_t_quantile
 
-Range = tuple[float, float]
 Word = Literal["SATISFIED", "VIOLATED", "INCONCLUSIVE"]
 
-# `auto` takes Bernstein where the part of its width that no variance can shrink is at most this share of the constraint's room
-ROOM_SHARE = 0.1
 MOST_SAMPLES = 10**8  # beyond it, more samples are no advice
 FEW = 30  # samples below which Student's t is said to be doubtful
-
-
-@dataclass(frozen=True)
-class Declared:
-    """How the confidence bounds of one constraint will be made, fixed before sampling."""
-
-    method: Literal["exact", "bernstein", "t"]
-    range: Range | None  # of a single value, where it is known
-    why: str
 
 
 @dataclass(frozen=True)
@@ -77,79 +66,6 @@ class Verdict:
     notes: list[str]
 
 
-def known_range(
-    constraint: Constraint, max_new_tokens: int, declared: Range | None = None
-) -> tuple[Range | None, bool]:
-    """(range of a single value, whether it can only be 0 or 1), known without a sample.
-
-    A chance constraint and a bound on a quantile are of an indicator; a length is in [1, max_new_tokens]; a reward says so by attributes of
-    the constraint or of its function, `reward_range = (low, high)` and `binary = True`; or the user does (`declared`).
-    """
-    if constraint.event is not None:
-        return (0.0, 1.0), True
-    for owner in (constraint, constraint.function):
-        if getattr(owner, "binary", False):
-            return (0.0, 1.0), True
-    if declared is not None:
-        return declared, False
-    if isinstance(constraint, Length):
-        return (1.0, float(max_new_tokens)), False
-    for owner in (constraint, constraint.function):
-        found = getattr(owner, "reward_range", None)
-        if found is not None:
-            return (float(found[0]), float(found[1])), False
-    return None, False
-
-
-def declare(
-    constraint: Constraint,
-    n: int,
-    delta: float,
-    *,
-    known: Range | None,
-    indicator: bool = False,
-    grouped: bool = False,
-    method: str = "auto",
-) -> Declared:
-    """The method for `n` independent samples at level 1 - delta, from what is known before sampling.
-
-    Args:
-        known, indicator: as from `known_range`.
-        grouped: samples will share prompts: the exact bound of an indicator then does not hold.
-        method: "auto": exact for indicators; Bernstein where the range is known and 7 (high - low) ln(2 / delta) / (3 (n - 1)) is at most
-            a tenth of the constraint's room (half of max - min; the scale where there is one bound); Student's t otherwise. "bernstein"
-            and "t" insist.
-
-    Raises:
-        ValueError: an unknown method, or Bernstein without a range.
-    """
-    if method not in ("auto", "bernstein", "t"):
-        raise ValueError(f"method must be auto, bernstein or t, got {method!r}")
-    if method == "bernstein" and known is None:
-        raise ValueError(
-            f"method: bernstein needs the range of {constraint.name!r}, which is not known; "
-            f"declare it with --range {constraint.name}=LOW,HIGH"
-        )
-    if method == "t":
-        return Declared("t", known, "asked for")
-    if method == "auto" and indicator and not grouped:
-        return Declared("exact", known, "values are 0 or 1")
-    if method == "bernstein":
-        return Declared("bernstein", known, "asked for")
-    if known is None:
-        return Declared("t", None, "no range is known")
-    room = constraint.width / 2 if math.isfinite(constraint.width) and constraint.width > 0 else constraint.unit
-    fixed = _range_term(known[1] - known[0], n, delta)
-    text = f"values in [{known[0]:g}, {known[1]:g}]"
-    if fixed <= ROOM_SHARE * room:
-        return Declared("bernstein", known, text)
-    return Declared(
-        "t",
-        known,
-        f"{text} are too wide a range for {n} samples: it alone would make Bernstein's bound {fixed:.2g} wide",
-    )
-
-
 def confidence_bounds(
     values: Sequence[float],
     delta: float,
@@ -179,17 +95,24 @@ def judge(
     """The verdict on one constraint.
 
     Args:
-        values: of the samples: None is left out and counted; NaN and inf are left out, counted, and rule SATISFIED out.
+        values: of the samples, 0 or 1 where a share is bounded (`Constraint.indicator`, `Rollout.rewards`): None is left out and
+            counted; NaN and inf are left out, counted, and rule SATISFIED out.
         delta: allowed error of one one-sided bound: that of the whole certificate divided by the number of one-sided bounds.
         groups: keys of the samples, those of one prompt being alike.
 
     Raises:
-        ValueError: as `confidence_bounds`.
+        ValueError: as `confidence_bounds`; of a share other values than 0 and 1.
     """
     keys = list(range(len(values))) if groups is None else list(groups)
     given = [(float(v), key) for v, key in zip(values, keys, strict=True) if v is not None]
     finite = [(value, key) for value, key in given if math.isfinite(value)]
     nonfinite, missing = len(given) - len(finite), len(values) - len(given)
+    raw = [value for value, _ in finite if value not in (0.0, 1.0)] if constraint.event is not None else []
+    if raw:
+        raise ValueError(
+            f"constraint {constraint.name!r} bounds a share, of values 0 and 1, got {raw[0]:g}: "
+            "give constraint.indicator(values) or rollout.rewards(...)"
+        )
     try:
         units = _Units.of([value for value, _ in finite], declared, [key for _, key in finite])
     except ValueError as error:
@@ -259,10 +182,6 @@ class _Units:
         return _Units(n, mean, variance, span, equal)
 
 
-def _range_term(span: float, n: int, delta: float) -> float:
-    return 7 * span * math.log(2 / delta) / (3 * (n - 1)) if n > 1 else math.inf
-
-
 def _interval(units: _Units, n: int, delta: float, declared: Declared) -> tuple[float, float]:
     """(lower, upper) if there were `n` units of this mean and variance."""
     if not 0 < delta < 1:
@@ -282,7 +201,7 @@ def _interval(units: _Units, n: int, delta: float, declared: Declared) -> tuple[
     if n < 2:
         return low, high
     if declared.method == "bernstein":
-        half = math.sqrt(2 * units.variance * math.log(2 / delta) / n) + _range_term(units.span, n, delta)
+        half = math.sqrt(2 * units.variance * math.log(2 / delta) / n) + range_term(units.span, n, delta)
     else:
         half = student_t_quantile(1 - delta, n - 1) * math.sqrt(units.variance / n)
     return max(low, mean - half), min(high, mean + half)

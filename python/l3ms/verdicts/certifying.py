@@ -38,8 +38,9 @@ from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.verdicts.certificate_table import print_certificate
-from l3ms.verdicts.certificates import Declared, Verdict, declare, judge, known_range, together
-from l3ms.verdicts.options import CertifyOptions, asked
+from l3ms.verdicts.certificates import Verdict, judge, together
+from l3ms.verdicts.declaring import Declared, declare, known_range
+from l3ms.verdicts.options import PROBES, CertifyOptions, asked
 from l3ms.verdicts.prices import Prices
 from l3ms.verdicts.probes import check_prices, measure_prices
 from l3ms.verdicts.subject import Subject, load_subject, run_config
@@ -178,7 +179,12 @@ def versions() -> dict[str, str]:
 def _declare(
     constraint: Constraint, config: RunConfig, options: CertifyOptions, keys: Sequence[str], delta: float
 ) -> Declared:
-    known, indicator = known_range(constraint, config.train.max_new_tokens, (options.ranges or {}).get(constraint.name))
+    try:
+        known, indicator = known_range(
+            constraint, config.train.max_new_tokens, (options.ranges or {}).get(constraint.name)
+        )
+    except ValueError as error:
+        raise ConfigError("--range", str(error)) from None
     groups = len(set(keys))
     try:
         return declare(
@@ -214,4 +220,4 @@ def _prices(subject: Subject, verdicts: Sequence[Verdict], options: CertifyOptio
     means = {item.name: item.mean for item in verdicts if math.isfinite(item.mean)}
     errors = {item.name: item.deviation / math.sqrt(item.groups) for item in verdicts if item.groups > 1}
     seed = stream(subject.config.seed, options.seed, "prices")
-    return measure_prices(subject, means, errors, probes=options.probes, seed=seed, console=console)
+    return measure_prices(subject, means, errors, probes=options.probes or PROBES, seed=seed, console=console)

@@ -7,7 +7,8 @@ import pytest
 
 import l3ms
 from l3ms.verdicts.certificate_table import remarks
-from l3ms.verdicts.certificates import FEW, Declared, confidence_bounds, declare, judge, known_range, together
+from l3ms.verdicts.certificates import FEW, confidence_bounds, judge, together
+from l3ms.verdicts.declaring import Declared, declare, known_range
 
 EXACT = Declared("exact", (0.0, 1.0), "")
 UNIT = Declared("bernstein", (0.0, 1.0), "")
@@ -288,3 +289,40 @@ def test_auto_takes_the_method_by_what_is_known_before():
         declare(chance, 500, 0.025, known=None, method="bernstein")
     with pytest.raises(ValueError, match="auto, bernstein or t"):
         declare(chance, 500, 0.025, known=None, method="bootstrap")
+
+
+SHARES = [l3ms.Length(min=4, quantile=0.05), l3ms.Constraint("r", lambda **_: [], threshold=2.0, min=0.9)]
+
+
+@pytest.mark.parametrize("share", SHARES, ids=["quantile", "threshold"])
+def test_a_share_is_declared_as_one_whatever_is_said_of_it(share):
+    for options in ({}, {"known": (0.0, 1.0)}, {"known": (0.0, 1.0), "indicator": True}):
+        assert declare(share, 64, 0.05, **{"known": None, **options}) == Declared(
+            "exact", (0.0, 1.0), "values are 0 or 1"
+        )
+    assert declare(share, 64, 0.05, known=None, grouped=True).range == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"bounds a share, whose values are 0 and 1: leave out known=\(1.0, 64.0\)"):
+        declare(share, 64, 0.05, known=(1.0, 64.0))
+
+
+@pytest.mark.parametrize("share", SHARES, ids=["quantile", "threshold"])
+def test_a_share_is_judged_by_zeros_and_ones_alone(share):
+    """Lengths of 1 to 3 are all above a share of 0.95."""
+    lengths = [1.0, 3.0, None, math.nan] * 32
+    for declared in (T, declare(share, 128, 0.05, known=None)):
+        with pytest.raises(ValueError, match=r"bounds a share, of values 0 and 1, got 3: give constraint.indicator\("):
+            judge(share, lengths, 0.05, declared)
+        assert judge(share, share.indicator(lengths), 0.05, declared).missing == 32
+    assert judge(share, [True] * 200, 0.05, declared).verdict == "SATISFIED"
+
+
+def test_ranges_that_would_not_be_used_are_refused():
+    def coin(**columns):
+        return []
+
+    coin.binary = True  # type: ignore[attr-defined]
+    for known in (*SHARES, l3ms.Constraint("c", coin, min=0.5)):
+        with pytest.raises(ValueError, match="are 0 and 1, which is known; leave it out"):
+            known_range(known, 64, (0.0, 3.0))
+    with pytest.raises(ValueError, match="ratio of means"):
+        known_range(l3ms.KL(max=1.0, per_token=True), 64, (0.0, 3.0))

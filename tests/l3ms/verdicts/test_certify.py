@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ import yaml
 from run_folders import strict_json, write_project, write_run
 
 from l3ms.commands.command_line import main
+from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs.folder import prepare_output
 from l3ms.verdicts.certifying import draw, repeats, stream
+from l3ms.verdicts.options import CertifyOptions
 
 
 @pytest.fixture
@@ -170,6 +174,9 @@ def test_rewards_that_are_missing_not_finite_or_all_the_same(make_run, tmp_path,
         (["--method", "bootstrap"], "--method: must be auto, bernstein or t"),
         (["--range", "length=3"], "--range: wanted NAME=LOW,HIGH"),
         (["--range", "length=3,nan"], "--range: wanted NAME=LOW,HIGH"),
+        (["--range", "length=3,3"], "--range: wanted NAME=LOW,HIGH with LOW below HIGH"),
+        (["--range", "length=1,16", "--range", "length=1,99"], "--range: 'length' has two of them, wanted one"),
+        (["--probes", "64"], "--probes: are for the prices: add --prices"),
         (["--range", "polite=0,1"], "--range: no constraint is called 'polite'; there are length"),
         (["--prompts", "nowhere.jsonl"], "--prompts: no such file"),
         (["--json", "no/where.json"], "--json: no such folder"),
@@ -186,6 +193,29 @@ def test_bad_input_is_one_line_and_writes_nothing(make_run, tmp_path, capsys, ar
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+    assert not (run / "certificate.json").exists()
+
+
+def test_options_of_a_program_are_as_those_of_the_command(tmp_path):
+    (tmp_path / "p.jsonl").write_text("{}")
+    paths: Any = {"prompts": str(tmp_path / "p.jsonl"), "json": str(tmp_path / "c.json")}
+    options = CertifyOptions(**paths)
+    assert (options.prompts, options.json) == (tmp_path / "p.jsonl", tmp_path / "c.json")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"samples": 8.0}, "--samples: must be a whole number, got 8.0"),
+        ({"seed": None}, "--seed: must be a whole number, got None"),
+        ({"probes": 8, "prices": True}, "--probes: must be at least 32, got 8"),
+        ({"ranges": {"polite": (1.0, 0.0)}}, "--range: wanted NAME=LOW,HIGH with LOW below HIGH, got polite=1,0"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            CertifyOptions(**wrong)
+
+
+def test_a_range_of_a_share_is_refused(make_run, capsys):
+    run = make_run(rows=20, constraints=[{"type": "length", "quantile": 0.05, "min": 2}])
+    assert certify(run, "--range", "length=1,16") == 2
+    assert "--range: the values of 'length' are 0 and 1, which is known; leave it out" in capsys.readouterr().err
     assert not (run / "certificate.json").exists()
 
 
