@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
     ended: list[bool]  # closed by EOS; a truncated response is not
     rewards: dict[
         str, list[float | None]
-    ]  # by constraint, one value per response; of a DataNLL per held-out row of its own
+    ]  # by constraint, one value per response, `ratio` of what is per token; of a DataNLL per held-out row of its own
 
 
 def prompt_key(row: Mapping[str, Any]) -> str:
@@ -57,6 +57,24 @@ def half_width(values: Sequence[float], groups: Sequence[Hashable] | None = None
     # n / N of each group's sum of deviations: independent, and their mean is that of all (the cluster-robust variance)
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, torch.tensor(keys), x - x.mean())
     return Z95 * float((sums * count / len(x)).std()) / math.sqrt(count)
+
+
+def ratio(values: Sequence[float | None], lengths: Sequence[int]) -> list[float | None]:
+    """n values whose mean is R = sum a / sum l of n pairs (a, l), and whose spread is that of R: linearised, a/m - R (l/m - 1) with m the
+    mean length. That of a/m alone forgets that m is sampled too. None, NaN and inf stay, and are left out of R and m."""
+    pairs = [
+        (value, length)
+        for value, length in zip(values, lengths, strict=True)
+        if value is not None and math.isfinite(value)
+    ]
+    if not pairs:
+        return list(values)
+    mean = math.fsum(length for _, length in pairs) / len(pairs)
+    whole = math.fsum(value for value, _ in pairs) / len(pairs) / mean
+    return [
+        value if value is None or not math.isfinite(value) else value / mean - whole * (length / mean - 1)
+        for value, length in zip(values, lengths, strict=True)
+    ]
 
 
 def length_statistics(
@@ -202,8 +220,7 @@ def evaluate(
         parts = gather((part, data))
         found, data = _joined([part for part, _ in parts], len(rows)), parts[0][1]
     for name in (item.name for item in constraints if getattr(item, "per_token", False)):
-        mean = math.fsum(found.lengths) / len(found.lengths)
-        found.rewards[name] = [None if value is None else value / mean for value in found.rewards.get(name, [])]
+        found.rewards[name] = ratio(found.rewards[name], found.lengths)
     summary = length_statistics(found.lengths, found.ended, [prompt_key(row) for row in rows])
     summary["perplexity"] = _perplexity(torch.tensor(found.losses, dtype=torch.float64))
     return Evaluation(summary, found.lengths, found.completions, found.ended, {**found.rewards, **data})

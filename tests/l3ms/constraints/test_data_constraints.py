@@ -191,7 +191,10 @@ def test_a_divergence_per_token_is_divided_by_the_mean_length_of_all_responses(m
     assert len(means) > 1
     length = sum(found.lengths) / 10
     whole = [value for value in found.rewards["whole"] if value is not None]
-    assert found.rewards["token"] == pytest.approx([value / length for value in whole])
+    per_token = sum(whole) / 10 / length
+    expected = [value / length - per_token * (n / length - 1) for value, n in zip(whole, found.lengths, strict=True)]
+    assert found.rewards["token"] == pytest.approx(expected)
+    assert sum(expected) / 10 == pytest.approx(per_token)
 
 
 # ---- the loss on other data, above that of a reference ----

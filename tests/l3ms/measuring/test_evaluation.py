@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from l3ms.measuring.evaluation import evaluate, exp, half_width, length_statistics, task_perplexity
+from l3ms.measuring.evaluation import evaluate, exp, half_width, length_statistics, ratio, task_perplexity
 
 
 @pytest.fixture
@@ -54,6 +54,16 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     samples = -torch.rand(2000, 200, generator=generator).log_() * 20  # skewed, as lengths are; mean 20
     intervals = [length_statistics(row, torch.ones(200))["length"]["ci95"] for row in samples]
     assert 0.92 < statistics.mean(low <= 20 <= high for low, high in intervals) < 0.97
+
+
+def test_a_ratio_of_means_leaves_out_what_has_no_value():
+    values, lengths = [4.0, None, 1.0, math.nan, math.inf], [2, 9, 6, 7, 5]
+    found = ratio(values, lengths)
+    assert (found[1], str(found[3]), found[4]) == (None, "nan", math.inf)
+    assert (found[0], found[2]) == pytest.approx((4 / 4 - 5 / 8 * (2 / 4 - 1), 1 / 4 - 5 / 8 * (6 / 4 - 1)))
+    assert statistics.mean(value for value in found[::2][:2] if value) == pytest.approx(5 / 8)
+    assert ratio([3.0, 6.0], [1, 2]) == pytest.approx([3.0, 3.0])  # each token alike
+    assert ratio([None, math.inf], [1, 2]) == [None, math.inf]
 
 
 def test_one_response_has_no_interval_and_none_is_an_error():

@@ -1,11 +1,13 @@
 """Confidence bounds cover what they say (seeded simulations), verdicts follow from them, and odd samples satisfy nothing."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 import l3ms
+from l3ms.measuring.evaluation import ratio
 from l3ms.verdicts.certificate_table import remarks
 from l3ms.verdicts.certificates import FEW, confidence_bounds, judge, together
 from l3ms.verdicts.declaring import Declared, declare, known_range
@@ -95,6 +97,24 @@ def test_groups_of_unequal_size(declared):
     groups = [0] * 6 + [1] * 3 + list(range(2, 60))
     sizes = np.bincount(groups)
     assert max(misses(lambda g: np.repeat(g.random(len(sizes)), sizes), 0.5, declared, groups=groups)) <= MOST_MISSES
+
+
+def test_a_ratio_of_means_is_covered_though_its_denominator_is_sampled():
+    """Nats per token of what differs at the opening of a response, however long it is."""
+    repetitions, n = 500, 800
+    generator = np.random.default_rng(0)
+    divergence = generator.normal(3.0, 1.5, (repetitions, n))
+    lengths = np.minimum(generator.geometric(0.05, (repetitions, n)), 60)
+    true = 3.0 / GEOMETRIC_MEAN
+    linearised: Any = [ratio(*pair) for pair in zip(divergence.tolist(), lengths.tolist(), strict=True)]
+    divided = divergence / lengths.mean(1, keepdims=True)
+    assert np.allclose(np.mean(linearised, 1), divided.mean(1))
+    wrong = []
+    for samples in (linearised, divided):
+        found = np.array([confidence_bounds(values, DELTA, T) for values in samples])
+        wrong.append(max((found[:, 0] > true).mean(), (found[:, 1] < true).mean()))
+    assert wrong[0] <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / repetitions)
+    assert wrong[1] > 3 * DELTA
 
 
 def test_empirical_bernstein_by_hand():
