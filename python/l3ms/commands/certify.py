@@ -29,7 +29,8 @@ Each bound gets a one-sided confidence bound of the mean, and with all of them t
 where the range of the values is known and narrow enough for the number of samples, Student's t otherwise. The first two hold for any \
 number of samples, the last one as it grows. The range of a length is [1, train.max_new_tokens]; --range declares that of a reward.
 
-More samples than held-out prompts are several responses per prompt; they do not count as independent.
+More samples than held-out prompts are several responses per prompt; they do not count as independent, \
+unless all are of one prompt: the certificate is then of this prompt alone.
 """ + launching.HELP.format(command="certify out/run")
 
 

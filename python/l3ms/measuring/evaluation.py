@@ -44,8 +44,30 @@ def prompt_key(row: Mapping[str, Any]) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
 
 
+def groups_of(constraint: Constraint, prompts: Sequence[Hashable]) -> list[Hashable]:
+    """A key for each value of a constraint in an `Evaluation`, equal where they may depend on each other: responses to one prompt, and of a
+    `DataNLL` with rows those of one prompt, or that are one row where a prompt is no more than what a text begins with.
+
+    Where all have one key the mean is of this prompt alone, and its responses are independent.
+    """
+    keys: list[Hashable] = list(prompts)
+    if isinstance(constraint, DataNLL):
+        heads = [tuple(prompt_part(row)) for row in constraint.held_out]
+        alike = len(set(heads)) == 1
+        keys = [
+            tuple(row["input_ids"]) if alike or len(head) < 2 else head
+            for head, row in zip(heads, constraint.held_out, strict=True)
+        ]
+    return list(range(len(keys))) if len(set(keys)) == 1 else keys
+
+
 def half_width(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
     """Half of the normal 95% interval of a mean; values of one group, such as responses to one prompt, may depend on each other."""
+    return Z95 * standard_error(values, groups)
+
+
+def standard_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
+    """Of a mean; inf of fewer than two values. `groups` as in `half_width`."""
     x = torch.tensor(values, dtype=torch.float64)
     index: dict[Hashable, int] = {}
     keys = [index.setdefault(key, len(index)) for key in (range(len(x)) if groups is None else groups)]
@@ -56,7 +78,7 @@ def half_width(values: Sequence[float], groups: Sequence[Hashable] | None = None
         return math.inf
     # n / N of each group's sum of deviations: independent, and their mean is that of all (the cluster-robust variance)
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, torch.tensor(keys), x - x.mean())
-    return Z95 * float((sums * count / len(x)).std()) / math.sqrt(count)
+    return float((sums * count / len(x)).std()) / math.sqrt(count)
 
 
 def ratio(values: Sequence[float | None], lengths: Sequence[int]) -> list[float | None]:

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from l3ms.config.run_config import RunConfig
 from l3ms.constraints.constraint import Constraint
-from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
-from l3ms.measuring.evaluation import evaluate, half_width, prompt_key
+from l3ms.measuring.evaluation import evaluate, groups_of, half_width, prompt_key
 from l3ms.ranks.group import is_first, of_first
 from l3ms.rollouts.engines import Engine
 from l3ms.runs.loading import Run
@@ -66,10 +65,7 @@ def sampler(
         rewards = {}
         for item in constraints:
             if item.name in found.rewards:
-                values = found.rewards[item.name]
-                # Values of further data have rows of their own
-                own = range(len(values)) if isinstance(item, DataNLL) else keys
-                rewards[item.name] = _mean(values, own)
+                rewards[item.name] = _mean(found.rewards[item.name], groups_of(item, keys))
             if is_mean_length(item):
                 single = SingleAnswers.of(item, found.lengths, found.summary["ended"])
                 rewards[item.name]["single_answers"] = single._asdict()

@@ -32,9 +32,9 @@ def print_certificate(
 ) -> None:
     """The table of verdicts, what limits them, and the prices."""
     console.print(verdict_table(certificate, verdicts, constraints))
-    used_up = certificate["prompts"] >= certificate["held_out_prompts"]
-    for verdict in verdicts:
-        for line in remarks(verdict, used_up=used_up):
+    used_up = 1 < certificate["prompts"] >= certificate["held_out_prompts"]
+    for verdict, item in zip(verdicts, constraints, strict=True):
+        for line in remarks(verdict, used_up=used_up, data=item.data):
             say(console, f"{verdict.name}: {line}")
     said = [line for item in constraints for line in of_lengths(certificate, item, constraints)]
     for line in said:
@@ -80,14 +80,16 @@ def verdict_table(
     return table
 
 
-def remarks(verdict: Verdict, *, used_up: bool) -> list[str]:
-    """What a reader has to know beside the row of the table; `used_up`: no held-out prompt is left to ask."""
+def remarks(verdict: Verdict, *, used_up: bool, data: bool = False) -> list[str]:
+    """What a reader has to know beside the row of the table; `used_up`: no held-out prompt is left to ask; `data`: it is of data of the
+    constraint's own."""
     lines = [f"{METHODS[verdict.method]}: {verdict.why}"] if verdict.method == "t" and verdict.range else []
     for bound in verdict.bounds:
         if bound.verdict != "INCONCLUSIVE" or verdict.nonfinite:
             continue
         if bound.more is not None:
             unit = "samples" if verdict.groups == verdict.samples and not used_up else "different prompts"
+            unit = "held-out rows in its own data, which --samples does not change" if data else unit
             lines.append(f"{bound.side} {bound.limit:g} is open: need about {bound.more} more {unit}")
         elif verdict.groups > 1 and math.isfinite(verdict.lower + verdict.upper):
             lines.append(

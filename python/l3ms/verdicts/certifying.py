@@ -12,7 +12,7 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from l3ms.constraints.constraint import Constraint, Length
 from l3ms.constraints.shares import sample_quantile
 from l3ms.constraints.single_answers import SingleAnswers, is_mean_length
 from l3ms.constraints.trl_arguments import trl_arguments
-from l3ms.measuring.evaluation import Evaluation, evaluate, prompt_key
+from l3ms.measuring.evaluation import Evaluation, evaluate, groups_of, prompt_key
 from l3ms.model import random_numbers
 from l3ms.ranks.group import first_of_machine_first, of_first, world
 from l3ms.rollouts.engines import name_of
@@ -76,7 +76,8 @@ def certify(
     notes = [*subject.notes, *repeats(keys)]
     bounds = sum((c.low is not None) + (c.high is not None) for c in constraints)
     delta = options.delta / bounds
-    declared = {item.name: _declare(item, config, options, keys, delta) for item in constraints}
+    groups = {item.name: groups_of(item, keys) for item in constraints}
+    declared = {item.name: _declare(item, config, options, groups[item.name], delta) for item in constraints}
     for note in notes:
         say(console, note)
 
@@ -88,7 +89,9 @@ def certify(
             training=trl_arguments(iteration=config.train.iterations, iterations=config.train.iterations),
             engine=subject.engine, together=True,
         )  # fmt: skip
-    verdicts = [_judge(item, found, declared[item.name], delta, keys) for item in constraints]
+    verdicts = [
+        judge(item, found.rewards[item.name], delta, declared[item.name], groups[item.name]) for item in constraints
+    ]
     prices = _prices(subject, verdicts, options, console) if options.prices else None
     certificate = {
         "format": 1,
@@ -151,6 +154,8 @@ def repeats(keys: Sequence[str]) -> list[str]:
     different = len(set(keys))
     if different == len(keys):
         return []
+    if different == 1:
+        return [f"{len(keys)} responses to one prompt: the verdict is of this prompt alone"]
     return [
         f"{len(keys)} samples of {different} different prompts: responses to one prompt are not independent, "
         f"so the bounds count {different} groups"
@@ -177,7 +182,7 @@ def versions() -> dict[str, str]:
 
 
 def _declare(
-    constraint: Constraint, config: RunConfig, options: CertifyOptions, keys: Sequence[str], delta: float
+    constraint: Constraint, config: RunConfig, options: CertifyOptions, groups: Sequence[Hashable], delta: float
 ) -> Declared:
     try:
         known, indicator = known_range(
@@ -185,26 +190,13 @@ def _declare(
         )
     except ValueError as error:
         raise ConfigError("--range", str(error)) from None
-    groups = len(set(keys))
+    n = len(set(groups))
     try:
         return declare(
-            constraint,
-            groups,
-            delta,
-            known=known,
-            indicator=indicator,
-            grouped=groups < len(keys),
-            method=options.method,
+            constraint, n, delta, known=known, indicator=indicator, grouped=n < len(groups), method=options.method
         )
     except ValueError as error:
         raise ConfigError("--method", str(error)) from None
-
-
-def _judge(constraint: Constraint, found: Evaluation, declared: Declared, delta: float, keys: Sequence[str]) -> Verdict:
-    values = found.rewards.get(constraint.name, [])
-    # Values of further data have rows of their own, each measured once
-    groups = list(keys) if len(values) == len(keys) and not getattr(constraint, "data", False) else None
-    return judge(constraint, values, delta, declared, groups)
 
 
 def _of_lengths(constraint: Constraint, found: Evaluation) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.single_answers import SingleAnswers, bounds_to_add, is_mean_length, open_sides
 from l3ms.constraints.trl_arguments import trl_arguments
-from l3ms.measuring.evaluation import Evaluation, evaluate
+from l3ms.measuring.evaluation import Evaluation, evaluate, groups_of, prompt_key, standard_error
 from l3ms.ranks.group import is_first, world
 from l3ms.runs.arguments import training_arguments
 from l3ms.runs.joining import join
@@ -56,20 +56,24 @@ class Start:
     lowest: float  # of the values; NaN without any
     highest: float
     mean: float
-    stderr: float
+    stderr: float  # responses to one prompt count once
     feasible: float  # probability that the mean is within the bounds, by the normal approximation of the estimate
     within: float  # share of single responses within the bounds
     monitor: bool = False  # without bounds: the last two are NaN
     data: bool = False  # a loss, which is differentiated itself: it needs no spread
+    deviation: float = math.nan  # standard, of single values
 
     @staticmethod
-    def of(constraint: Constraint, values: Sequence[float | None]) -> Start:
+    def of(constraint: Constraint, values: Sequence[float | None], groups: Sequence[Hashable] | None = None) -> Start:
         given = [float(value) for value in values if value is not None]
         finite = [value for value in given if math.isfinite(value)]
+        keys = range(len(values)) if groups is None else groups
+        kept = [key for value, key in zip(values, keys, strict=True) if value is not None and math.isfinite(value)]
         low = -math.inf if constraint.low is None else constraint.low
         high = math.inf if constraint.high is None else constraint.high
         mean = statistics.fmean(finite) if finite else math.nan
-        stderr = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
+        deviation = statistics.stdev(finite) if len(finite) > 1 else math.nan
+        stderr = standard_error(finite, kept) if deviation > 0 else deviation
         if constraint.monitor:
             feasible = math.nan
         elif stderr > 0:
@@ -80,7 +84,7 @@ class Start:
             constraint.name, constraint.low, constraint.high, len(finite), len(values) - len(given),
             len(given) - len(finite), min(finite, default=math.nan), max(finite, default=math.nan), mean, stderr, feasible,
             sum(low <= value <= high for value in finite) / len(finite) if finite and not constraint.monitor else math.nan,
-            constraint.monitor, constraint.data,
+            constraint.monitor, constraint.data, deviation,
         )  # fmt: skip
 
     def warnings(self) -> list[str]:
@@ -134,7 +138,8 @@ def check(
             )  # fmt: skip
         share = -(-samples // world())  # that this process sampled
         response = (time.monotonic() - start) / share
-        starts = [Start.of(item, found.rewards.get(item.name, [])) for item in constraints]
+        prompts = [prompt_key(row) for row in rows]
+        starts = [Start.of(item, found.rewards[item.name], groups_of(item, prompts)) for item in constraints]
         _refuse_nonfinite(config, starts)
         size = min(config.evaluate.batch_size, share)
         cost = costs.measure(
@@ -192,10 +197,9 @@ def _flat_barriers(constraints: Sequence[Constraint], starts: Sequence[Start], c
         return []
     lines, count = [], config.train.constraint_batch_size * world()
     for item, start in zip(constraints, starts, strict=True):
-        spread = start.stderr * math.sqrt(max(start.values, 1))
-        at_rest = spread / math.sqrt(AT_REST * count)
+        at_rest = start.deviation / math.sqrt(AT_REST * count)
         mu = min(1.0, float(noise_floor(torch.tensor(2 * at_rest / item.unit))))
-        if spread > 0 and flat_across(item, mu):
+        if start.deviation > 0 and flat_across(item, mu):
             lines.append(
                 f"{item.name}: {count} responses leave mu at about {mu:.2f}, and a barrier {scale_to_set(item)}"
             )

@@ -7,7 +7,8 @@ import statistics
 import pytest
 import torch
 
-from l3ms.measuring.evaluation import evaluate, exp, half_width, length_statistics, ratio, task_perplexity
+import l3ms
+from l3ms.measuring.evaluation import evaluate, exp, groups_of, half_width, length_statistics, ratio, task_perplexity
 
 
 @pytest.fixture
@@ -47,6 +48,30 @@ def test_responses_to_one_prompt_count_as_one_where_they_are_alike():
     assert half_width(few * 9) < once / 2
     assert half_width(few, ["a"] * 4) == pytest.approx(once)  # of this prompt alone
     assert half_width([1.0]) == half_width([]) == math.inf
+
+
+def test_rows_of_one_prompt_and_repeated_rows_depend_on_each_other():
+    def row(prompt, answer):
+        return {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}
+
+    def keys(rows):
+        return groups_of(l3ms.DataNLL("other", rows, max=1.0), ["not", "these"])
+
+    answers = [row([3, 4], [5]), row([3, 4], [6]), row([3, 5], [5]), row([3, 5], [5])]
+    first, second, third, fourth = keys(answers)
+    assert first == second != third == fourth
+    texts = [row([2], [5, 6]), row([2], [7]), row([2], [5, 6])]  # behind a BOS token
+    assert [keys(texts)[0] == key for key in keys(texts)] == [True, False, True]
+    assert len(set(keys([row([3, 4], [n]) for n in range(5, 9)]))) == 4  # of one prompt alone
+    begun = [row([n % 2], [5, n]) for n in range(6)]  # texts without BOS: their first token
+    assert len(set(keys(begun))) == 6
+    assert keys(answers[:1] * 3) == [0, 1, 2]
+
+
+def test_responses_to_one_prompt_alone_are_independent():
+    length = l3ms.Length(max=9)
+    assert groups_of(length, ["a", "b", "a"]) == ["a", "b", "a"]
+    assert groups_of(length, ["a", "a", "a"]) == [0, 1, 2]
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():

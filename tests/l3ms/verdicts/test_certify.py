@@ -113,6 +113,44 @@ def test_more_samples_than_prompts(make_run, capsys):
     assert "100 samples of 5 different prompts" in capsys.readouterr().out
 
 
+def test_one_prompt_is_judged_by_independent_responses(make_run, tmp_path, capsys):
+    run = make_run(rows=20)
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a b c"}\n')
+    assert certify(run, "--prompts", tmp_path / "one.jsonl", "--samples", 60) == 0
+    found = certificate(run)
+    assert (found["prompts"], found["constraints"][0]["groups"]) == (1, 60)
+    words = " ".join(capsys.readouterr().out.split())
+    assert "60 responses to one prompt: the verdict is of this prompt alone" in words
+    assert "more" not in words
+
+
+def test_repeated_rows_of_other_data_are_counted_once(make_run, tmp_path, capsys):
+    """And its rows do not become more by --samples."""
+    rows = (tmp_path / "other.jsonl", tmp_path / "held.jsonl")
+    lines = [json.dumps({"prompt": f"a b {word}", "completion": "c d e"}) for word in "abcdef"]
+    data = {"train": "other.jsonl", "evaluation": "held.jsonl", "chat_template": False}
+    for path in rows:
+        path.write_text("\n".join(lines))
+    other = {"type": "data_nll", "name": "other", "data": data, "max": 9.0}
+    run = make_run(rows=20, constraints=[other])
+    bounds = []
+    for times in (1, 20):
+        rows[1].write_text("\n".join(lines * times))
+        certify(run, "--samples", 8)
+        (found,) = certificate(run)["constraints"]
+        assert (found["groups"], found["samples"]) == (6, 6 * times)
+        bounds.append((found["lower"], found["upper"]))
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-5)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["constraints"][0]["max"] = found["mean"] + 1e-3
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert certify(run, "--samples", 8) == 4
+    assert "more held-out rows in its own data, which --samples does not change" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_prompts_from_a_file(make_run, tmp_path, capsys):
     run = make_run()
     trained = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["prompt"]

@@ -144,6 +144,15 @@ def test_feasibility_of_an_estimate():
     assert "no response has a value" in nothing.warnings()[0]
 
 
+def test_responses_to_one_prompt_count_once():
+    few, keys = [1.0, 2.0, 4.0, 8.0], ["a", "b", "c", "d"]
+    once, often = Start.of(l3ms.Length(max=5), few), Start.of(l3ms.Length(max=5), [*few * 9, None], [*keys * 9, "e"])
+    assert (often.stderr, often.feasible) == (pytest.approx(once.stderr), pytest.approx(once.feasible))
+    assert often.deviation < once.deviation == pytest.approx(2 * once.stderr)
+    assert Start.of(l3ms.Length(max=5), few, ["a"] * 2 + ["b"] * 2).stderr > once.stderr
+    assert Start.of(l3ms.Length(max=5), [0.1] * 3, ["a", "b", "b"]).stderr == 0
+
+
 def test_words_for_time_and_memory():
     assert [duration(s) for s in (12, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
     assert [size(b) for b in (3 * 2**20, 5 * 2**29)] == ["3 MiB", "2.5 GiB"]
