@@ -17,6 +17,7 @@ from l3ms.config.train import TrainConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.optimizers import torch_optimizer, try_step
+from l3ms.training.trainer import L3MTrainer
 
 # Its name in the transformers that vLLM 0.32 wants is another.
 CHECKPOINTING: Any = next(
@@ -132,3 +133,12 @@ def named_optimizer(config: RunConfig) -> tuple[Any, dict[str, Any]] | None:
     except ValueError as error:
         message = str(error).replace("optimizer_options: ", "optimizer_options ", 1)
         raise blame("train", TrainConfig.model_fields, message) from None
+
+
+def make_optimizer(trainer: L3MTrainer) -> None:
+    """The optimizer of a trainer, before it trains. Raises `ConfigError` where its package is not installed or too old, or it has nothing
+    to step."""
+    try:
+        trainer.create_optimizer()
+    except (ImportError, ValueError) as error:
+        raise ConfigError("train.optimizer", " ".join(str(error).split())) from None

@@ -16,7 +16,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.ranks import lookout
 from l3ms.ranks.group import is_first, of_first, world
 from l3ms.runs import resuming
-from l3ms.runs.arguments import named_optimizer
+from l3ms.runs.arguments import make_optimizer, named_optimizer
 from l3ms.runs.engines import try_engine
 from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
@@ -176,13 +176,7 @@ def _trainer(run: Run, trackers: Trackers, console: Console) -> tuple[L3MTrainer
             optimizer_cls_and_kwargs=named_optimizer(config),
         )
     run.arguments.output_dir = place
-    try:
-        trainer.create_optimizer()
-    except (
-        ImportError,
-        ValueError,
-    ) as error:  # of a package that is not installed, or is too old; nothing for it to step
-        raise ConfigError("train.optimizer", " ".join(str(error).split())) from None
+    make_optimizer(trainer)
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer, metrics

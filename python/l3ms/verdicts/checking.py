@@ -26,7 +26,7 @@ from l3ms.constraints.single_answers import SingleAnswers, bounds_to_add, is_mea
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.measuring.evaluation import Evaluation, evaluate, groups_of, prompt_key, standard_error
 from l3ms.ranks.group import is_first, world
-from l3ms.runs.arguments import training_arguments
+from l3ms.runs.arguments import make_optimizer, named_optimizer, training_arguments
 from l3ms.runs.joining import join
 from l3ms.runs.labels import constraint_label, wanted_text
 from l3ms.runs.loading import Run, load_run
@@ -218,7 +218,9 @@ def _trainer(run: Run, folder: str) -> L3MTrainer:
         constraints=run.constraints,
         engine=run.engine,
         processing_class=run.tokenizer,
+        optimizer_cls_and_kwargs=named_optimizer(run.config),
     )
+    make_optimizer(trainer)
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer

@@ -121,6 +121,16 @@ def test_what_would_stop_a_run_stops_the_check(project, tmp_path, capsys):
     assert "--json: no such folder" in refused("--json", "no/where.json")
 
 
+def test_the_optimizer_is_that_of_the_run(project, tmp_path, capsys):
+    """Of SGD with a momentum the state is one number for each parameter, and an option that it has not is refused."""
+    config, place = str(project()), tmp_path / "c.json"
+    sgd = ["--train.optimizer", "sgd", "--train.optimizer-options"]
+    assert main(["check", config, *sgd, "{momentum: 0.5}", "--json", str(place), "--samples", "2"]) == 0
+    assert strict_json(place)["cost"]["optimizer"] == 4 * sum(p.numel() for p in _parameters(tmp_path))
+    assert main(["check", config, *sgd, "{no_such: 1}"]) == 2
+    assert "sgd has no 'no_such'; it has lr, momentum" in capsys.readouterr().err
+
+
 def test_values_that_are_not_finite_may_be_dropped(project, tmp_path, capsys):
     config = project(constraints=[reward(tmp_path, "holes", min=0.1)])
     values = yaml.safe_load(config.read_text())
