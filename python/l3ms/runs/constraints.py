@@ -17,7 +17,7 @@ from l3ms.constraints.divergence import KL
 from l3ms.constraints.reward_model import RewardModel
 from l3ms.constraints.trl_arguments import trl_arguments
 from l3ms.ranks.group import world
-from l3ms.runs.data import IGNORE_INDEX, encode, load_examples
+from l3ms.runs.data import IGNORE_INDEX, encode, load_examples, overlap
 from l3ms.runs.models import context_of
 from l3ms.runs.terminal import say
 from l3ms.runs.user_rewards import load_reward, try_reward
@@ -114,6 +114,8 @@ def _constraint_rows(
         if not error.field.startswith("data."):  # the model
             raise
         raise ConfigError(f"{field}.{error.field}", error.message) from error
+    for note in overlap(*sides):
+        say(console, f"{field}.data.evaluation: {note}")
     for name, side in zip(fields, encoded, strict=True):
         for note in side.notes(f"{field}.{name}"):
             say(console, note)

@@ -9,6 +9,7 @@ The template is given all that messages hold, and the column `tools`. Further co
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ from l3ms.runs.reading import Rows, Source, is_files, is_glob, is_lines, is_tabl
 if TYPE_CHECKING:
     from l3ms.config.run_config import DataConfig
 
-__all__ = ["IGNORE_INDEX", "RESERVED", "Encoded", "Example", "encode", "hold_out", "load_examples", "load_prompts"]
+__all__ = [
+    "IGNORE_INDEX", "RESERVED", "Encoded", "Example", "encode", "hold_out", "load_examples", "load_prompts", "overlap"
+]  # fmt: skip
 
 
 def load_examples(config: DataConfig, *, seed: int) -> tuple[list[Example], list[Example]]:
@@ -66,6 +69,13 @@ def hold_out(examples: list[Example], share: float, *, seed: int) -> tuple[list[
     for key, item in zip(keys, examples, strict=True):
         sides[key in held].append(item)
     return sides
+
+
+def overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
+    """What is said where prompts that are to be held out are trained on."""
+    trained = {example.key for example in train}
+    known = sum(example.key in trained for example in held_out)
+    return [f"{known} of {len(held_out)} prompts are in the training data: not held out"] if known else []
 
 
 def _check_splits(config: DataConfig) -> None:

@@ -25,7 +25,7 @@ from l3ms.rollouts.engines import Engine
 from l3ms.runs import resuming
 from l3ms.runs.arguments import is_on_cpu, training_arguments
 from l3ms.runs.constraints import build_constraints, try_rewards
-from l3ms.runs.data import Encoded, Example, encode, load_examples
+from l3ms.runs.data import Encoded, Example, encode, load_examples, overlap
 from l3ms.runs.engines import build_engine
 from l3ms.runs.fingerprints import fingerprints, fingerprints_of_0_1
 from l3ms.runs.folder import check_links, check_output
@@ -142,6 +142,8 @@ def encode_sides(
 ) -> tuple[Encoded, Encoded]:
     """Token rows of both sides; what was cut or dropped is said. Prompts leave room for `max_new_tokens` responses."""
     context, room = context_room(model, config.train.max_new_tokens)
+    for note in overlap(train, held_out):
+        say(console, f"data.evaluation: {note}")
     sides = []
     for name, examples in (("data.train", train), ("held-out data", held_out)):
         field = name if name == "data.train" else "data.evaluation"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.constraints.constraint import Constraint
 from l3ms.rollouts.engines import Engine, name_of
 from l3ms.runs.constraints import build_constraints
-from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts
+from l3ms.runs.data import Encoded, Example, encode, load_examples, load_prompts, overlap
 from l3ms.runs.engines import build_engine
 from l3ms.runs.loading import check_code
 from l3ms.runs.models import context_room, load_model, options_of
@@ -74,7 +73,7 @@ def load_subject(run: Path, options: CertifyOptions, console: Console) -> Subjec
     )  # fmt: skip
     if not encoded.rows:
         raise ConfigError(field, encoded.nothing(room))
-    notes += encoded.notes("held-out prompts") + _overlap(train, held_out)
+    notes += encoded.notes("held-out prompts") + overlap(train, held_out)
     engine = build_engine(config.rollout, console)
     if engine is not None:
         notes.append(
@@ -92,9 +91,3 @@ def _rows(config: RunConfig, options: CertifyOptions) -> tuple[list[str], list[E
         return [], load_examples(config.data, seed=config.seed)[0], prompts
     except ConfigError as error:
         return [f"whether these prompts were trained on is not known: {error}"], [], prompts
-
-
-def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
-    trained = {example.key for example in train}
-    known = sum(example.key in trained for example in held_out)
-    return [f"{known} of {len(held_out)} prompts are in the training data: not held out"] if known else []

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_projects import TEMPLATE, l3ms, losses, one_line
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l3ms.commands.command_line import main
+from l3ms.config.run_config import load_config
+from l3ms.runs.loading import load_run
 
 
 @pytest.fixture
@@ -44,6 +47,20 @@ def test_a_list_with_a_glob_is_the_run_of_the_one_file(parts, capsys):
     said = capsys.readouterr()
     assert said.err == ""
     assert "in the training data" not in said.out
+
+
+def test_an_evaluation_file_among_those_that_are_trained_on_is_told(parts, capsys):
+    """Of the run and of the data of a constraint, before anything is trained."""
+    data = {"train": "data/*.jsonl", "evaluation": "data/2.jsonl"}
+    set_data(parts, **data)
+    values = yaml.safe_load((parts / "run.yaml").read_text())
+    values["constraints"].append({"type": "data_nll", "name": "other", "data": data, "max": 9})
+    (parts / "run.yaml").write_text(yaml.safe_dump(values))
+    load_run(load_config(parts / "run.yaml"), console=Console(width=200))
+    said = capsys.readouterr().out
+    index = len(values["constraints"]) - 1
+    for field in ("data.evaluation", f"constraints.{index}.data.evaluation"):
+        assert f"\n{field}: 80 of 80 prompts are in the training data: not held out" in f"\n{said}"
 
 
 def test_files_of_a_list_are_not_overwritten(parts, capsys):
