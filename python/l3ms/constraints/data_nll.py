@@ -11,6 +11,7 @@ from torch import Tensor
 from l3ms.constraints.constraint import NO_REFERENCE, Constraint
 from l3ms.model.batches import Collator, separate
 from l3ms.model.losses import scored_lengths, shift, task_weights
+from l3ms.model.modes import evaluating
 from l3ms.model.orders import BatchOrder, PromptOrder
 from l3ms.model.sharding import reshard
 from l3ms.model.split_heads import uncast
@@ -147,12 +148,8 @@ class DataNLL(Constraint):
                 collate([rows[i] for i in range(start, min(start + size, len(rows)))])
                 for start in range(0, len(rows), size)
             )
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             return [value for batch in parts for value in self.losses(model, batch).tolist()]
-        finally:
-            model.train(training)
 
 
 class _RowBatches:

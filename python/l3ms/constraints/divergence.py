@@ -12,6 +12,7 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.reference_model import Reference
 from l3ms.constraints.shares import PER_TOKEN_SHARE
 from l3ms.model.heads import fuse_head
+from l3ms.model.modes import evaluating
 from l3ms.model.sharding import most, reshard
 from l3ms.model.split_heads import uncast
 from l3ms.rollouts.rollout import Rollout
@@ -100,17 +101,15 @@ class KL(Constraint):
     def _log_likelihood(self, model: Any, rollout: Rollout) -> Tensor:
         """(N,) float64, of the responses, in eval mode: as they were sampled."""
         fuse_head(model)
-        training = model.training
-        model.eval()
         parts = []
         starts = list(range(0, len(rollout), self.batch_size))
-        for number in range(most(model, len(starts))):  # ranks with parts of a model make as many forwards
-            start = starts[min(number, len(starts) - 1)]
-            inputs = rollout.inputs(slice(start, start + self.batch_size))
-            seq_weight = torch.zeros(len(inputs["labels"]), device=rollout.input_ids.device)
-            seq_weight = uncast(model, seq_weight)
-            out = model(**inputs, seq_weight=seq_weight, temperature=rollout.temperature)
-            parts.append(out.sequence.double())
-        reshard(model)
-        model.train(training)
+        with evaluating(model):
+            for number in range(most(model, len(starts))):  # ranks with parts of a model make as many forwards
+                start = starts[min(number, len(starts) - 1)]
+                inputs = rollout.inputs(slice(start, start + self.batch_size))
+                seq_weight = torch.zeros(len(inputs["labels"]), device=rollout.input_ids.device)
+                seq_weight = uncast(model, seq_weight)
+                out = model(**inputs, seq_weight=seq_weight, temperature=rollout.temperature)
+                parts.append(out.sequence.double())
+            reshard(model)
         return torch.cat(parts[: len(starts)])

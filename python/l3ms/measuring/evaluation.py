@@ -13,6 +13,7 @@ from l3ms.constraints.data_nll import DataNLL
 from l3ms.model.batches import Collator, further_columns, prompt_part
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift
+from l3ms.model.modes import evaluating
 from l3ms.model.random_numbers import stream, undrawn
 from l3ms.model.sharding import most, reshard
 from l3ms.model.split_heads import uncast
@@ -149,18 +150,16 @@ def _perplexity(losses: Tensor) -> float:
 def _losses(model: Any, rows: Sequence[dict[str, Any]], batch_size: int, pad_token_id: int) -> Tensor:
     """(n,) float64 -(1/|y|) log pi(y|x) of each row; NaN where nothing is scored."""
     inner, collate = fuse_head(model), Collator(pad_token_id)
-    training = model.training
-    model.eval()
     sequences, lengths = [torch.empty(0)], [torch.empty(0)]
-    for start in _starts(model, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size])
-        lengths.append(scored_lengths(shift(batch["labels"])))  # on the host: where they were made
-        batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
-        nothing = torch.zeros(len(lengths[-1]), device=inner.device)  # weights 0: likelihoods alone
-        options = {"seq_weight": uncast(model, nothing), "scored": int(lengths[-1].sum()), "use_cache": False}
-        sequences.append(model(**batch, **options).sequence)
-    reshard(model)
-    model.train(training)
+    with evaluating(model):
+        for start in _starts(model, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size])
+            lengths.append(scored_lengths(shift(batch["labels"])))  # on the host: where they were made
+            batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
+            nothing = torch.zeros(len(lengths[-1]), device=inner.device)  # weights 0: likelihoods alone
+            options = {"seq_weight": uncast(model, nothing), "scored": int(lengths[-1].sum()), "use_cache": False}
+            sequences.append(model(**batch, **options).sequence)
+        reshard(model)
     length = torch.cat(lengths)[: len(rows)]
     nll = -torch.cat([part.double().cpu() for part in sequences])[: len(rows)]
     return torch.where(length > 0, nll / length, math.nan)

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from l3ms.model.autocasting import outside_autocast
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.model.modes import evaluating
 from l3ms.model.random_numbers import undrawn
 from l3ms.model.sharding import in_shards
 from l3ms.rollouts.engines import Engine, Response, name_of
@@ -150,14 +151,9 @@ def gaps(
     model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Response], temperature: float = 1.0
 ) -> list[Tensor]:
     """Of each response (T,) what the engine's log-likelihoods are above the model's own."""
-    training = model.training
-    model.eval()
     rows = [[*prompt, *response.tokens] for prompt, response in zip(prompts, responses, strict=True)]
-    try:
-        with outside_autocast(model):
-            logits = scored_logits(model, rows, 0)
-    finally:
-        model.train(training)
+    with evaluating(model), outside_autocast(model):
+        logits = scored_logits(model, rows, 0)
     found = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         start, tokens = len(prompt) - 1, torch.tensor(response.tokens, device=logits.device)

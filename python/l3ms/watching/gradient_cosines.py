@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l3ms.model.modes import evaluating
 from l3ms.rollouts.rollout import Rollout
 
 SKETCH = 1 << 16
@@ -89,9 +90,7 @@ def reward_gradients(
         return None
     trained = [p for p in model.parameters() if p.requires_grad]
     shapes = [p.shape for p in trained]
-    training = model.training
-    model.eval()  # no dropout
-    try:
+    with evaluating(model):
         found = []
         for values in rewards:
             for part, weights in group_weights(values, groups):
@@ -108,8 +107,6 @@ def reward_gradients(
                     ).loss
                     total -= sketch(torch.autograd.grad(loss, trained, allow_unused=True), shapes)
                 found.append(total)
-    finally:
-        model.train(training)
     return torch.stack(found).view(len(rewards), groups, SKETCH)
 
 
