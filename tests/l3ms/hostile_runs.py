@@ -15,7 +15,7 @@ from hostile_artefacts import HUGE, JUNK, REFUSED, Case, pickled
 ANY = (0, *REFUSED)
 NAMES = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json", "report.png",
-    "certificate.json", "demo_inputs", "trackers.json", "emissions.csv",
+    "certificate.json", "demo_inputs", "trackers.json", "emissions.csv", "inputs.json",
 )  # fmt: skip
 PARTIAL = (".report.partial.png", ".report.png.partial", ".report.json.partial", ".config.yaml.partial", ".metrics.jsonl.partial",
            ".certificate.json.partial", ".model.partial", ".average.partial")  # fmt: skip
@@ -51,7 +51,7 @@ def of_links() -> Iterator[Case]:
             "sft.jsonl",
         ):
             yield case("finished", name, target, ["plot", "finished"])
-        for name in ("certificate.json", ".certificate.json.partial", "average"):
+        for name in ("certificate.json", ".certificate.json.partial", "average", "inputs.json"):
             yield case("finished", name, target, ["certify", "finished"])
         for name in (
             ".checkpoint.partial",
@@ -84,13 +84,15 @@ def of_files() -> Iterator[Case]:
     for kind in ("a FIFO", "a socket", "a loop of links", "a link to a device", "a link to a FIFO", "a folder"):
         for name in ("metrics.jsonl", "report.json", "sft.jsonl"):
             yield case(f"finished/{name}", kind, ["plot", "finished"])
-        yield case("finished/config.yaml", kind, ["certify", "finished"], REFUSED)
+        for name in ("config.yaml", "inputs.json"):
+            yield case(f"finished/{name}", kind, ["certify", "finished"], REFUSED)
         yield case("begun/config.yaml", kind, RESUME, ANY if kind in ("a loop of links", "a folder") else REFUSED)
         yield case("begun/metrics.jsonl", kind, RESUME)
         yield case("begun/checkpoints/inputs.json", kind, RESUME, REFUSED)
     for contents in JUNK.values():
         yield case("finished/report.json", contents, ["plot", "finished"])
-        yield case("finished/config.yaml", contents, ["certify", "finished"], REFUSED)
+        for name in ("config.yaml", "inputs.json"):
+            yield case(f"finished/{name}", contents, ["certify", "finished"], REFUSED)
         yield case("begun/checkpoints/inputs.json", contents, RESUME, REFUSED)
         yield case("begun/config.yaml", contents, RESUME, REFUSED)
         yield case("begun/metrics.jsonl", contents, RESUME)

@@ -137,7 +137,7 @@ TRAINING = (
     Mutant("bounds are not shared by all verdicts", VERDICTS + 'certifying.py', "delta = options.delta / bounds",
            "delta = options.delta", CERTIFY),
     Mutant("a certificate of prompts that the run has trained on", VERDICTS + 'subject.py',
-           "held_out, tokenizer, max_length=", "train, tokenizer, max_length=",
+           "encode(held_out, tokenizer, name=", "encode(train, tokenizer, name=",
            f'{TESTS}verdicts/test_certify.py -k more_samples'),
     Mutant("an inconclusive certificate's exit code is 0", VERDICTS + 'certifying.py', '"INCONCLUSIVE": 4}',
            '"INCONCLUSIVE": 0}', CERTIFY),

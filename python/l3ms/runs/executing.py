@@ -19,6 +19,7 @@ from l3ms.runs import resuming
 from l3ms.runs.arguments import make_optimizer, named_optimizer
 from l3ms.runs.engines import try_engine
 from l3ms.runs.evaluating import Samples, evaluator, examples, kept
+from l3ms.runs.fingerprints import BASE, of_base
 from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
 from l3ms.runs.joining import join, same_folder
 from l3ms.runs.labels import is_mean_length, solver_label
@@ -146,7 +147,13 @@ def _begin_folder(run: Run, trackers: Trackers) -> None:
     prepare_output(run.folder, keep=names)
     write_config(run.folder, run.config.model_dump())
     trackers.write()
-    resuming.write_inputs(run.folder, run.inputs)
+    resuming.write_inputs(run.folder, inputs_with_base(run))
+
+
+def inputs_with_base(run: Run) -> dict[str, Any]:
+    """What a run was begun with, and, of one with adapters, what those are of."""
+    base = of_base(run.model)
+    return run.inputs if base is None else {**run.inputs, BASE: base}
 
 
 def _trainer(run: Run, trackers: Trackers, console: Console) -> tuple[L3MTrainer, MetricsWriter]:

@@ -26,6 +26,7 @@ from l3ms.constraints.reward_model import RewardModel
 from l3ms.regular_files import read_regular
 
 FORMAT = 2
+BASE = "model.base"  # by which `inputs.json` has the model that adapters are of
 BLOCK = 1 << 24  # elements that are copied at a time
 PLAIN = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, bytes)  # whose repr is their value
 
@@ -40,6 +41,12 @@ def fingerprints(
     """By field. `rows`: the token rows of the run itself, both sides; those of data constraints are found here."""
     found: dict[str, Any] = {"format": FORMAT, "model": of_model(model), "tokenizer": of_tokenizer(tokenizer)}
     found |= {field: of_rows(part) for field, part in rows.items()}
+    return found | of_constraints(config, constraints)
+
+
+def of_constraints(config: RunConfig, constraints: Iterable[Constraint]) -> dict[str, str]:
+    """By field, of what the constraints read and of the code that samples."""
+    found: dict[str, str] = {}
     if config.rollout.code is not None:
         found["rollout.engine"] = hashlib.sha256(_source(config.rollout.code)).hexdigest()
     for index, (section, item) in enumerate(zip(config.constraints, constraints, strict=True)):
@@ -57,10 +64,10 @@ def fingerprints(
     return found
 
 
-def of_model(model: Any) -> str:
-    """Of all parameters and the buffers that are saved: names, shapes, types and every bit."""
+def of_model(model: Any, but: Iterable[str] = ()) -> str:
+    """Of all parameters and the buffers that are saved, `but` for some: names, shapes, types and every bit."""
     digest = hashlib.sha256()
-    kept = model.state_dict().keys()  # without buffers that are made anew each time
+    kept = model.state_dict().keys() - set(but)  # without buffers that are made anew each time
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in kept:
             continue
@@ -68,6 +75,12 @@ def of_model(model: Any) -> str:
         for part in tensor.detach().reshape(-1).split(BLOCK):
             digest.update(_bytes(part))
     return digest.hexdigest()
+
+
+def of_base(model: Any) -> str | None:
+    """Of a model with LoRA all that its adapters are not; None of one without."""
+    adapters = [name for name, _ in model.named_parameters() if "lora_" in name]
+    return of_model(model, but=adapters) if adapters else None
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The folder of a run: refused when it holds something, written piece by piece, each piece whole or not there.
 
-config.yaml  metrics.jsonl  tensorboard/  trackers.json  checkpoints/  model/  average/  report.json  report.png  certificate.json
+config.yaml  metrics.jsonl  tensorboard/  trackers.json  checkpoints/  model/  average/  inputs.json  report.json  report.png
+certificate.json
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
-    "report.png", "certificate.json", "demo_inputs", "trackers.json", "emissions.csv",
+    "report.png", "certificate.json", "demo_inputs", "trackers.json", "emissions.csv", "inputs.json",
 )  # fmt: skip
 # Of a run that has begun, or a demo; the other names are such as people give to files of their own
 SIGNS = ("metrics.jsonl", "sft.jsonl", "trackers.json", "demo_inputs", "checkpoints/inputs.json")

@@ -31,10 +31,14 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     lora: LoraConfig | None = None,
+    adapters: str | None = None,
     console: Console,
 ) -> tuple[Any, Any]:
     """Tokenizer and model of a folder or hub id, with adapters when asked for. Raises `ConfigError` of `model`, `train.attn_implementation`
-    or `train.lora`, in one line."""
+    or `train.lora`, in one line.
+
+    `adapters`: a folder of trained ones, of `lora`, with the tokenizer; in the precision that they were trained in, whatever `dtype` is.
+    """
     if source.lower().endswith(".gguf"):
         raise ConfigError("model", _gguf(source))
     if os.path.isfile(source):
@@ -45,7 +49,7 @@ def load_model(
         say(console, f"Running the code of {source}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = load_tokenizer(AutoTokenizer, source, **options)
+        tokenizer = load_tokenizer(AutoTokenizer, adapters or source, **options)
         model: Any = _load(source, attn_implementation, dtype=DTYPES[dtype], **options)
     except ConfigError:
         raise
@@ -62,7 +66,7 @@ def load_model(
     if lora is not None:
         import peft
 
-        adapters = peft.LoraConfig(
+        settings = peft.LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
             task_type=peft.TaskType.CAUSAL_LM,
         )  # fmt: skip
@@ -71,9 +75,11 @@ def load_model(
                 warnings.catch_warnings()
             ):  # peft 0.21 asks transformers 5.23 by a name that will go: of no use to who runs this
                 warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-                model = peft.get_peft_model(model, adapters)
+                model = peft.get_peft_model(model, settings)
         except ValueError as error:
             raise ConfigError("train.lora", " ".join(str(error).split())[:300]) from error
+    if adapters is not None:
+        _fill(model, adapters)
     try:
         fuse_head(model)
     except ValueError as error:
@@ -106,6 +112,20 @@ def _load(source: str, attn_implementation: str | None, **options: Any) -> Any:
     if found != attn_implementation:  # transformers has one of its own for some models
         raise ConfigError(field, f"{source!r} computes {found} instead of {attn_implementation}")
     return model
+
+
+def _fill(model: Any, folder: str) -> None:
+    """Give the adapters of a model the values in a folder."""
+    import peft
+    from safetensors.torch import load_file
+
+    try:
+        values = load_file(os.path.join(folder, "adapter_model.safetensors"))
+        if values.keys() != peft.get_peft_model_state_dict(model).keys():
+            raise ValueError("they are not those of train.lora")
+        peft.set_peft_model_state_dict(model, values)
+    except Exception as error:  # of safetensors and torch, of many kinds
+        raise ConfigError("model", f"cannot load the adapters in {folder!r}: {reason(error)}") from error
 
 
 def _gguf(source: str) -> str:

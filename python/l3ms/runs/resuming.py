@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from l3ms.config.run_config import RunConfig, load_config
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.ranks.group import world
 from l3ms.regular_files import read_regular
+from l3ms.runs.fingerprints import FORMAT
 from l3ms.runs.terminal import say
 from l3ms.runs.whole_files import write_json
 from l3ms.training import checkpoints
@@ -147,4 +149,21 @@ def check_inputs(folder: Path, found: Mapping[str, Any], of_0_1: Callable[[], Ma
 
 def write_inputs(folder: Path, found: Mapping[str, Any]) -> None:
     (folder / "checkpoints").mkdir(exist_ok=True)
-    write_json(folder / "checkpoints" / INPUTS, found)
+    for place in (
+        folder / "checkpoints",
+        folder,
+    ):  # for --resume, and for certificates when there are no checkpoints any more
+        write_json(place / INPUTS, found)
+
+
+def inputs_of(folder: Path) -> dict[str, Any]:
+    """What the run in a folder was begun with, beyond its checkpoints; nothing of runs from before that was kept."""
+    path = folder / INPUTS
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = json.loads(read_regular(path).decode("utf-8"))
+        known = found["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(str(path), "cannot be read, and says what the run was begun with") from None
+    return found if known else {}

@@ -68,7 +68,7 @@ def certify(
     with first_of_machine_first():
         subject = load_subject(run, options, console)
     weights = digest(subject.folder)
-    same_inputs({"model": weights, "data.evaluation": of_rows(subject.held_out.rows)})
+    same_inputs({"model": [weights, subject.base], "data.evaluation": of_rows(subject.held_out.rows)})
     if options.prices:
         check_prices(subject)
     config, constraints = subject.config, subject.constraints
@@ -99,6 +99,7 @@ def certify(
         "run": str(run.resolve()),
         "weights": options.weights,
         "sha256": weights,
+        **({} if subject.base is None else {"base_sha256": subject.base}),  # of what the adapters are of, as it was loaded
         "seed": options.seed,
         "delta": options.delta,
         "one_sided_bounds": bounds,
