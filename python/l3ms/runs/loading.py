@@ -30,7 +30,7 @@ from l3ms.runs.engines import build_engine
 from l3ms.runs.fingerprints import fingerprints, fingerprints_of_0_1
 from l3ms.runs.folder import check_links, check_output
 from l3ms.runs.joining import same_inputs
-from l3ms.runs.models import context_room, load_model, options_of
+from l3ms.runs.models import context_room, load_model, options_of, refuse_adapters
 from l3ms.runs.reading import files_of
 from l3ms.runs.terminal import say
 from l3ms.runs.trackers import check as check_trackers
@@ -89,6 +89,8 @@ def load_run(
         tokenizer, model = load_model(
             config.model, **options_of(config), lora=config.train.lora, console=console,
         )  # fmt: skip
+    if config.train.lora is None:
+        refuse_adapters(config.model, model)
     if slow := _slow_products(config):
         say(console, slow)
     constraints = build_constraints(config, console, tokenizer, model)

@@ -66,6 +66,7 @@ def load_model(
     if lora is not None:
         import peft
 
+        refuse_adapters(source, model)
         settings = peft.LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
             task_type=peft.TaskType.CAUSAL_LM,
@@ -85,6 +86,15 @@ def load_model(
     except ValueError as error:
         raise ConfigError("model", str(error)) from error
     return tokenizer, model
+
+
+def refuse_adapters(source: str, model: Any) -> None:
+    """Raise `ConfigError` where the model that is to be trained came as adapters: new ones would replace them, or nothing be trained."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' word for it
+        raise ConfigError(
+            "model", f"holds adapters of {model.config.name_or_path or 'a model'}, got {source}: merge them into it first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), and save the tokenizer there too"
+        )  # fmt: skip
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
