@@ -44,7 +44,7 @@ MORE: dict[str, Any] = {
     ],
     "train": {
         "solver": "augmented_lagrangian", "dual_rate": 0.1, "penalty": 3, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9},
-        "batch_size": 2, "gradient_accumulation": 4, "weight_decay": 0.01, "schedule": "constant", "smoothing": 0.2, "mu": "paper",
+        "batch_size": 2, "gradient_accumulation": 4, "weight_decay": 0.01, "schedule": "constant", "smoothing": 0.2,
         "half_steps": "joint", "length_norm": "none", "nonfinite": "drop", "timeout": 60, "agree_every": None, "dtype": "bfloat16",
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, "activation_checkpointing": True,
     },

@@ -34,7 +34,7 @@ CONFIGS = {
     "dual_ascent": {"train": {"solver": "dual_ascent", "schedule": "cosine"}},
     "muon": {"train": {"optimizer": "muon", "optimizer_options": {"ns_steps": 3}}},
     "augmented_lagrangian": {"train": {"solver": "augmented_lagrangian"}},
-    "penalty": {"train": {"solver": "penalty", "clipping": "separate", "mu": "paper"}},
+    "penalty": {"train": {"solver": "penalty", "clipping": "separate"}},
     "none": {"constraints": [], "train": {"solver": "none"}},
 }  # fmt: skip
 

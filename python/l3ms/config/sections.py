@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -31,3 +32,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
     )
+
+
+def check_used(section: Section, needs: Iterable[tuple[str, str, tuple[str, ...]]]) -> None:
+    """Raise `ValueError` where a field has another value than its default, and nothing that reads it.
+
+    Args:
+        needs: (field, the field that decides, its values with which the first is read).
+    """
+    for field, decides, values in needs:
+        found = getattr(section, decides)
+        if found not in values and getattr(section, field) != type(section).model_fields[field].default:
+            raise ValueError(f"{field} is of {decides}: {' or '.join(values)}, and it is {found}: leave it out")

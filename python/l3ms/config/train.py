@@ -7,9 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from l3ms.config.optimizers import wrong_optimizer
-from l3ms.config.sections import MOST, Batch, Count, NonNegative, Positive, Section, Share, Text
+from l3ms.config.sections import MOST, Batch, Count, NonNegative, Positive, Section, Share, Text, check_used
 
 BETAS = (0.5, 0.95)
+OF = (  # fields that something else in the section must ask for
+    ("dual_rate", "solver", ("dual_ascent", "augmented_lagrangian")),
+    ("penalty", "solver", ("penalty", "augmented_lagrangian")),
+    ("mu", "solver", ("barrier",)),
+    ("mu_end", "solver", ("barrier",)),
+    ("final_learning_rate_share", "schedule", ("linear", "cosine")),
+)
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 
 
@@ -78,4 +85,9 @@ class TrainConfig(Section):
     def _check_optimizer(self) -> TrainConfig:
         if (wrong := wrong_optimizer(self.optimizer, self.optimizer_options, self.betas != BETAS)) is not None:
             raise ValueError(" ".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def _check_used(self) -> TrainConfig:
+        check_used(self, OF)
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from l3ms.config.sections import MOST, Count, NonNegative, Positive, Section, Share
+from l3ms.config.sections import MOST, Count, NonNegative, Positive, Section, Share, check_used
 
 Limit = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,6 +42,7 @@ class WatchConfig(Section):
 
     @model_validator(mode="after")
     def _check_snapshots(self) -> WatchConfig:
+        check_used(self, ((field, "on_trip", ("rollback",)) for field in ("snapshot_every", "max_rollbacks")))
         if self.on_trip == "rollback" and self.snapshot_every < self.window:
             raise ValueError(
                 f"snapshot_every must be at least window ({self.window}): of two snapshots one must be older than the "
