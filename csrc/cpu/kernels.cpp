@@ -21,12 +21,13 @@ inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); 
 inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 // x times a factor in two parts. The low one is below half an ulp of a rounded product: it counts where that product is
-// not rounded. An infinite x stays what it is: infinity times a low part of 0 or of the other sign would be NaN.
+// not rounded. Where it is no number (x is infinite, or the whole product is beyond all numbers), the high one says it all:
+// an infinity and one of the other sign would be NaN.
 template <typename Acc>
 inline Acc times(const Factor<Acc>& factor, Acc x) {
-  constexpr Acc kLarge = Acc(3.0e38);
-  const Acc above = x < -kLarge ? -kLarge : x;
-  const Acc rest = (above > kLarge ? kLarge : above) * factor.low;
+  constexpr Acc kInfinity = Acc(__builtin_inf());
+  const Acc low = x * factor.low;
+  const Acc rest = (low < 0 ? -low : low) < kInfinity ? low : Acc(0);
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
   return fused(x, factor.high, rest);
 #else

@@ -289,6 +289,23 @@ def test_errors_at_one_temperature_have_no_direction(temperature, softcap):
     assert abs(error.mean()) < 0.1 * error.std()
 
 
+@pytest.mark.parametrize("temperature", [6e-8, 1.5e-8, 3e-9, 1e-20])
+@pytest.mark.parametrize(("softcap", "ruled_out"), [(None, False), (None, True), (2.0, False)])
+def test_what_is_left_out_stays_out_at_one_temperature(temperature, softcap, ruled_out):
+    """Infinite logits times 1 / temperature, whose low part may be above 1 and of the other sign."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 8, generator=generator).requires_grad_() for rows in (20, 300))
+    targets, options = torch.arange(20), {"temperature": temperature, "softcap": softcap}
+    if ruled_out:
+        options["bias"] = torch.zeros(300).index_fill(0, torch.tensor([25, 77]), -torch.inf)
+    found = []
+    for backend in ("cpp", "reference"):
+        token = log_likelihood(hidden, weight, targets, torch.tensor([0, 20]), backend=backend, **options).token
+        found.append([token.detach(), *torch.autograd.grad(token.sum(), (hidden, weight))])
+    assert all(tensor.isfinite().all() for tensor in found[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bias_of_a_token_that_all_rows_have_is_as_precise_as_that_of_one(dtype):
     """Equal terms are rounded alike: one chain of 60,000 sums is 4e-4 off in fp32."""
