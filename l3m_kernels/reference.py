@@ -86,10 +86,11 @@ EPSILON = torch.finfo(torch.float64).eps
 
 
 def reward_sums(rewards: Tensor) -> Tensor:
-    """rewards (N, R) float64, NaN where missing -> (R, 3): count, sum, sum of squares, added up in the order of the rows.
+    """rewards (N, R), NaN where missing -> (R, 3) float64: count, sum, sum of squares, added up in the order of the rows.
 
     Sums over micro-batches and over ranks are sums of these. The order is fixed (cumsum) so that other backends can match the bits.
     """
+    rewards = rewards.double()  # sums of 16-bit numbers overflow, and squares of fp32 ones lose the variance
     present = ~rewards.isnan()
     values = rewards.where(present, 0.0)
     if not len(rewards):

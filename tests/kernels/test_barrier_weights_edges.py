@@ -131,6 +131,15 @@ def test_micro_batches_equal_one_batch(backend):
             assert all(map(torch.equal, out[1:], whole[1:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.bool])
+def test_sums_are_float64_whatever_the_rewards_are(dtype):
+    """Lengths of 310 have squares beyond float16."""
+    rewards = (torch.arange(64)[:, None] % 50 + 290).to(dtype)
+    sums = reference.reward_sums(rewards)
+    assert sums.dtype == torch.float64
+    assert torch.equal(sums, reference.reward_sums(rewards.double()))
+
+
 # ---- wrong arguments
 
 
