@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 
@@ -130,6 +131,11 @@ def _automatic(op: str, device: str, dtype: torch.dtype | None = None, index: in
     return (row for row in TABLE if row.automatic and row.problem(op, device, dtype, index) is None)
 
 
+def name_of(backend: str | None) -> str:
+    """As the ops take it: only None is automatic."""
+    return "auto" if backend is None else backend
+
+
 def select(op: str, backend: str, device: str, dtype: torch.dtype | None = None, index: int | None = None) -> Callable:
     """The function that runs `op` on `device`; `backend` is "auto" or a name, `dtype` that of the hidden states, `index` that of a GPU.
 
@@ -165,7 +171,7 @@ _workspace: int | None = None
 _low_memory = False
 
 
-def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
+def set_workspace(bytes: float | None, *, low_memory: bool = False) -> None:
     """Bound the memory that the head's ops hold beyond inputs, outputs and gradient accumulators, in bytes.
 
     Args:
@@ -182,11 +188,13 @@ def set_workspace(bytes: int | None, *, low_memory: bool = False) -> None:
     `release_workspace` gives it back.
 
     Raises:
-        ValueError: not a positive number of bytes.
+        ValueError: not a positive whole number of bytes.
     """
     global _workspace, _low_memory
-    if bytes is not None and bytes <= 0:
-        raise ValueError(f"set_workspace: bytes must be positive or None, got {bytes}")
+    if bytes is not None:
+        if isinstance(bytes, bool) or not isinstance(bytes, Real) or not 0 < bytes < 1 << 63 or bytes % 1:
+            raise ValueError(f"set_workspace: bytes must be a positive whole number or None, got {bytes!r}")
+        bytes = int(bytes)
     _workspace, _low_memory = bytes, low_memory
 
 

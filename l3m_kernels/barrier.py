@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l3m_kernels import reference, trend
-from l3m_kernels.backends import select
+from l3m_kernels.backends import name_of, select
 from l3m_kernels.reference import BOUNDS, STATE, BarrierWeights
 from l3m_kernels.transforms import refuse_transforms, wants_gradient
 
@@ -126,7 +126,7 @@ def barrier_weights(
     refuse_transforms(op, rewards, state, norm, sums, bounds.table)
     mu, s = _constants(op, rewards.device, mu, s)
     tensors = _checked(op, rewards, norm, sums, state, bounds, smoothing)
-    return BarrierWeights(*_barrier_weights(*tensors, mu, s, _number(smoothing), leave_one_out, backend or "auto"))
+    return BarrierWeights(*_barrier_weights(*tensors, mu, s, _number(smoothing), leave_one_out, name_of(backend)))
 
 
 def multiplier_weights(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from l3m_kernels import parallel
-from l3m_kernels.backends import head_of, scale_in_place, select
+from l3m_kernels.backends import head_of, name_of, scale_in_place, select
 from l3m_kernels.checks import check_seq_weight, check_values, offsets_on, packed_batch
 from l3m_kernels.chunked import NEEDS, gradient_dtype
 from l3m_kernels.likelihoods import LogLikelihood, refuse_double
@@ -69,7 +69,7 @@ def log_likelihood(
         options |= {"bias": bias, "scored": scored, "backend": backend}
         return parallel.log_likelihood(hidden, weight, targets, cu_seqlens, **options)
     batch = packed_batch("log_likelihood", hidden, weight, targets, cu_seqlens, bias, softcap, temperature)
-    sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, scored, backend or "auto")
+    sequence, length, token, _ = _log_likelihood(*batch, softcap, temperature, ignore_index, scored, name_of(backend))
     return LogLikelihood(sequence, length, token.view(targets.shape))
 
 
@@ -110,7 +110,7 @@ def weighted_log_likelihood(
     check_seq_weight(op, seq_weight, batch)
     needs = [torch.is_grad_enabled() and wants_gradient(each) for each in (batch.hidden, batch.weight, batch.bias)]
     tensors = (batch.hidden, batch.weight, batch.targets, seq_weight, batch.cu_seqlens, batch.bias)
-    options = (softcap, temperature, ignore_index, scored, backend or "auto")
+    options = (softcap, temperature, ignore_index, scored, name_of(backend))
     loss, sequence, length, token, *_ = _weighted_log_likelihood(*tensors, *options, *needs)
     return loss, LogLikelihood(sequence, length, token.view(targets.shape))
 

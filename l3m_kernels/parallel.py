@@ -39,7 +39,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from l3m_kernels import device_flags
-from l3m_kernels.backends import head_of, select
+from l3m_kernels.backends import head_of, name_of, select
 from l3m_kernels.checks import check_seq_weight, check_values, offsets_on, packed_batch
 from l3m_kernels.chunked import sequence_index, sequence_lengths, sequence_sums, weighted_loss
 from l3m_kernels.likelihoods import LogLikelihood, refuse_double
@@ -84,7 +84,7 @@ def log_likelihood(
         group's timeout, or ends them.
     """
     op = "log_likelihood"
-    options = (softcap, temperature, ignore_index, scored, backend or "auto")
+    options = (softcap, temperature, ignore_index, scored, name_of(backend))
     sequence, length, token = _shared(op, hidden, weight, targets, cu_seqlens, bias, options, None, group)
     return LogLikelihood(sequence.to(token.dtype), length, token.view(targets.shape))
 
@@ -117,7 +117,7 @@ def weighted_log_likelihood(
         as `log_likelihood`; ValueError also where seq_weight requires a gradient: it is a constant.
     """
     op = "weighted_log_likelihood"
-    options = (softcap, temperature, ignore_index, scored, backend or "auto")
+    options = (softcap, temperature, ignore_index, scored, name_of(backend))
     sequence, length, token = _shared(op, hidden, weight, targets, cu_seqlens, bias, options, seq_weight, group)
     loss = weighted_loss(replicated(op, "seq_weight", seq_weight), sequence).to(token.dtype)
     return loss, LogLikelihood(sequence.detach().to(token.dtype), length, token.detach().view(targets.shape))

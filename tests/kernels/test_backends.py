@@ -1,5 +1,6 @@
 """The table of backends: what is picked, what is refused and why, and what the report says."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,9 +54,10 @@ def test_unavailable_backend_says_why(op, name):
 
 
 @pytest.mark.parametrize("op", PUBLIC)
-def test_unknown_backend(op):
-    with pytest.raises(ValueError, match=rf"{op}: backend must be one of cuda, triton, cpp, reference .*got 'tirton'"):
-        call(op, "tirton")
+@pytest.mark.parametrize("name", ["tirton", ""])
+def test_unknown_backend(op, name):
+    with pytest.raises(ValueError, match=rf"{op}: backend must be one of cuda, triton, cpp, reference .*got '{name}'"):
+        call(op, name)
 
 
 @pytest.mark.parametrize("op", PUBLIC)
@@ -120,9 +122,12 @@ def test_report_from_the_command_line():
     assert str(backends_function()) in done.stdout
 
 
-@pytest.mark.parametrize("size", [0, -1, -(1 << 30)])
-def test_workspace_must_be_positive(size):
-    with pytest.raises(ValueError, match=f"set_workspace: bytes must be positive or None, got {size}"):
+@pytest.mark.parametrize(
+    "size", [0, -1, -(1 << 30), 0.5, 1e9 + 0.5, -2.0, 1e300, float("nan"), float("inf"), True, "1000"]
+)
+def test_workspace_must_be_a_positive_whole_number(size):
+    wanted = f"^set_workspace: bytes must be a positive whole number or None, got {re.escape(repr(size))}"
+    with pytest.raises(ValueError, match=wanted):
         set_workspace(size)
     assert workspace("cpu") == DEFAULT_WORKSPACE
 
@@ -130,6 +135,9 @@ def test_workspace_must_be_positive(size):
 def test_workspace_is_set_and_restored():
     set_workspace(12345)
     assert workspace("cpu") == workspace("cuda") == workspace("cpu", 151936) == 12345
+    set_workspace(2**30 / 2)
+    assert (workspace("cpu"), type(workspace("cpu"))) == (2**29, int)
+    assert call("log_likelihood", None) < 0
     set_workspace(None)
     assert (workspace("cpu"), workspace("cuda"), workspace("xpu")) == (64 << 20, 512 << 20, 512 << 20)
     assert (workspace("cpu", 32000), workspace("cpu", 128256)) == (64 << 20, 384 * 4 * 128256)
