@@ -5,6 +5,7 @@ Letters: N sequences, R rewards, K one-sided constraints. All scalars are float6
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,11 +57,18 @@ class Bounds(NamedTuple):
         C = (sign * (estimate - bound) + min(margin + margin_stderrs * stderr, margin_max)) / scale, bound and margins in native units.
 
         Raises:
-            ValueError: a sign that is not +-1, a scale that is not positive, a bound that is not finite, a negative margin.
+            ValueError: a reward that is no index, a sign that is not +-1, a scale that is not positive, a bound that is not finite, a
+                negative margin.
         """
         for row in rows:
             reward, sign, bound, scale, *margins = row
-            right = reward >= 0 and sign in (-1, 1) and math.isfinite(bound) and 0 < scale < math.inf
+            right = (
+                isinstance(reward, Integral)
+                and reward >= 0
+                and sign in (-1, 1)
+                and math.isfinite(bound)
+                and 0 < scale < math.inf
+            )
             if not right or not all(margin >= 0 for margin in margins):
                 raise ValueError(
                     f"Bounds.of: wanted reward >= 0, sign +-1, finite bound, 0 < scale < inf, margins >= 0, got {row}"
@@ -103,14 +111,15 @@ def barrier_weights(
     """Rewards -> moving averages -> multipliers -> one signed weight per sequence. No host sync; the state is not modified.
 
     Args:
-        rewards: (N, R) float64, native units, NaN where a response is excluded from a constraint.
+        rewards: (N, R) float64, native units, NaN where a response is excluded from a constraint. An infinite one would stay in the
+            averages for good: it is refused, on a CPU; on a GPU nothing waits to see.
         state: (R, 5) float64, or (R, 23) with smoothing="trend", from `initial_state` or the previous step.
         bounds: the K constraints.
         mu: 0-dim float64 tensor or number, positive; s: relaxation, default mu^2.
         smoothing: weight of the new batch mean in the moving average, in (0, 1]; or "trend", a filter of level and trend whose estimate is
             one of now and whose standard error has the drift (`l3m_kernels.trend`).
         norm: (N,) length normalisation that divides each weight, 0 gives a weight of 0 (an empty response); None is 1.
-        sums: (R, 3) count, sum and sum of squares over all ranks and micro-batches; None: those of `rewards`.
+        sums: (R, 3) count, sum and sum of squares over all ranks and micro-batches, finite; None: those of `rewards`.
         leave_one_out: baseline is the mean of the other responses; else the moving average.
         backend: "reference", "cpp", ...; None takes the fastest that is available.
 
@@ -119,7 +128,8 @@ def barrier_weights(
         and for excluded responses. A reward with no sample in the batch keeps its state.
 
     Raises:
-        ValueError: a shape or dtype is wrong (named), or smoothing, mu or s is out of range.
+        ValueError: a shape or dtype is wrong (named), smoothing, mu or s is out of range, or on a CPU a reward is infinite.
+        IndexError: a bound is of a reward that there is not (on a CPU).
         RuntimeError: it is differentiated: the weights are constants.
     """
     op = "barrier_weights"
@@ -147,9 +157,12 @@ def multiplier_weights(
         rewards, state, bounds, smoothing, norm, sums, leave_one_out: as `barrier_weights`.
 
     Raises:
-        ValueError: a shape or dtype is wrong (named), or smoothing is out of range.
+        ValueError: a shape or dtype is wrong (named), smoothing is out of range, or on a CPU a reward is infinite.
+        IndexError: a bound is of a reward that there is not (on a CPU).
     """
-    tensors = _checked("multiplier_weights", rewards, norm, sums, state, bounds, smoothing)
+    op = "multiplier_weights"
+    tensors = _checked(op, rewards, norm, sums, state, bounds, smoothing)
+    _check_values(op, rewards, sums, bounds.reward_index)
     return BarrierWeights(*reference.multiplier_weights(*tensors, rule, _number(smoothing), leave_one_out))
 
 
@@ -200,14 +213,19 @@ def _checked(
     count, columns = rewards.shape
     norm = rewards.new_ones(count) if norm is None else norm.double()
     _check_smoothing(f"{op}: ", smoothing)
+    index, table = bounds
     tensors = [("norm", norm, (count,)), ("state", state, (columns, _width(smoothing)))]
+    tensors.append(("bounds.table", table, (index.numel(), len(BOUNDS))))
     if sums is not None:
         tensors.append(("sums", sums, (columns, 3)))
+    if index.ndim != 1 or index.dtype != torch.int64 or index.device != rewards.device:
+        got = f"{tuple(index.shape)} {index.dtype} on {index.device}"
+        raise ValueError(f"{op}: bounds.reward_index must be (K,) int64 on {rewards.device}, got {got}")
     for name, tensor, wanted in tensors:
         if tensor.shape != wanted or tensor.dtype != torch.float64 or tensor.device != rewards.device:
             got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{op}: {name} must be {wanted} float64 on {rewards.device}, got {got}")
-    return rewards, norm, sums, state, bounds.reward_index, bounds.table
+    return rewards, norm, sums, state, index, table
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
@@ -238,6 +256,23 @@ def _check_positive(op: str, mu: Tensor, s: Tensor) -> None:
     for name, value in (("mu", mu), ("s", s)):
         if value.device.type == "cpu" and not 0 < value.item() < float("inf"):
             raise ValueError(f"{op}: {name} must be positive and finite, got {value.item()}")
+
+
+def _check_values(op: str, rewards: Tensor, sums: Tensor | None, reward_index: Tensor) -> None:
+    """On a CPU only, as above: what would end in the state and stay there, and indices."""
+    if rewards.device.type != "cpu":
+        return
+    if bool((infinite := rewards.isinf()).any()):
+        row, column = infinite.nonzero()[0].tolist()
+        value = rewards[row, column].item()
+        raise ValueError(f"{op}: rewards[{row}, {column}] must be finite, or NaN where it is missing, got {value}")
+    if sums is not None and not bool(sums.isfinite().all()):
+        raise ValueError(f"{op}: sums must be finite, got {sums.tolist()}")
+    count = rewards.shape[1]
+    outside = (reward_index < 0) | (reward_index >= count)
+    if bool(outside.any()):
+        k = int(outside.nonzero()[0, 0])
+        raise IndexError(f"{op}: bounds.reward_index[{k}] must be in [0, {count}), got {int(reward_index[k])}")
 
 
 @torch.library.custom_op("l3m_kernels::relaxed_log_barrier", mutates_args=())
@@ -291,6 +326,7 @@ def _barrier_weights(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_positive("barrier_weights", mu, s)
+    _check_values("barrier_weights", rewards, sums, reward_index)
     run = select("barrier_weights", backend, rewards.device.type, index=rewards.device.index)
     return run(rewards, norm, sums, state, reward_index, bounds, mu, s, smoothing, leave_one_out)
 

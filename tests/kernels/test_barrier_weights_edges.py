@@ -7,7 +7,7 @@ import torch
 from head_cases import backends_of
 from weight_cases import Run, column, nan
 
-from l3m_kernels import Bounds, barrier_weights, initial_state, reference
+from l3m_kernels import Bounds, barrier_weights, initial_state, multiplier_weights, reference
 from l3m_kernels.barrier import _barrier_weights
 
 BACKENDS = backends_of("barrier_weights")
@@ -155,6 +155,21 @@ def test_sums_are_float64_whatever_the_rewards_are(dtype):
         ({"norm": torch.ones(3)}, r"norm must be \(2,\) float64 on cpu, got \(3,\)"),
         ({"sums": torch.ones(1, 2, dtype=torch.float64)}, r"sums must be \(1, 3\) float64"),
         ({"sums": torch.ones(1, 3)}, r"sums must be \(1, 3\) float64 on cpu, got \(1, 3\) torch.float32"),
+        (
+            {"sums": torch.full((1, 3), math.inf, dtype=torch.float64)},
+            r"sums must be finite, got \[\[inf, inf, inf\]\]",
+        ),
+        ({"sums": torch.full((1, 3), nan, dtype=torch.float64)}, "sums must be finite, got"),
+        ({"rewards": column(1, math.inf)}, r"rewards\[1, 0\] must be finite, or NaN where it is missing, got inf"),
+        ({"rewards": column(-math.inf, nan)}, r"rewards\[0, 0\] must be finite, .* got -inf"),
+        ({"bounds": UPPER._replace(table=UPPER.table.float())}, r"bounds.table must be \(1, 6\) float64 on cpu, got"),
+        ({"bounds": UPPER._replace(table=UPPER.table[:, :5])}, r"bounds.table must be \(1, 6\) float64 on cpu, got"),
+        (
+            {"bounds": UPPER._replace(reward_index=torch.tensor([0.0]))},
+            r"bounds.reward_index must be \(K,\) int64 on cpu",
+        ),
+        ({"bounds": UPPER._replace(reward_index=torch.tensor(0))}, r"bounds.reward_index must be \(K,\) int64 on cpu"),
+        ({"bounds": Bounds(*(t.to("meta") for t in UPPER))}, r"bounds.reward_index must be .* on cpu, got .* on meta"),
         ({"smoothing": 0.0}, r"smoothing must be in \(0, 1\], got 0.0"),
         ({"smoothing": 1.1}, r"smoothing must be in \(0, 1\], got 1.1"),
         ({"smoothing": nan}, r"smoothing must be in \(0, 1\], got nan"),
@@ -170,6 +185,27 @@ def test_wrong_argument_is_named(change, message):
     barrier_weights(**good)
     with pytest.raises(ValueError, match=f"^barrier_weights: {message}"):
         barrier_weights(**good | change)
+
+
+@each_backend
+@pytest.mark.parametrize("index", [-1, 1])
+def test_a_bound_of_a_reward_that_there_is_not(index, backend):
+    bounds = UPPER._replace(reward_index=torch.tensor([index]))
+    with pytest.raises(IndexError, match=rf"reward_index\[0\] must be in \[0, 1\), got {index}"):
+        barrier_weights(column(1, 2), initial_state(1), bounds, 0.1, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rewards": column(1, math.inf)}, ValueError, r"rewards\[1, 0\] must be finite"),
+        ({"bounds": UPPER._replace(reward_index=torch.tensor([-1]))}, IndexError, r"bounds.reward_index\[0\]"),
+    ],
+)
+def test_other_solvers_refuse_them_too(change, error, message):
+    arguments = {"rewards": column(1, 2), "state": initial_state(1), "bounds": UPPER, "rule": torch.relu} | change
+    with pytest.raises(error, match=f"^multiplier_weights: {message}"):
+        multiplier_weights(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +226,7 @@ def test_wrong_argument_is_named(change, message):
         (0, 1.0, 1.0, 1.0, 0.0, nan, 0.0),
         (0, 1.0, 1.0, 1.0, 0.0, 0.0, nan),
         (-1, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0),
+        (0.9, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0),
     ],
 )
 def test_wrong_bounds_are_refused(row):
