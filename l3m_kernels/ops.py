@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from l3m_kernels import parallel
 from l3m_kernels.backends import head_of, name_of, scale_in_place, select
@@ -289,8 +290,8 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
     On a CPU that can be seen; on a GPU a kernel sees it. A graph that is kept needs a copy: who holds the first gradient may change it in
     place. So does a CUDA graph, whose replays may find a gradient that an earlier one has scaled.
     """
-    real = type(upstream) is Tensor and not torch.compiler.is_compiling()  # neither traced nor fake
-    if not real or torch.is_grad_enabled() or is_batched(upstream):
+    traced = type(upstream) is not Tensor or torch.compiler.is_compiling() or get_proxy_mode() is not None  # or fake
+    if traced or torch.is_grad_enabled() or is_batched(upstream):
         return (gradient * upstream).to(dtype)  # 0-dim fp32: a loss scale of 65536 is no fp16 number
     last = not _get_current_graph_task_keep_graph()
     if upstream.device.type == "cpu" and upstream.item() == 1 and (last or gradient.dtype != dtype):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from l3m_kernels import ops
 
@@ -56,6 +57,17 @@ def test_a_gradient_that_is_rounded_now_is_rounded_once(kept):
     with torch.no_grad():
         found = ops._scaled(gradient, torch.tensor(1000.0), torch.float16, "auto")
     assert torch.equal(found, (gradient.double() * 1000).half())
+
+
+def test_a_traced_graph_multiplies_by_whatever_it_is_given():
+    def gradients(hidden: Tensor, weight: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        loss, _ = ops.weighted_log_likelihood(hidden, weight, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2))
+        return torch.autograd.grad(loss, (hidden, weight), upstream)
+
+    leaves = (torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True))
+    graph = make_fx(gradients)(*leaves, torch.tensor(1.0))
+    arguments = (*leaves, torch.tensor(3.0))
+    assert all(map(torch.equal, graph(*arguments), gradients(*arguments)))
 
 
 def test_a_capture_has_a_copy(monkeypatch):
