@@ -12,6 +12,7 @@ from torch import Tensor
 
 from l3m_kernels import device_flags
 from l3m_kernels.transforms import refuse_transforms, wants_gradient
+from l3m_kernels.vocabulary_shards import is_dtensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -42,7 +43,11 @@ def packed_batch(
 
     `part`: `weight` and `bias` are a part of the vocabulary, which may be empty.
     """
+    for name, tensor in (("hidden", hidden), ("targets", targets), ("cu_seqlens", cu_seqlens), ("bias", bias)):
+        check_plain(op, name, tensor)
     refuse_transforms(op, hidden, weight, bias)
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        _check_constant(op, name, value)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
@@ -96,8 +101,33 @@ def packed_batch(
     return Batch(hidden.flatten(0, -2), weight, targets.reshape(-1).long(), cu_seqlens, bias)
 
 
+def check_plain(op: str, name: str, tensor: Tensor | None) -> None:
+    """ValueError where it is nested, or spread over ranks while the weight is not."""
+    if tensor is None:
+        return
+    if is_dtensor(tensor):
+        raise ValueError(f"{op}: {name} is a DTensor and weight is not; pass {name}.to_local()")
+    if tensor.is_nested:
+        raise ValueError(
+            f"{op}: {name} must not be nested; pass .values() of a jagged one, and .offsets() as cu_seqlens"
+        )
+
+
+def _check_constant(op: str, name: str, value: float | Tensor | None) -> None:
+    """A number; a tensor of no dimensions is taken for one, but not where a gradient would have to reach it."""
+    if not isinstance(value, Tensor):
+        return
+    refuse_transforms(op, value)
+    if value.ndim or wants_gradient(value):
+        raise ValueError(
+            f"{op}: {name} must be a number, a constant, got shape {tuple(value.shape)}, requires_grad={wants_gradient(value)}; "
+            "pass a number, or learn it with l3m_kernels.reference, which is plain torch"
+        )
+
+
 def check_seq_weight(op: str, seq_weight: Tensor, batch: Batch) -> None:
     """(N,) constants, one for each sequence."""
+    check_plain(op, "seq_weight", seq_weight)
     refuse_transforms(op, seq_weight)
     wanted = (batch.cu_seqlens.shape[0] - 1,)
     if seq_weight.shape != wanted or not seq_weight.is_floating_point():
@@ -115,10 +145,14 @@ def check_seq_weight(op: str, seq_weight: Tensor, batch: Batch) -> None:
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `F.linear` does under autocast: 32- and 16-bit inputs in the autocast dtype, float64 as it is."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def check_values(

@@ -70,6 +70,7 @@ def liger_fused_linear_cross_entropy(
     _refuse(op, "return_predicted_tokens", return_predicted_tokens, False)
     _refuse(op, "chunk_mem_const", chunk_mem_const, 1, "l3m_kernels.set_workspace bounds the memory of logits")
     _check_sums(op, "accum_dtype", accum_dtype, input)
+    _refuse_nested(op, input=input, target=target)
     if input.ndim != 2 or target.shape != input.shape[:1]:
         raise ValueError(
             f"{op}: input must be (T, D) and target (T,), got shapes {tuple(input.shape)} and {tuple(target.shape)}; flatten both"
@@ -134,6 +135,7 @@ def linear_cross_entropy(
     _refuse(op, "weight", weight, None)
     _refuse(op, "label_smoothing", label_smoothing, 0.0)
     _check_options(op, options, input)
+    _refuse_nested(op, input=input, target=target)
     if linear_weight.ndim != 2:
         raise ValueError(
             f"{op}: linear_weight must be (V, D), got shape {tuple(linear_weight.shape)}; torch has the K-dimensional loss"
@@ -181,6 +183,7 @@ def selective_log_softmax(
         IndexError: an index outside [0, V), -100 as well; what a GPU does: `l3m_kernels.log_likelihood`.
     """
     op = "selective_log_softmax"
+    _refuse_nested(op, hidden=hidden, index=index)
     positions, columns = hidden.shape[:-1], index.ndim == hidden.ndim
     if index.shape != positions and not (columns and index.shape[:-1] == positions and index.shape[-1]):
         raise ValueError(
@@ -233,6 +236,12 @@ def _refuse(op: str, name: str, value: object, default: object, way_out: str = "
         return
     given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise ValueError(f"{op}: {name} must be {default}, got {given}; {way_out or 'the fused head does not compute it'}")
+
+
+def _refuse_nested(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_nested:
+            raise ValueError(f"{op}: {name} must not be nested; pass .values() of a jagged one")
 
 
 def _check_sums(op: str, name: str, dtype: torch.dtype | None, hidden: Tensor) -> None:

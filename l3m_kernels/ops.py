@@ -48,7 +48,7 @@ def log_likelihood(
         targets: (T,) or (N, L) integers: targets[t] is the token that hidden[t] predicts (already shifted).
         cu_seqlens: (N + 1,) int32 or int64, starts of the sequences and T.
         bias: (V,), in weight's dtype.
-        softcap: logits become softcap * tanh(logits / softcap), before the temperature.
+        softcap: logits become softcap * tanh(logits / softcap), before the temperature. A constant, as the temperature is.
         temperature: divides the logits; log pi is that of the distribution sampled at this temperature.
         ignore_index: targets of this value are not scored; their rows are dropped before the first product.
         scored: how many targets are not `ignore_index`, where the caller knows without asking the device, e.g. from the labels before they

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from l3m_kernels import set_workspace
 from l3m_kernels.backends import TABLE
@@ -22,6 +24,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def _default_workspace():
     yield
     set_workspace(None)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items):

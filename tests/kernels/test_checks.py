@@ -1,9 +1,11 @@
 """Each wrong argument of the head's ops is a ValueError that names the op, the argument, what was wanted and what came."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from l3m_kernels import log_likelihood, weighted_log_likelihood
+from l3m_kernels import drop_in, log_likelihood, weighted_log_likelihood
 from l3m_kernels.checks import packed_batch, shorten
 
 nan, infinity = float("nan"), float("inf")
@@ -20,7 +22,7 @@ def good(padded: bool) -> dict:
     }
 
 
-def call(op: str, arguments: dict):
+def call(op: str, arguments: dict) -> Any:
     if op == "log_likelihood":
         return log_likelihood(**{name: value for name, value in arguments.items() if name != "seq_weight"})
     return weighted_log_likelihood(**arguments)
@@ -36,6 +38,14 @@ PACKED = [
     ({"softcap": -30.0}, ["softcap", "got -30.0"]),
     ({"softcap": nan}, ["softcap", "got nan"]),
     ({"softcap": infinity}, ["softcap", "got inf"]),
+    *(
+        (
+            {name: value},
+            [name, "a number, a constant", f"got shape {tuple(value.shape)}, requires_grad={value.requires_grad}"],
+        )
+        for name in ("temperature", "softcap")
+        for value in (torch.tensor(0.7, requires_grad=True), torch.full((2,), 0.7))
+    ),
     ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, ["hidden", "float32", "int64"]),
     ({"hidden": torch.zeros(6, 5)}, ["weight", "D = 5", "(7, 4)"]),
     ({"hidden": torch.zeros(5, 4)}, ["targets", "(5,)", "(6,)"]),
@@ -94,6 +104,85 @@ def test_wrong_argument_is_named(op, padded, change, words):
     with pytest.raises(ValueError, match=f"^{op}: ") as error:
         call(op, good(padded) | change)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("op", HEAD)
+@pytest.mark.parametrize("name", ["temperature", "softcap"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of which torch's forward mode is made
+def test_a_number_may_be_a_tensor_but_what_is_learnt_would_have_no_gradient(op, name):
+    arguments = good(False) | {"hidden": torch.ones(6, 4), "weight": torch.eye(7, 4)}
+    found, wanted = (call(op, arguments | {name: value}) for value in (torch.tensor(0.5), 0.5))
+    assert all(map(torch.equal, *((result if op == HEAD[0] else result[1]) for result in (found, wanted))))
+    with pytest.raises(RuntimeError, match=f"^{op}: has no derivative in forward mode"):
+        torch.func.jvp(lambda value: call(op, arguments | {name: value}), (torch.tensor(0.5),), (torch.tensor(1.0),))
+
+
+LEARNT: Any = torch.tensor(0.7, requires_grad=True)
+MATRIX, IDS = torch.ones(7, 4, requires_grad=True), torch.zeros(6, dtype=torch.int64)
+DROP_INS = {
+    "liger_fused_linear_cross_entropy": lambda rows, ids: drop_in.liger_fused_linear_cross_entropy(rows, MATRIX, ids),
+    "linear_cross_entropy": lambda rows, ids: drop_in.linear_cross_entropy(rows, MATRIX, ids),
+    "selective_log_softmax": lambda rows, ids: drop_in.selective_log_softmax(rows, MATRIX, ids),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("temperature", lambda rows: drop_in.selective_log_softmax(rows, MATRIX, IDS, temperature=LEARNT)),
+        ("softcap", lambda rows: drop_in.selective_log_softmax(rows, MATRIX, IDS, softcap=LEARNT)),
+        ("softcap", lambda rows: drop_in.liger_fused_linear_cross_entropy(rows, MATRIX, IDS, softcap=LEARNT)),
+        (
+            "softcap",
+            lambda rows: drop_in.LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=LEARNT)(MATRIX, rows, IDS),
+        ),
+    ],
+)
+def test_a_drop_in_learns_no_constant_either(name, function):
+    with pytest.raises(ValueError, match=f"{name} must be a number, a constant, got .*requires_grad=True"):
+        function(torch.ones(6, 4))
+
+
+def jagged(values: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 6]))
+
+
+@pytest.mark.parametrize("op", [*HEAD, *DROP_INS])
+@pytest.mark.parametrize("argument", ["hidden", "targets", "both", "strided"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused(op, argument):
+    rows, ids = torch.ones(6, 4), IDS
+    if argument in ("hidden", "both"):
+        rows = jagged(rows)
+    if argument in ("targets", "both"):
+        ids = jagged(ids)
+    if argument == "strided":
+        rows = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(4, 4)])
+    function = DROP_INS.get(op, lambda rows, ids: call(op, good(False) | {"hidden": rows, "targets": ids}))
+    with pytest.raises(ValueError, match=rf"^{op}: \w+ must not be nested; pass .values\(\) of a jagged one"):
+        function(rows, ids)
+
+
+@pytest.mark.parametrize("op", HEAD)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_on_the_meta_device_there_are_shapes_and_dtypes(op, dtype):
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments: dict[str, Any] = {name: None if t is None else t.to("meta") for name, t in good(True).items()}
+    arguments["bias"] = torch.empty(7, device="meta")
+    for name in ("hidden", "weight", "bias"):
+        arguments[name] = arguments[name].to(dtype).requires_grad_()
+    result = call(op, arguments)
+    loss, found = (result.token.sum() + result.sequence.sum(), result) if op == HEAD[0] else result
+    assert [(t.device.type, t.dtype, tuple(t.shape)) for t in (loss, *found)] == [
+        ("meta", compute, ()),
+        ("meta", compute, (2,)),
+        ("meta", torch.int64, (2,)),
+        ("meta", compute, (2, 3)),
+    ]
+    loss.backward()
+    for name in ("hidden", "weight", "bias"):
+        grad = arguments[name].grad
+        assert (grad.device.type, grad.dtype, grad.shape) == ("meta", dtype, arguments[name].shape)
 
 
 @pytest.mark.parametrize("op", HEAD)

@@ -145,6 +145,27 @@ def test_float64_is_left_alone_by_autocast(op, backend):
         assert torch.equal(run(), wanted)
 
 
+@both
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_autocast_leaves_float64_beside_float32_to_be_refused(op, backend, name):
+    """As F.linear does: rounded to 16 bits, it would be no longer what was given."""
+    tensors = {"hidden": torch.randn(4, 3), "weight": torch.randn(5, 3), "bias": torch.randn(5)}
+    tensors[name] = tensors[name].double()
+    arguments = {"targets": torch.tensor([0, 4, 2, 1]), "cu_seqlens": torch.tensor([0, 4]), "backend": backend}
+    if op == "weighted":
+        arguments["seq_weight"] = torch.ones(1)
+    function = weighted_log_likelihood if op == "weighted" else log_likelihood
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"dtype .*float64"):
+        function(**tensors, **arguments)
+
+
+def test_a_learnable_temperature_is_refused_by_name_in_compiled_code():
+    hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.int64)
+    compiled = torch.compile(lambda t: log_likelihood(hidden, weight, targets, temperature=t).sequence, backend="eager")
+    with pytest.raises(ValueError, match=r"^log_likelihood: temperature must be a number, a constant, got"):
+        compiled(torch.tensor(0.7, requires_grad=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @both
 def test_grad_scaler(op, backend, dtype):

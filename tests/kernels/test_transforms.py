@@ -5,11 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from head_cases import BOTH, WEIGHTED_BACKENDS, Case
 from test_ops_autograd import everything_weighted, scalar
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.autograd import forward_ad
 
 from l3m_kernels import (
@@ -124,13 +122,6 @@ def test_several_upstream_gradients_at_once(op, backend):
     upstream = torch.tensor([1.0, -2.5, 0.0], dtype=x.dtype)
     (found,) = torch.autograd.grad(f(x), x, upstream, is_grads_batched=True)
     torch.testing.assert_close(found, torch.stack([torch.autograd.grad(f(x), x, each)[0] for each in upstream]))
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("op", ["log_likelihood", "weighted"])
