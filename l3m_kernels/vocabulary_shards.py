@@ -163,9 +163,14 @@ _agreed: Any = WeakTensorKeyDictionary()  # weight -> {(group, rows, whether it 
 
 
 def fingerprint(targets: Tensor) -> Tensor:
-    """() int64 below 2**22, of integers and their order, without making the host wait."""
-    odd = 2 * torch.arange(targets.numel(), device=targets.device) + 1
-    return ((targets.reshape(-1).long() * odd + odd * odd).sum() >> 3) % (1 << 22)
+    """() int64 below 2**22, which fp32 holds, of integers and their order, without making the host wait.
+
+    Each is multiplied by a square of its own, modulo a prime. In a batch of less than 1.7 million one that is changed is seen, and two that
+    change places; of other differences all but one in 4 million.
+    """
+    prime, first = 4194301, 1234567
+    place = torch.arange(first, first + targets.numel(), device=targets.device)
+    return (targets.reshape(-1).long() % prime * (place * place % prime) % prime).sum() % prime
 
 
 def agree(

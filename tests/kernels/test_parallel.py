@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from parallel_ranks import PEAKS
 
 from l3m_kernels import ops
 from l3m_kernels.backends import TABLE
+from l3m_kernels.vocabulary_shards import fingerprint
 
 CASES = {2: TWO, 4: FOUR}
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +215,38 @@ def test_dtensors_that_cannot_be_right_are_refused_on_all_ranks(ranks):
         for name, text in DTENSORS.items():
             assert rank["refused"][name].startswith("ValueError: log_likelihood: "), rank["refused"][name]
             assert text in rank["refused"][name], name
+
+
+def marks(*batches):
+    return [int(fingerprint(torch.as_tensor(targets))) for targets in batches]
+
+
+def test_a_fingerprint_of_targets_tells_small_changes():
+    """It is sent in fp32, which holds every number below 2**24."""
+    assert max(marks(*([token] for token in range(-100, 1000, 3)))) < 1 << 22
+    assert len(set(marks(*([token] for token in range(100))))) == 100
+    targets = torch.arange(40) % 3
+    changed = [targets + change * (torch.arange(40) == row) for row in range(40) for change in range(1, 9)]
+    assert len(set(marks(targets, *changed))) == 1 + len(changed)
+    assert len(set(marks([7, 5, 9], [5, 7, 9], [9, 5, 7], [7, 9, 5]))) == 4
+    assert len(set(marks([3, 0], [0, 1], [1, 2]))) == 3  # 3 * 1 = 1 * 3: small factors will not do
+    assert len(set(marks([-(2**63), 1], [-(2**63), 2], [2**63 - 1, 2]))) == 3  # the first is `drop_in.NO_TOKEN`
+
+
+@pytest.mark.parametrize("name", ["hidden", "targets", "cu_seqlens", "bias", "seq_weight"])
+def test_a_dtensor_beside_a_plain_weight_is_refused(one_rank, name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    arguments: dict[str, Any] = {
+        "hidden": torch.ones(3, 2),
+        "weight": torch.ones(4, 2),
+        "targets": torch.tensor([0, 1, 3]),
+    }
+    arguments |= {"seq_weight": torch.ones(1), "cu_seqlens": torch.tensor([0, 3]), "bias": torch.zeros(4)}
+    arguments[name] = distribute_tensor(arguments[name], init_device_mesh("cpu", (1,)), [Replicate()])
+    with pytest.raises(ValueError, match=rf"{name} is a DTensor and weight is not; pass {name}.to_local\(\)"):
+        ops.weighted_log_likelihood(**arguments)
 
 
 def test_without_a_process_group_it_is_refused():
