@@ -148,6 +148,10 @@ def _checked(where: str, item: Any, most: int, end: frozenset[int], vocabulary: 
             f"{where}: ended is {bool(item.ended)}, and its last token {tokens[-1]} is "
             f"{'an' if closed else 'no'} end token ({', '.join(map(str, sorted(end)))})"
         )
+    if not closed and len(tokens) < most:
+        raise ValueError(
+            f"{where}: was cut at {len(tokens)} tokens, before max_new_tokens={most}: raise the engine's own limit (vLLM's max_model_len)"
+        )
     return Response(tokens, bool(closed), _log_likelihood(where, item.log_likelihood, len(tokens)))
 
 

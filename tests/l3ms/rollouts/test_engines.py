@@ -85,7 +85,7 @@ def test_options_of_generate_are_not_an_engines(make_model, tokenizer):
 
 # ---- answers ----
 
-GOOD = [Response([3, 4, 1], True, [-1.0, -2.0, 0.0]), Response([5, 6], False, [-1.0, -0.1])]
+GOOD = [Response([3, 4, 1], True, [-1.0, -2.0, 0.0]), Response([5, 6, 7], False, [-1.0, -0.1, -0.2])]
 BAD = [
     (3, "wanted a list of Response, got int"),
     (GOOD[:1], "wanted one response per prompt, 2, got 1"),
@@ -99,11 +99,15 @@ BAD = [
     ([GOOD[0], Response([5, 6], True)], "ended is True, and its last token 6 is no end token"),
     ([GOOD[0], Response([5, 1], False)], "ended is False, and its last token 1 is an end token"),
     ([GOOD[0], Response([1, 5], False)], "end token 1 stands at 0 of 2 tokens"),
-    ([GOOD[0], Response([5], False, [-1.0, -1.0])], "wanted a log_likelihood for each of 1 tokens, got 2"),
-    ([GOOD[0], Response([5], False, [math.nan])], "must be finite and at most 0, got nan"),
-    ([GOOD[0], Response([5], False, [0.9])], "must be finite and at most 0, got 0.9"),
-    ([GOOD[0], Response([5], False, 3)], "log_likelihood must be numbers"),  # type: ignore[arg-type]
-    ([GOOD[0], Response([5], False)], "log_likelihood is there for 1 of 2 responses"),
+    ([GOOD[0], Response([5] * 3, False, [-1.0, -1.0])], "wanted a log_likelihood for each of 3 tokens, got 2"),
+    ([GOOD[0], Response([5, 1], True, [math.nan, 0.0])], "must be finite and at most 0, got nan"),
+    ([GOOD[0], Response([5, 1], True, [0.9, 0.0])], "must be finite and at most 0, got 0.9"),
+    ([GOOD[0], Response([5, 1], True, 3)], "log_likelihood must be numbers"),  # type: ignore[arg-type]
+    (
+        [GOOD[0], Response([5, 6], False)],
+        r"responses\[1\]: was cut at 2 tokens, before max_new_tokens=3: raise .*max_model_len",
+    ),
+    ([GOOD[0], Response([5, 1], True)], "log_likelihood is there for 1 of 2 responses"),
 ]
 
 
@@ -123,7 +127,7 @@ def test_answers_become_plain_numbers():
     found = checked(other)
     assert [r.tokens for r in found] == [r.tokens for r in GOOD]
     assert [type(r.tokens[0]) for r in found] == [int, int]
-    assert found[1].log_likelihood == pytest.approx([-1.0, -0.1])
+    assert found[1].log_likelihood == pytest.approx([-1.0, -0.1, -0.2])
 
 
 # ---- a rollout of one's own ----
