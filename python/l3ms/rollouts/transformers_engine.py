@@ -10,7 +10,7 @@ against 0.57 CPU seconds for 32 responses of 64 tokens of a model of 4 layers an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,6 +27,13 @@ from l3ms.rollouts.shrinking import sample
 from l3ms.rollouts.stepping import sample_by_forward
 from l3ms.rollouts.ways import way_of
 
+# Options of `GenerationConfig` that leave what is sampled as it is, and those that are set here.
+HOW = ("cache_implementation", "compile_config", "disable_compile", "use_cache")
+SET = (
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams"),
+    *("max_new_tokens", "eos_token_id", "pad_token_id", "return_dict_in_generate"),
+)
+
 
 class TransformersEngine:
     """Samples a transformers causal LM itself, so its weights are always those of now.
@@ -40,8 +47,15 @@ class TransformersEngine:
         """
         Args:
             batch_size: responses sampled at a time; by default all.
-            options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
+            options: of `GenerationConfig`, how it computes: `use_cache`, `cache_implementation`, `compile_config`, `disable_compile`. With
+                any of them the batch keeps its rows until the last response has ended.
+
+        Raises:
+            ValueError: another option, or a batch_size below 1.
         """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"rollout: batch_size must be at least 1, got {batch_size}")
+        _check_options(options)
         self.model, self.tokenizer, self.batch_size, self.options = model, tokenizer, batch_size, options
 
     def update(self, model: Any) -> None:
@@ -69,26 +83,23 @@ class TransformersEngine:
     ) -> list[list[int]]:
         model, tokenizer, options = self.model, self.tokenizer, self.options
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # generate() fills what its configuration leaves open from the model's own settings: min_p, penalties, suppressed tokens, beams.
-        inner = inside_adapters(model)
-        training, own = model.training, inner.generation_config
-        inner.generation_config = GenerationConfig()
+        training = model.training
         model.eval()
         try:
-            with outside_autocast(model), generating(model):
+            with _own_settings_aside(model), outside_autocast(model), generating(model):
                 way = way_of(model, tokenizer, pad)
                 if way.kind == "forward" and options:
                     raise ValueError(
-                        f"rollout: {type(inner).__name__} is not sampled by generate, which has another distribution than its forward: "
-                        f"leave out {', '.join(sorted(options))}"
+                        f"rollout: {type(inside_adapters(model)).__name__} is not sampled by generate, which has another distribution than "
+                        f"its forward: leave out {', '.join(sorted(options))}"
                     )
                 # the largest of what Drawn leaves is what it has drawn
-                drawn = None if options or model.device.type != "cpu" else Drawn(temperature)
-                sampling = (
-                    {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if drawn is None else {}
-                )
+                drawn = Drawn(temperature) if model.device.type == "cpu" else None
+                sampling: dict[str, Any] = {"do_sample": False}
+                if drawn is None:
+                    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
                 ending = {"max_new_tokens": max_new_tokens, "eos_token_id": list(end), "pad_token_id": pad}
-                config = GenerationConfig(repetition_penalty=1.0, **sampling, **ending, **options)
+                config = GenerationConfig(repetition_penalty=1.0, num_beams=1, **sampling, **ending, **options)
                 responses: list[list[int]] = [[] for _ in prompts]
                 batches = list(_batches(prompts, self.batch_size or len(prompts), equal=way.kind == "equal lengths"))
                 # Ranks with parts of one model make as many calls as the one with the most: again the last, not kept.
@@ -114,9 +125,40 @@ class TransformersEngine:
                             responses[row] = responses[row] or answer
         finally:
             reshard(model)
-            inner.generation_config = own
             model.train(training)
         return responses
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    unknown = sorted(options.keys() - vars(GenerationConfig()).keys())
+    if unknown:
+        raise ValueError(f"rollout: {', '.join(unknown)}: no argument of rollout, and no option of GenerationConfig")
+    for name in sorted(options.keys() - set(HOW)):
+        why = "is set by rollout" if name in SET else "would change what is sampled or given back"
+        raise ValueError(
+            f"rollout: {name} {why}: responses are of the model's own distribution, which the gradient is of; options are {', '.join(HOW)}"
+        )
+    if options.get("cache_implementation") == "quantized":
+        raise ValueError(
+            "rollout: cache_implementation='quantized' samples another distribution than the model's: leave it out"
+        )
+
+
+@contextmanager
+def _own_settings_aside(model: Any) -> Iterator[None]:
+    """generate() fills what its configuration leaves open from the model's own settings: min_p, penalties, suppressed tokens, beams. Where
+    peft's wrapper has its own, the model inside is given those."""
+    owners = dict.fromkeys(
+        [inside_adapters(model), *(module for module in model.modules() if "generation_config" in vars(module))]
+    )
+    kept = [(owner, owner.generation_config) for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, own in kept:
+            owner.generation_config = own
 
 
 @contextmanager

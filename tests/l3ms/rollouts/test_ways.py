@@ -130,8 +130,8 @@ def test_ended_rows_leave_a_sampling_by_forwards(tokenizer):
 
 
 def test_options_of_generate_are_refused_where_it_is_not_used(tokenizer):
-    with pytest.raises(ValueError, match=r"RobertaForCausalLM is not sampled by generate.*leave out top_k"):
-        l3ms.rollout(small("Roberta"), tokenizer, ["a"], max_new_tokens=2, top_k=3)
+    with pytest.raises(ValueError, match=r"RobertaForCausalLM is not sampled by generate.*leave out use_cache"):
+        l3ms.rollout(small("Roberta"), tokenizer, ["a"], max_new_tokens=2, use_cache=False)
 
 
 # ---- caches that lose no rows ----
