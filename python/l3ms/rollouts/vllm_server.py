@@ -8,6 +8,7 @@ every user may change the model.
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -175,4 +176,12 @@ class VllmServerEngine:
         except (OSError, urllib.error.URLError) as error:
             reason = getattr(error, "reason", None) or error
             raise ValueError(f"{self.name}: cannot be reached ({reason}); start it with {COMMAND}") from error
-        return json.loads(text) if text.strip() else None
+        except (http.client.HTTPException, ValueError) as error:
+            raise ValueError(
+                f"{self.name}: is no address of a server, or what answers speaks no HTTP ({error!r:.200})"
+            ) from error
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError as error:
+            said = " ".join(text.decode("utf-8", "replace").split())[:100]
+            raise ValueError(f"{self.name}: {route} answered no JSON, so it is no vLLM: {said}") from error

@@ -1,7 +1,10 @@
 """Both vLLM engines against one that checks what it is asked for. `make test-vllm` runs the real one."""
 
 import copy
+import http.client
+import io
 import sys
+import urllib.request
 
 import fake_vllm
 import pytest
@@ -228,6 +231,27 @@ def test_a_server_that_is_not_there_is_named(make_model, tokenizer):
         roll(make_model(), tokenizer, l3ms.VllmServerEngine("http://127.0.0.1:9"))
     with pytest.raises(ValueError, match="url must begin with http"):
         l3ms.VllmServerEngine("localhost:8000")
+
+
+def test_what_answers_otherwise_is_named(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"^vllm at http://127\.0\.0\.1:abc: is no address of a server, .*nonnumeric port"
+    ):
+        l3ms.VllmServerEngine("http://127.0.0.1:abc")._post("/v1/completions", {})
+
+    def answers(text):
+        monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: io.BytesIO(text))
+
+    answers(b"<html>hello</html>")
+    with pytest.raises(ValueError, match=r"^vllm at http://there:80: /v1/models answered no JSON, so .*: <html>hello"):
+        l3ms.VllmServerEngine("http://there:80")._model()
+
+    def garbled(*args, **options):
+        raise http.client.BadStatusLine("SSH-2.0")
+
+    monkeypatch.setattr(urllib.request, "urlopen", garbled)
+    with pytest.raises(ValueError, match=r"^vllm at http://there:80: .*speaks no HTTP .*SSH-2"):
+        l3ms.VllmServerEngine("http://there:80")._model()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
