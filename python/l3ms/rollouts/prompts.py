@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ class BrokenTemplate(TemplateRefusal):
     """One that renders none: it is not a template."""
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, **options: Any) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, /, **options: Any) -> list[int]:
     """Tokens of a prompt, ready to be continued.
 
     Args:
@@ -46,10 +48,46 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, **options: Any) -> list[int]:
 
 
 def template_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
-    """What the chat template is given beside the messages of a row."""
-    tools, more = (columns[name][row] if name in columns else None for name in (TOOLS, TEMPLATE_OPTIONS))
-    tools = tools if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else None
-    return ({"tools": tools} if tools else {}) | (dict(more) if isinstance(more, Mapping) else {})
+    """What the chat template is given beside the messages of a row: tools, JSON schemas or functions as transformers takes them, and
+    options of its own; either may be a JSON text.
+
+    Raises:
+        ValueError: one of the two is something else, or an option is an argument of `apply_chat_template`.
+    """
+    tools, more = (_parsed(columns[name][row]) if name in columns else None for name in (TOOLS, TEMPLATE_OPTIONS))
+    if not _empty(tools) and not (
+        isinstance(tools, Sequence) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
+    ):
+        raise ValueError(
+            f"{TOOLS} must be a list of JSON schemas or functions, or a JSON text of one, got {tools!r:.80}"
+        )
+    if not _empty(more) and not isinstance(more, Mapping):
+        raise ValueError(f"{TEMPLATE_OPTIONS} must be a dict, or a JSON text of one, got {more!r:.80}")
+    if taken := taken_options(more or {}):
+        raise ValueError(f"{TEMPLATE_OPTIONS} must hold what the chat template reads, and {taken[0]!r} is not its own")
+    return ({TOOLS: list(tools)} if tools else {}) | dict(more or {})
+
+
+def taken_options(options: Mapping[str, Any]) -> list[str]:
+    """Those that a chat template cannot be given, since `apply_chat_template` has arguments of these names."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"}
+    return sorted(own & options.keys())
+
+
+def _parsed(given: Any) -> Any:
+    """Of a JSON text what it holds, where it is one: tables keep tools so."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given) if given.strip() else None
+    except ValueError:
+        return given
+
+
+def _empty(given: Any) -> bool:
+    return given is None or (isinstance(given, (Sequence, Mapping)) and not len(given))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -62,33 +100,54 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, **options: Any
+    tokenizer: Any, messages: Sequence[Message], /, *, add_generation_prompt: bool = False, **options: Any
 ) -> list[int]:
     """Tokens of a conversation, as the chat template renders it."""
     return list(_render(tokenizer, messages, tokenize=True, add_generation_prompt=add_generation_prompt, **options))
 
 
 def chat_text(
-    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, **options: Any
+    tokenizer: Any, messages: Sequence[Message], /, *, add_generation_prompt: bool = False, **options: Any
 ) -> str:
     """What the chat template renders of a conversation."""
     return _render(tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+def _render(tokenizer: Any, messages: Sequence[Message], /, **options: Any) -> Any:
     parts = _takes_parts_only(tokenizer, str(getattr(tokenizer, "chat_template", None)))
     return _apply(tokenizer, [_plain(message, parts) for message in messages], **options)
 
 
 def _plain(message: Mapping[str, Any], parts: bool) -> Message:
-    """Without what is null, which some templates would write as None."""
+    """Without what is null, which some templates would write as None; its content as the template reads it."""
     given = {key: value for key, value in message.items() if value is not None}
-    if parts and isinstance(given.get("content"), str):
-        given["content"] = [{"type": "text", "text": given["content"]}]
+    if isinstance(given.get("content"), (str, list, tuple)):
+        try:
+            text = content_text(given["content"])
+        except ValueError as error:
+            raise TemplateRefusal(str(error)) from None
+        given["content"] = [{"type": "text", "text": text}] if parts else text
     return given
 
 
-def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
+def content_text(content: Any) -> str:
+    """The text of a message's content, which may be in parts, `[{"type": "text", "text": ...}, ...]`, or missing.
+
+    Raises:
+        ValueError: a part that is no text.
+    """
+    if not isinstance(content, (list, tuple)):
+        return str(content or "")
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"a message's content holds a part of type {kind!r}: a language model reads parts of type 'text' alone"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _apply(tokenizer: Any, messages: list[Message], /, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, return_dict=False, **options)
     except MemoryError:

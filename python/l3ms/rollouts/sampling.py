@@ -4,12 +4,15 @@ Who samples is an engine (`engines`): the model itself (`transformers_engine`), 
 Sequences come back right-padded whatever the tokenizer does, so that positions count from 0 as in training.
 """
 
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from l3ms.rollouts.engines import Response, as_engine, check_responses, name_of
+from l3ms.rollouts.positions import check_lengths
 from l3ms.rollouts.prompts import Prompt, TemplateRefusal, as_turns, encode_prompt, template_options
 from l3ms.rollouts.rollout import Rollout, check_columns
 from l3ms.rollouts.streams import own_stream
@@ -63,29 +66,32 @@ def rollout(
             same when it is resumed there.
         process_group: of several, ranks with batches of their own, as of `L3MOptimizer`; the others, with which this rank shares one model
             by tensor parallelism, get the same answers to the same prompts.
-        options: more of `GenerationConfig`. With any of them the batch keeps its rows until the last response has ended.
+        options: of `GenerationConfig`, how the model computes: `use_cache`, `cache_implementation`, `compile_config`, `disable_compile`.
+            With any of them the batch keeps its rows until the last response has ended.
 
     Raises:
-        ValueError: no prompt, an empty one or one that the chat template refuses, no EOS token, or temperature or max_new_tokens not
-            positive; a column of another length, or with a name that reward functions know as something else; a
-            model that cannot be sampled as it is scored; options with an engine; an engine that answers what the policy cannot.
+        ValueError: no prompt, an empty one, one that is neither text nor messages or that the chat template refuses; a tokenizer without an
+            EOS token, or with a padding token beyond the vocabulary; temperature or max_new_tokens not positive, or more than the model's
+            positions; a column of another length, or with a name that reward functions know as something else; tools or options of the
+            template that are none; a model that cannot be sampled as it is scored; other options, or any with an engine; an engine that
+            answers what the policy cannot.
     """
-    if not prompts:
-        raise ValueError("rollout: prompts must not be empty")
+    _check_model(model)
+    _check_tokenizer(model, tokenizer)
+    _check_prompts(prompts, encoded=prompt_ids is not None)
     check_columns("rollout", columns or {}, len(prompts))
-    if not temperature > 0 or max_new_tokens < 1:
+    if not 0 < temperature < math.inf or max_new_tokens < 1:
         raise ValueError(
             f"rollout: temperature and max_new_tokens must be positive, got {temperature} and {max_new_tokens}"
         )
-    if tokenizer.eos_token_id is None:
-        raise ValueError("rollout: the tokenizer has no EOS token, so no response could end")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"rollout: batch_size must be at least 1, got {batch_size}")
     if prompt_ids is None:
         if chat_template:
             prompts = [as_turns(tokenizer, prompt) for prompt in prompts]
         prompt_ids = _encoded(tokenizer, prompts, columns or {})
-    for row, ids in enumerate(prompt_ids):
-        if not ids:
-            raise ValueError(f"rollout: prompts[{row}] has no tokens")
+    prompt_ids = [_tokens(row, ids) for row, ids in enumerate(prompt_ids)]
+    check_lengths(model, prompt_ids, max_new_tokens)
     stop = {"max_new_tokens": max_new_tokens, "end": _end_tokens(model, tokenizer)}
     asked = {**stop, "temperature": temperature, "generator": torch.default_generator}
     if engine is None:
@@ -101,13 +107,12 @@ def rollout(
             )
         if update:
             engine.update(model)
-        # FSDP may have put the embeddings elsewhere
-        vocabulary = max(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
+        vocabulary = vocabulary_of(model)
         responses: list[Response] = []
         size = batch_size or len(prompt_ids)
         with own_stream(model, seed, process_group):
             for start in range(0, len(prompt_ids), size):
-                part = [list(ids) for ids in prompt_ids[start : start + size]]
+                part = prompt_ids[start : start + size]
                 found = engine.sample(part, **asked)
                 responses += check_responses(engine, found, count=len(part), vocabulary=vocabulary, **stop)
     return Rollout.from_tokens(
@@ -116,14 +121,74 @@ def rollout(
     )  # fmt: skip
 
 
+def _check_model(model: Any) -> None:
+    if not (hasattr(model, "config") and hasattr(model, "get_input_embeddings")):
+        inside = ": give its .module" if hasattr(model, "module") else ""
+        raise ValueError(f"rollout: model must be a transformers causal LM, got {type(model).__name__}{inside}")
+
+
+def _check_tokenizer(model: Any, tokenizer: Any) -> None:
+    if not hasattr(tokenizer, "eos_token_id"):
+        inside = ": give its .tokenizer" if hasattr(tokenizer, "tokenizer") else ""
+        raise ValueError(
+            f"rollout: tokenizer must be a tokenizer of transformers, got {type(tokenizer).__name__}{inside}"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("rollout: the tokenizer has no EOS token, so no response could end")
+    check_padding("rollout", model, tokenizer)
+
+
+def check_padding(where: str, model: Any, tokenizer: Any) -> None:
+    """Raises `ValueError`, which begins with `where`, for a padding token that the model has no embedding for."""
+    pad, vocabulary = tokenizer.pad_token_id, vocabulary_of(model)
+    if pad is not None and not 0 <= pad < vocabulary:
+        raise ValueError(
+            f"{where}: the tokenizer's padding token {pad} is not in the model's vocabulary of {vocabulary}: enlarge that "
+            "(model.resize_token_embeddings(len(tokenizer))), or take another (tokenizer.pad_token = tokenizer.eos_token)"
+        )
+
+
+def _check_prompts(prompts: Any, *, encoded: bool) -> None:
+    if isinstance(prompts, (str, Mapping)):
+        raise ValueError(
+            f"rollout: prompts must be a list of texts or conversations, got {prompts!r:.80}: put it into a list"
+        )
+    if not prompts:
+        raise ValueError("rollout: prompts must not be empty")
+    for row, prompt in enumerate([] if encoded else prompts):
+        turns = isinstance(prompt, Sequence) and all(isinstance(turn, Mapping) for turn in prompt)
+        if not isinstance(prompt, str) and not turns:
+            raise ValueError(f"rollout: prompts[{row}] must be a text or a list of messages, got {prompt!r:.80}")
+
+
+def vocabulary_of(model: Any) -> int:
+    """Tokens that it has embeddings for; FSDP may have put these elsewhere."""
+    return max(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
+
+
 def _encoded(tokenizer: Any, prompts: Sequence[Prompt], columns: Mapping[str, Sequence[Any]]) -> list[list[int]]:
     """Tokens of the prompts; the chat template gets of the columns what is its own, as in training."""
     tokens = []
     for row, prompt in enumerate(prompts):
         try:
-            tokens.append(encode_prompt(tokenizer, prompt, **template_options(columns, row)))
+            options = template_options(columns, row)
+        except ValueError as error:
+            raise ValueError(f"rollout: prompts[{row}]: {error}") from None
+        try:
+            tokens.append(encode_prompt(tokenizer, prompt, **options))
         except TemplateRefusal as error:
             raise ValueError(f"rollout: prompts[{row}]: the chat template refuses it: {error}") from error
+    return tokens
+
+
+def _tokens(row: int, ids: Any) -> list[int]:
+    """Of a prompt; arrays and tensors are lists then."""
+    try:
+        tokens = [operator.index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError:
+        raise ValueError(f"rollout: prompt_ids[{row}] must be token ids, got {ids!s:.80}") from None
+    if not tokens:
+        raise ValueError(f"rollout: prompts[{row}] has no tokens")
     return tokens
 
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from l3ms.model.inside_adapters import active_adapters, inside_adapters, reads_rows
 from l3ms.model.sharding import any_rank
 from l3ms.rollouts.packed_weights import is_large
+from l3ms.rollouts.positions import context
 from l3ms.rollouts.shared_prefix import begun
 from l3ms.rollouts.shrinking import left_padded, selects
 from l3ms.rollouts.stepping import last_logits, scored_logits
@@ -126,7 +127,7 @@ def _tried(model: Any, tokens: Sequence[int], pad: int, *, padded: bool, exact: 
 def _together(model: Any, tokens: Sequence[int], pad: int, exact: bool) -> float:
     """How far apart the distributions are where the prompts' common beginning is in the cache of all rows."""
     beginning = list(tokens[-BEGINNING:])
-    lengths = [max(1, min(length, _context(model) - BEGINNING - STEPS - 1)) for length in LENGTHS]
+    lengths = [max(1, min(length, context(model) - BEGINNING - STEPS - 1)) for length in LENGTHS]
     prompts = [[*beginning, *(tokens[(5 * row + i) % len(tokens)] for i in range(n))] for row, n in enumerate(lengths)]
     try:
         cache, ids, mask = begun(model, prompts, pad)
@@ -206,19 +207,12 @@ def _summary(parts: list[Tensor], exact: bool) -> float:
 
 
 def _batches(model: Any, tokens: Sequence[int], padded: bool) -> list[list[list[int]]]:
-    room = _context(model) - 2 * STEPS - 2
+    room = context(model) - 2 * STEPS - 2
     lengths = [max(1, min(length, room)) for length in LENGTHS]
     prompts = [[tokens[(5 * row + i) % len(tokens)] for i in range(length)] for row, length in enumerate(lengths)]
     if padded:
         return [prompts, [prompt[:1] for prompt in prompts]]
     return [[prompt, [tokens[(i + 11) % len(tokens)] for i in range(len(prompt))]] for prompt in prompts]
-
-
-def _context(model: Any) -> int:
-    config = model.config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
-    found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0]
-    return min(found, default=1024)
 
 
 def _tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from l3ms.config.yaml_reader import ConfigError
-from l3ms.rollouts.prompts import TEMPLATE_OPTIONS, Message, Prompt
+from l3ms.rollouts.prompts import TEMPLATE_OPTIONS, Message, Prompt, taken_options
 
 if TYPE_CHECKING:
     from l3ms.config.run_config import DataConfig
@@ -184,8 +181,7 @@ def _options(name: str, where: str, config: DataConfig, row: dict[str, Any]) -> 
         options["tools"] = tools
     more = row.get(TEMPLATE_OPTIONS)
     if more:
-        own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"}
-        if not isinstance(more, dict) or own & more.keys():
+        if not isinstance(more, dict) or taken_options(more):
             wanted = "must be an object with what the chat template reads"
             raise ConfigError(name, f"{where}: field {TEMPLATE_OPTIONS!r} {wanted}, got {more!r:.80}")
         _check_whole(name, f"{where}: field {TEMPLATE_OPTIONS!r}", more)

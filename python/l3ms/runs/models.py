@@ -18,6 +18,7 @@ from l3ms.config.yaml_reader import ConfigError
 from l3ms.model.batches import Collator, prompt_part
 from l3ms.model.heads import fuse_head
 from l3ms.model.pretrained import is_installed, load_tokenizer, load_whole, reason
+from l3ms.rollouts.positions import limits
 from l3ms.rollouts.sampling import rollout
 from l3ms.runs.terminal import say
 
@@ -175,8 +176,11 @@ def context_of(model: Any) -> int:
 def context_room(model: Any, max_new_tokens: int) -> tuple[int, int]:
     """(the model's context, what a response of `max_new_tokens` leaves of it for the prompt), in tokens."""
     context = context_of(model)
+    wanted = f"must be below the model's context of {context} tokens, got {max_new_tokens}"
     room = context - max_new_tokens
+    for most, why in limits(model):
+        if most < context:
+            room, wanted = most - max_new_tokens, f"must be below {most} ({why}), got {max_new_tokens}"
     if room < 1:
-        wanted = f"must be below the model's context of {context} tokens, got {max_new_tokens}"
         raise ConfigError("train.max_new_tokens", wanted)
     return context, room

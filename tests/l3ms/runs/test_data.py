@@ -7,6 +7,7 @@ import pytest
 from l3ms.config.run_config import DataConfig
 from l3ms.config.yaml_reader import ConfigError
 from l3ms.runs.data import Example, encode, hold_out, load_examples
+from l3ms.runs.models import context_room
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
@@ -204,3 +205,21 @@ def test_datasets_reads_what_is_not_jsonl(tmp_path, monkeypatch):
     assert sorted(examples + held) == [Example(f"p{i}", f"c{i}") for i in range(5)]
     with pytest.raises(ConfigError, match=r"data\.evaluation_split: .*cannot load"):
         load_examples(DataConfig(train=str(path), evaluation_split="nothing"), seed=0)
+
+
+def test_prompts_leave_room_for_responses_that_are_scored_as_they_are_sampled(make_model):
+    """A longrope changes behind its original length; a table of positions may have fewer rows than it says."""
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "rope_theta": 1e4,
+        "factor": 2.0,
+    }
+    model = make_model(rope_parameters=rope | {"original_max_position_embeddings": 20})
+    assert context_room(model, 8) == (64, 12)
+    with pytest.raises(ConfigError, match=r"train.max_new_tokens: must be below 20 \(beyond 20 tokens .*\), got 20"):
+        context_room(model, 20)
+    assert context_room(make_model(), 8) == (64, 56)
+    with pytest.raises(ConfigError, match="must be below the model's context of 64 tokens, got 64"):
+        context_room(make_model(), 64)

@@ -110,6 +110,10 @@ def test_tools_may_be_json_as_tables_hold_them():
             {"messages": [USER, ANSWER], "chat_template_kwargs": {"tokenize": False}},
             "field 'chat_template_kwargs' must be",
         ),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"messages": "d"}},
+            "field 'chat_template_kwargs' must be",
+        ),
         ({"messages": [USER, ANSWER | {"tool_calls": "f()"}]}, "messages[1].tool_calls must be a list of objects"),
         ({"messages": [USER, ANSWER | {"name": "\ud800"}]}, "messages[1].name holds half a character"),
         ({"messages": [USER | {"content": None}, ANSWER]}, "messages[0].content must be text, got NoneType"),
