@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 from l3ms.constraints import async_rewards
 from l3ms.constraints.reward_values import numbers
@@ -87,8 +87,8 @@ class Constraint:
             raise ValueError(f"{where}: give min, max or both")
         for option in ("min", "max", "scale", "margin", "threshold", "quantile"):
             value = getattr(self, option)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{where}: {option} must be a finite number, got {value}")
+            if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
+                raise ValueError(f"{where}: {option} must be a finite number, got {value!r}")
         if self.quantile is not None and (wrong := wrong_quantile(vars(self))):
             raise ValueError(f"{where}: {wrong}")
         if self.min is not None and self.max is not None and self.min > self.max:

@@ -12,6 +12,7 @@ import torch
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.rewards import text_of
 from l3ms.model.pretrained import load_pretrained, load_tokenizer, reason
+from l3ms.rollouts.prompts import chat_text
 
 ChatTemplate = Literal["auto", True, False]
 
@@ -237,7 +238,7 @@ class Score:
                 answer = completion
                 if isinstance(completion, str):
                     answer = [{"role": "assistant", "content": completion}]
-                text = tokenizer.apply_chat_template([*turns, *answer], tokenize=False)
+                text = chat_text(tokenizer, [*turns, *answer])
                 return list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
             gap = "" if isinstance(prompt, str) else "\n"
             return list(tokenizer(text_of(prompt) + gap + text_of(completion), **options)["input_ids"])

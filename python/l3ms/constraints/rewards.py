@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from l3ms.constraints.patterns import found
 from l3ms.constraints.words import Word, canonical, caseless, check_texts
+from l3ms.rollouts.prompts import content_text
 
 __all__ = ["avoids", "contains", "distinct_n", "ends_with", "ends_with_eos", "matches", "readability"]
 
@@ -22,7 +23,9 @@ MOST_READABLE = 121.22  # one sentence of one-syllable words: the largest value 
 def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
     """The text of a completion: of a conversation the contents of its messages, one per line; a turn of calls alone has none."""
     return (
-        completion if isinstance(completion, str) else "\n".join(str(turn.get("content") or "") for turn in completion)
+        completion
+        if isinstance(completion, str)
+        else "\n".join(content_text(turn.get("content")) for turn in completion)
     )
 
 

@@ -167,6 +167,7 @@ def test_the_scale_of_a_probability_is_one():
             "max must be in [0, 1], since with a threshold it is a probability, got -0.1",
         ),
         ({"min": 0.5, "threshold": math.nan}, "threshold must be a finite number"),
+        ({"min": "0.8"}, "min must be a finite number, got '0.8'"),
         ({"min": 0.5, "threshold": 1.0, "function": None}, "threshold needs a function"),
     ],
 )

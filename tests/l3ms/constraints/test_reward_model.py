@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_conversations_go_through_the_chat_template(tokenizer):
     assert plain.values(chat, answer, [1]) == pytest.approx(alone(model, tokenizer, ["a b c d"]), abs=1e-6)
     with pytest.raises(RewardModelError, match="chat_template is true, but the reward model's tokenizer has none"):
         l3ms.RewardModel("r", model, tokenizer=bare, chat_template=True, min=0.0)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_contents_in_parts_or_without_a_text_are_scored_as_texts(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    score: Any = l3ms.RewardModel("r", classifier(), tokenizer=tokenizer, min=0.0).function
+    answer = [{"role": "assistant", "content": "c"}]
+    whole = score._tokens([{"role": "user", "content": "a b"}], answer)
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert score._tokens([{"role": "user", "content": parts}], answer) == whole
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    user = {"role": "user", "content": "a"}
+    assert score._tokens([user, call], answer) == score._tokens([user, {"role": "assistant", "content": ""}], answer)
 
 
 def test_a_long_text_keeps_its_end(tokenizer):

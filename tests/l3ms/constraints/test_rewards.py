@@ -19,6 +19,14 @@ def graded(reward, *texts, **columns):
     return plain
 
 
+def test_parts_of_a_content_are_its_text():
+    parts = [{"type": "text", "text": "a 1"}, {"type": "text", "text": "2"}]
+    for content, found in ((parts, 1.0), (None, 0.0), ([], 0.0)):
+        assert R.matches(r"^a 12$")([""], [[{"role": "assistant", "content": content}]]) == [found]
+    with pytest.raises(ValueError, match="a part of type 'image': a language model reads"):
+        R.contains(["a"])([""], [[{"role": "assistant", "content": [{"type": "image"}]}]])
+
+
 def test_ends_with_eos():
     assert graded(R.ends_with_eos, "a", "b", ended=[True, False], number=[1, 2]) == [1.0, 0.0]
 
