@@ -134,7 +134,10 @@ class Estimates(RewardTables, Foretelling, RankSums):
         """
         with self.errors_on_all_ranks():
             self._check_ranks("observe")
+            dropped = self.dropped.clone()
             rewards = self._table(values)
+            if not fresh:  # those were counted when they were
+                self.dropped.copy_(dropped)
             count = len(rewards)
             lengths = None if lengths is None else torch.as_tensor(lengths)
             if lengths is not None and lengths.shape != (count,):

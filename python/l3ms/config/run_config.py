@@ -133,7 +133,7 @@ def _wrong_across(config: RunConfig) -> Iterator[ConfigError]:
         )
     train = config.train
     settings = {"solver": train.solver, "half_steps": train.half_steps, "smoothing": train.smoothing}
-    wrong = wrong_rollout(config.rollout, **settings) or _nothing_sampled(config)
+    wrong = wrong_rollout(config.rollout, **settings) or _nothing_sampled(config) or _needless_weights(config)
     if wrong is not None:
         yield ConfigError(f"rollout.{wrong[0]}", wrong[1])
     seen: set[str] = set()
@@ -163,6 +163,14 @@ def _nothing_sampled(config: RunConfig) -> tuple[str, str] | None:
     for name, default in (("reuse", 1), ("importance", "none")):
         if (value := getattr(config.rollout, name)) != default:
             return name, f"is about sampled responses, and no constraint is on any, got {value!r}"
+    return None
+
+
+def _needless_weights(config: RunConfig) -> tuple[str, str] | None:
+    if config.rollout.importance == "truncate" and config.rollout.engine == "transformers":
+        return "importance", (
+            "is for an engine whose probabilities are not the model's, and engine is 'transformers', the model itself: leave it out"
+        )
     return None
 
 

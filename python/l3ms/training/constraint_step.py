@@ -11,6 +11,7 @@ from torch import Tensor
 
 from l3ms.barrier.importance import LEAST_SHARE, truncated
 from l3ms.constraints.data_nll import Batches, DataNLL
+from l3ms.constraints.divergence import KL
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
 from l3ms.model.random_numbers import stream, undrawn
@@ -93,6 +94,14 @@ def rewards_of(trainer: Constrained, responses: Rollout) -> dict[str, list[float
     return {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
 
 
+def divergences_of_now(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
+    """Of responses that an earlier policy has drawn: `log pi - log pi_ref` is of the policy that the gradient is of."""
+    bounded = [
+        constraint for constraint in trainer.constraints if isinstance(constraint, KL) and not constraint.monitor
+    ]
+    return responses.rewards(bounded, trainer.policy)
+
+
 def sampling_seed(trainer: Constrained) -> int | None:
     """Of an iteration, where there are several ranks, each of which makes its own stream of it. One takes the run's generator."""
     args = trainer.args
@@ -110,7 +119,9 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     again, kept = _again(trainer), fewer.kept
     if again is not None and kept is not None:
         kept.uses += 1
-        weights = optimizer.observe(kept.rewards, kept.responses.lengths, importance=truncated(again), fresh=False)
+        with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
+            rewards = kept.rewards | divergences_of_now(trainer, kept.responses)
+        weights = optimizer.observe(rewards, kept.responses.lengths, importance=truncated(again), fresh=False)
         _backward(trainer, kept.responses, weights, fresh=False)
         return None
     fewer.kept = None

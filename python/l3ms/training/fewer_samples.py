@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from l3ms.rollouts.rollout import Rollout
+from l3ms.rollouts.sampling import vocabulary_of
 from l3ms.training.state_trees import load_tree, save_tree
 
 MOST_LEFT_OUT = 4  # in a row: every fifth constraint half-step is taken in any case
@@ -99,10 +100,10 @@ class FewerSamples:
             save_tree(folder, f"rollout{suffix}", self.kept.state())
 
     def load_rollout(self, folder: Path, suffix: str, temperature: float, model: Any) -> None:
-        there = (folder / f"rollout{suffix}.json").exists()
-        vocabulary = model.get_input_embeddings().num_embeddings
-        tree = load_tree(folder, f"rollout{suffix}") if there else None
-        self.kept = None if tree is None else Kept.of(tree, temperature, model.device, vocabulary)
+        self.kept = None
+        if (folder / f"rollout{suffix}.json").exists():
+            tree = load_tree(folder, f"rollout{suffix}")
+            self.kept = Kept.of(tree, temperature, model.device, vocabulary_of(model))
 
 
 def _check(state: dict[str, Any], vocabulary: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.constraints.constraint import Constraint
 from l3ms.model.sharding import fully_sharded
+from l3ms.rollouts.engines import Engine
+from l3ms.rollouts.transformers_engine import TransformersEngine
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.settings import L3MSettings
 
@@ -117,9 +119,17 @@ def needs_responses(args: L3MSettings, constraints: Sequence[Constraint]) -> boo
     return args.solver != "none" and any(constraint.samples for constraint in constraints)
 
 
-def check_rollout(args: L3MSettings, constraints: Sequence[Constraint]) -> None:
-    """Raises `ValueError` for what is asked of sampled responses where none are trained on."""
-    if args.solver == "none" or any(item.samples and not item.monitor for item in constraints):
+def check_rollout(args: L3MSettings, constraints: Sequence[Constraint], engine: Engine | None = None) -> None:
+    """Raises `ValueError` for what is asked of sampled responses where none are trained on, or of the model itself, which samples as it is
+    scored."""
+    if args.solver == "none":
+        return
+    if any(item.samples and not item.monitor for item in constraints):
+        if args.rollout_importance == "truncate" and (engine is None or isinstance(engine, TransformersEngine)):
+            raise ValueError(
+                "rollout_importance='truncate' is for an engine whose probabilities are not the model's, and the model samples itself: "
+                "leave it out, or give engine="
+            )
         return
     for name, default in (("rollout_reuse", 1), ("rollout_importance", "none")):
         if (value := getattr(args, name)) != default:

@@ -1,5 +1,6 @@
 """`L3MSettings`: what constraints add to a training, whatever trainer it is of; `L3MConfig` has them beside transformers' own arguments."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,10 @@ class L3MSettings:
             raise ValueError(
                 f"constraint_batch_size must be at least 2 (leave-one-out baseline), got {self.constraint_batch_size}"
             )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
         if not 0 <= self.average_fraction <= 1:
             raise ValueError(f"average_fraction must be in [0, 1], got {self.average_fraction}")
         if self.agree_every < 0:

@@ -19,6 +19,7 @@ from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift, task_weights
 from l3ms.model.split_heads import uncast
 from l3ms.rollouts.engines import as_engine
+from l3ms.rollouts.sampling import check_padding
 from l3ms.training import beginnings
 from l3ms.training.arguments import L3MConfig
 from l3ms.training.constraining import Constraining
@@ -66,7 +67,7 @@ class L3MTrainer(Constraining, TimingTrainer):
         self.l3m = args
         self.engine = None if engine is None else as_engine(engine)
         check_functions(args, self.constraints)
-        check_rollout(args, self.constraints)
+        check_rollout(args, self.constraints, self.engine)
         tokenizer, rows = kwargs.get("processing_class"), kwargs.get("train_dataset") if prompts is None else prompts
         if rows is not None and needs_responses(args, self.constraints):
             check_sampling(self.constraints, tokenizer, rows)
@@ -75,6 +76,8 @@ class L3MTrainer(Constraining, TimingTrainer):
             check_rows("eval_dataset", kwargs.get("eval_dataset"))
             kwargs["data_collator"] = self._collator(args, tokenizer, kwargs.get("train_dataset"))
         fuse_head(model)
+        if self._own_collator and tokenizer is not None:
+            check_padding("processing_class", model, tokenizer)
         super().__init__(model, args, **kwargs)
         check_parallelism(self)
         # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.

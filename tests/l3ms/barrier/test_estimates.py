@@ -218,6 +218,16 @@ def test_nan_and_inf_are_dropped_and_counted_where_asked():
     assert opt.metrics()["constraints/r/dropped"] == 3
 
 
+def test_what_is_used_again_is_not_counted_again():
+    opt = make(l3ms.Constraint("r", max=1.0), nonfinite="drop")
+    ratios = torch.ones(3, dtype=torch.float64)
+    for again in (False, True, True):
+        options = {"importance": ratios, "fresh": False} if again else {}
+        opt.observe({"r": [0.5, math.nan, 0.1]}, **options)
+        opt.step()
+    assert opt.metrics()["constraints/r/dropped"] == 1
+
+
 def test_everything_dropped_leaves_the_estimate():
     opt = make(l3ms.Constraint("r", max=1.0), nonfinite="drop")
     observe(opt, {"r": [2.0, 4.0]})

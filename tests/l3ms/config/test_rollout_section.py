@@ -22,7 +22,7 @@ def read(tmp_path, rollout, constraints=(LENGTH,), **train):
     [
         ({}, ("1", 1, "none")),
         ({"every": 1, "reuse": 1, "importance": "none"}, ("1", 1, "none")),
-        ({"every": "auto", "reuse": 4, "importance": "truncate"}, ("auto", 4, "truncate")),
+        ({"every": "auto", "reuse": 4, "engine": "vllm", "importance": "truncate"}, ("auto", 4, "truncate")),
     ],
 )
 def test_the_trainer_gets_what_was_said(tmp_path, rollout, given):
@@ -39,6 +39,11 @@ def test_the_trainer_gets_what_was_said(tmp_path, rollout, given):
         ({"evry": "auto"}, {}, "rollout.evry: unknown field; did you mean every?"),
         ({"every": "auto"}, {"solver": "none"}, 'rollout.every: must be left out with solver "none"'),
         ({"every": "auto"}, {"half_steps": "joint"}, "rollout.every: needs half_steps: alternating, got 'joint'"),
+        (
+            {"importance": "truncate"},
+            {},
+            "rollout.importance: is for an engine whose probabilities are not the model's",
+        ),
         ({"reuse": 2}, {"smoothing": 0.3}, "rollout.reuse: needs smoothing: trend, got 0.3"),
     ],
 )

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import Copying
 from training_runs import assert_same_weights, rows, timeless
 
 import l3ms
 from l3ms.barrier.importance import LEAST_SHARE
 from l3ms.training import constraint_step
-from l3ms.training.fewer_samples import MOST_LEFT_OUT
+from l3ms.training.fewer_samples import MOST_LEFT_OUT, FewerSamples, Kept
 from l3ms.training.state_trees import load_tree, save_tree
 
 EASY = l3ms.Length(max=16)  # no response is longer
@@ -156,6 +157,24 @@ def test_a_checkpoint_holds_the_rollout_that_is_to_be_used_again(make_model, tra
             train(make_model(), max_steps=2, learning_rate=1e-4, rollout_reuse=2, resume=str(folder))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23
+@pytest.mark.parametrize(
+    "where", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [3]}]
+)
+def test_it_is_read_beside_embeddings_with_adapters(make_model, tokenizer, tmp_path, where):
+    import peft
+
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **where))
+    fewer = FewerSamples("1", 2)
+    fewer.load_rollout(tmp_path, "", 1.0, model)
+    assert fewer.kept is None
+    responses = l3ms.Rollout.from_tokens(tokenizer, ["a"], [[3]], [l3ms.Response([4, 1], True)])
+    fewer.kept = Kept(responses, {"length": [2.0]}, torch.zeros(1), uses=1)
+    fewer.save_rollout(tmp_path, "")
+    fewer.load_rollout(tmp_path, "", 1.0, model)
+    assert fewer.kept.rewards == {"length": [2.0]}
+
+
 def test_the_watch_sees_each_rollout_once(make_model, train, monkeypatch):
     """Its statistics are of responses that were sampled, and gradients are looked at in the next iteration that samples."""
     watch, looked = l3ms.Watch(every=2, held_out_every=0), []
@@ -175,6 +194,7 @@ def drawn_otherwise(monkeypatch, by=0.0, there=True):
     def rollout(model, *args, **options):
         responses = sample(model, *args, **options)
         if not there:
+            object.__setattr__(responses, "engine_log_likelihood", None)
             return responses
         with torch.no_grad():
             logits = model(input_ids=responses.input_ids, attention_mask=responses.attention_mask).logits[:, :-1]
@@ -187,17 +207,17 @@ def drawn_otherwise(monkeypatch, by=0.0, there=True):
     monkeypatch.setattr(constraint_step, "rollout", rollout)
 
 
-def test_an_engine_that_is_the_model_changes_nothing(make_model, train, monkeypatch):
+def test_an_engine_that_is_the_model_changes_nothing(make_model, tokenizer, train, monkeypatch):
     plain, _ = train(make_model(), max_steps=3)
     drawn_otherwise(monkeypatch)
-    weighted, _ = train(make_model(), max_steps=3, rollout_importance="truncate")
+    weighted, _ = train(make_model(), max_steps=3, engine=Copying(tokenizer), rollout_importance="truncate")
     assert logged(weighted, "l3m/ess") == pytest.approx([1.0] * 3, abs=1e-6)
     assert_same_weights(weighted.model, plain.model, 1e-5)
 
 
-def test_an_engine_that_is_another_is_weighed(make_model, train, monkeypatch):
+def test_an_engine_that_is_another_is_weighed(make_model, tokenizer, train, monkeypatch):
     drawn_otherwise(monkeypatch, by=0.1)
-    trainer, recorder = train(make_model(), max_steps=1, rollout_importance="truncate")
+    trainer, recorder = train(make_model(), max_steps=1, engine=Copying(tokenizer), rollout_importance="truncate")
     lengths = recorder.rollouts[0].lengths.double()
     rho = torch.exp(-0.1 * lengths)
     share = rho.sum() ** 2 / (len(rho) * rho.square().sum())
@@ -207,12 +227,36 @@ def test_an_engine_that_is_another_is_weighed(make_model, train, monkeypatch):
     assert logged(trainer, "constraints/length/estimate") == pytest.approx([float(wanted)], rel=1e-4)
 
 
-def test_an_engine_without_numbers_cannot_be_weighed(make_model, train, monkeypatch):
+def test_an_engine_without_numbers_cannot_be_weighed(make_model, tokenizer, train, monkeypatch):
     drawn_otherwise(monkeypatch, there=False)
     with pytest.raises(
         ValueError, match=r"'truncate' weighs responses by the log-likelihoods of the engine .* gives none"
     ):
-        train(make_model(), rollout_importance="truncate")
+        train(make_model(), engine=Copying(tokenizer), rollout_importance="truncate")
+
+
+def test_the_policy_of_now_is_what_a_divergence_is_of(make_model, train, monkeypatch):
+    """Of responses that are used again too: as they were, its sign would be that of where the policy has been."""
+    given, now, backward = [], [], constraint_step._backward
+    observe = l3ms.L3MOptimizer.observe
+
+    def observed(self, rewards, *args, **options):
+        given.append(rewards)
+        return observe(self, rewards, *args, **options)
+
+    def looked(trainer, responses, weights, *, fresh):
+        now.append((fresh, trainer.constraints[0].measure(responses, trainer.policy)))
+        backward(trainer, responses, weights, fresh=fresh)
+
+    monkeypatch.setattr(l3ms.L3MOptimizer, "observe", observed)
+    monkeypatch.setattr(constraint_step, "_backward", looked)
+    constraints = [l3ms.KL(max=0.001), l3ms.Length(max=6)]
+    train(make_model(), constraints=constraints, max_steps=3, learning_rate=0.005, rollout_reuse=3)
+    assert [fresh for fresh, _ in now] == [True, False, False]
+    for rewards, (_, wanted) in zip(given, now, strict=True):
+        assert rewards["kl"] == pytest.approx(wanted)
+        assert rewards["length"] == given[0]["length"]
+    assert given[1]["kl"] != pytest.approx(given[0]["kl"])
 
 
 DATA_ONLY = [l3ms.DataNLL("general", rows(8, seed=3), max=2.0, batch_size=4), l3ms.Length(name="seen", monitor=True)]
@@ -224,6 +268,13 @@ DATA_ONLY = [l3ms.DataNLL("general", rows(8, seed=3), max=2.0, batch_size=4), l3
         ({"rollout_every": "sometimes"}, "rollout_every must be 1 or 'auto', got 'sometimes'"),
         ({"rollout_reuse": 0}, "rollout_reuse must be greater than or equal to 1, got 0"),
         ({"rollout_importance": "all"}, "rollout_importance must be 'none' or 'truncate', got 'all'"),
+        (
+            {"rollout_importance": "truncate"},
+            "rollout_importance='truncate' is for an engine whose probabilities are not",
+        ),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"temperature": math.nan}, "temperature must be a positive number, got nan"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"rollout_every": "auto", "solver": "none"}, "rollout_every must be left out with solver .none."),
         ({"rollout_importance": "truncate", "solver": "none"}, "rollout_importance must be left out with solver"),
         ({"rollout_every": "auto", "half_steps": "joint"}, "rollout_every needs half_steps: alternating, got 'joint'"),

@@ -1,5 +1,6 @@
 """Each argument of transformers' Trainer does what it says, or is refused by name."""
 
+import copy
 import math
 import types
 
@@ -48,6 +49,13 @@ def make(tmp_path, tokenizer, model, *, settings=None, constraints=CONSTRAINTS, 
 def test_what_would_have_no_effect_is_refused_by_name(tmp_path, tokenizer, make_model, settings, options, line):
     with pytest.raises(ValueError, match=line):
         make(tmp_path, tokenizer, make_model(), settings=settings, **options)
+
+
+def test_a_padding_token_without_an_embedding_is_refused(tmp_path, tokenizer, make_model):
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"^processing_class: the tokenizer's padding token 17 is not in the model's"):
+        make(tmp_path, padded, make_model())
 
 
 def test_other_arguments_and_a_wrapped_optimizer_are_refused(tmp_path, tokenizer, make_model):
