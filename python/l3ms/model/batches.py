@@ -123,7 +123,13 @@ def prompt_part(row: Mapping[str, Any]) -> list[int]:
 
 
 def further_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' further columns, for reward functions. ValueError for a name that is taken."""
-    names = set(rows[0]) - ROW
+    """The rows' further columns, for reward functions. ValueError for a name that is taken, or a column that only some rows have."""
+    names = set().union(*rows) - ROW
     check_names("rows", sorted(names, key=str))
+    for row in rows:
+        if missing := sorted(names - set(row)):
+            raise ValueError(
+                f"rows: reward functions are given {missing[0]!r} of all rows or of none, and the row of the prompt "
+                f"{row.get('prompt')!r:.60} has none"
+            )
     return {name: [row[name] for row in rows] for name in sorted(names)}

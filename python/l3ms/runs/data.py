@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l3ms.config.yaml_reader import ConfigError
+from l3ms.rollouts.prompts import TEMPLATE_OPTIONS
 from l3ms.runs.encoding import IGNORE_INDEX, RESERVED, Encoded, encode
 from l3ms.runs.examples import Example, example
 from l3ms.runs.reading import Rows, Source, is_files, is_glob, is_lines, is_table, json_rows, read_rows
@@ -96,7 +97,7 @@ def _has_no(source: Source) -> str:
 
 
 def _rows(config: DataConfig, name: str, source: Source, split: str) -> Rows:
-    texts = {config.prompt, config.completion, config.messages, config.text, config.tools}
+    texts = {config.prompt, config.completion, config.messages, config.text, config.tools, TEMPLATE_OPTIONS}
     return read_rows(name, source, configuration=config.name, split=split, texts=texts)
 
 

@@ -40,6 +40,7 @@ class Encoded:
     empty: int = 0  # of those, whose prompt has no tokens
     bent: int = 0  # dropped: the chat template does not render the answer behind its prompt
     early: int = 0  # begin before the generation prompt ends
+    apart: int = 0  # white space is put between prompt and answer
     longer: int = 0  # turns after the last assistant turn are left out
     unrendered: Counter[str] = field(default_factory=Counter)  # what the chat template leaves out -> rows
     columns: dict[str, str] = field(default_factory=dict)  # column that is left out -> why
@@ -60,6 +61,11 @@ class Encoded:
             lines.append(
                 f"{name}: {self.early} of {len(self.rows)} answers begin before the generation prompt of the chat template ends (it opens "
                 "a thought that they do not have): they are trained on and sampled from there"
+            )
+        if self.apart:
+            lines.append(
+                f"{name}: {self.apart} of {len(self.rows)} answers have white space before them that the data has not, since a token goes "
+                "over the border: end prompts without white space, and begin answers with it"
             )
         if self.longer:
             lines.append(
@@ -92,6 +98,7 @@ class _Split(NamedTuple):
     tail: list[int]  # what is scored
     prompt: Prompt
     early: bool = False
+    apart: bool = False
 
 
 def encode(
@@ -129,13 +136,14 @@ def encode(
         if split is None:
             result.bent += 1
             continue
-        head, tail, prompt, early = split
+        head, tail, prompt, early, apart = split
         result.longer += example.left_out > 0
         if not head or len(head) > longest_prompt:
             result.dropped += 1
             result.empty += not head
             continue
         result.early += early
+        result.apart += apart
         result.truncated += len(head) + len(tail) > max_length
         tail = tail[: max_length - len(head)]
         labels = [IGNORE_INDEX] * len(head) + tail
@@ -175,20 +183,32 @@ def _text(tokenizer: Any, text: str) -> _Split:
     if not head:
         head = whole[:1]
         return _Split(head, _ended(tokenizer, whole[1:]), tokenizer.decode(head))
-    return _Split(head, _ended(tokenizer, _rest(tokenizer, head, whole, text)), "")
+    return _Split(head, _rest(tokenizer, head, whole, text)[0], "")
 
 
 def _plain(tokenizer: Any, prompt: str, completion: str) -> _Split:
     head = encode_prompt(tokenizer, prompt)
-    tail = _rest(tokenizer, head, encode_text(tokenizer, prompt + completion), completion)
-    return _Split(head, _ended(tokenizer, tail), prompt)
+    tail, apart = _rest(tokenizer, head, encode_text(tokenizer, prompt + completion), completion)
+    return _Split(head, tail, prompt, apart=apart)
 
 
-def _rest(tokenizer: Any, head: list[int], whole: list[int], text: str) -> list[int]:
-    """The tokens of `text` behind `head`: those of the whole, where it begins with these; else `text` by itself."""
+def _rest(tokenizer: Any, head: list[int], whole: list[int], text: str) -> tuple[list[int], bool]:
+    """The tokens of `text` behind `head`, ended; whether white space stands between the two that the whole has not.
+
+    They are those of the whole, where it begins with the head; else of `text` by itself, or behind a line break, where the tokenizer writes
+    a space before what stands alone (SentencePiece).
+    """
     if whole[: len(head)] == head:
-        return whole[len(head) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _ended(tokenizer, whole[len(head) :]), False
+    alone, broken, line = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (text, "\n" + text, "\n"))
+    tail = _ended(tokenizer, list(alone))
+    wanted, found = tokenizer.decode(_ended(tokenizer, whole)), tokenizer.decode(head + tail)
+    if found == wanted or found.split() != wanted.split():
+        return tail, False
+    behind = _ended(tokenizer, list(broken[len(line) :]))
+    if broken[: len(line)] == line and tokenizer.decode(head + behind) == wanted:
+        return behind, False
+    return tail, True
 
 
 def _chat(

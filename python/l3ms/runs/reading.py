@@ -24,7 +24,7 @@ def read_rows(name: str, source: Source, *, configuration: str | None, split: st
     """The rows of all files of a source, or of a data set. Raises `ConfigError` of the field `name`, with the file and line.
 
     Args:
-        texts: the columns that are texts, messages or tools: in a CSV they are not taken for numbers.
+        texts: the columns that are texts, messages, tools or options of a template: in a CSV they are not taken for numbers.
     """
     if not is_files(source):
         yield from dataset_rows(name, cast(str, source), configuration, split, texts)

@@ -57,6 +57,15 @@ def test_rows_that_no_reward_sees_may_be_named_as_they_like(make_model, train):
     assert trainer.state.global_step == 1
 
 
+def test_a_column_that_only_some_rows_have_is_named():
+    data = [{"prompt": "a"}, {"prompt": "b", "gold": 1.0}]
+    for given in (data, data[::-1]):
+        with pytest.raises(
+            ValueError, match=r"rows: .* 'gold' of all rows or of none, and the row of the prompt 'a' has"
+        ):
+            further_columns(given)
+
+
 @pytest.mark.parametrize(
     ("columns", "named"),
     [

@@ -175,6 +175,25 @@ def test_a_token_over_the_border_is_cut_there():
     assert (answer, notes) == ("\ncold<|e|>", [])
 
 
+@pytest.mark.parametrize("strips", [False, True])
+def test_a_tokenizer_that_begins_texts_with_a_space_puts_none_between(strips):
+    """SentencePiece: the prompt's last space is a part of the answer's first token, which alone has one of its own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces = ["<unk>", "<e>", "\u2581", "\u2581hot", "\u2581cold", ":", "cold"]
+    inner = Tokenizer(models.Unigram([(piece, -1.0 if len(piece) > 2 else -6.0) for piece in pieces], unk_id=0))
+    scheme = "always" if strips else "first"
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
+    inner.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
+    if strips:  # what stands before a text is no help then
+        inner.normalizer = normalizers.Strip(left=True, right=False)  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", unk_token="<unk>")
+    assert one(tokenizer, Example("hot:", " cold"))[::2] == ("hot: cold<e>", [])
+    text, _, notes = one(tokenizer, Example("hot: ", "cold"))
+    assert text == ("hot:  cold<e>" if strips else "hot: cold<e>")
+    assert ["white space before them that the data has not" in note for note in notes] == [True] * strips
+
+
 @pytest.mark.parametrize(
     "completion", ["cold", "cold <|end|>", "cold <|end|> <|end|>", "cold <|end|>\n", "cold<|end|> "]
 )

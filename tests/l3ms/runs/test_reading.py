@@ -205,8 +205,9 @@ def test_parquet_gives_messages_back_without_the_nulls_of_a_table(tmp_path, capf
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     other = {"type": "function", "function": {"name": "g", "arguments": {"b": "x"}}}
     rows = [
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [each]}], "n": n}
-        for each, n in ((call, 1), (other, None))
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [each]}], "n": n,
+         "chat_template_kwargs": {name: True}}
+        for each, n, name in ((call, 1, "calm"), (other, None, "loud"))
     ]  # fmt: skip
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -215,6 +216,7 @@ def test_parquet_gives_messages_back_without_the_nulls_of_a_table(tmp_path, capf
         {"role": "assistant", "tool_calls": [each]} for each in (call, other)
     ]
     assert [item.columns["n"] for item in found] == [1, None]
+    assert [item.options for item in found] == [{"calm": True}, {"loud": True}]
     assert [item.where for item in found] == [f"{path}, row 1", f"{path}, row 2"]
     path.write_bytes(path.read_bytes()[:-9])
     assert "rows.parquet cannot be read after row 0" in refused(str(path))
