@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from l3ms.model.autocasting import outside_autocast
 from l3ms.model.inside_adapters import inside_adapters
+from l3ms.model.modes import evaluating
 from l3ms.model.sharding import generating, is_sharded, most, reshard
 from l3ms.rollouts.drawing import Drawn
 from l3ms.rollouts.engines import Response
@@ -83,50 +84,59 @@ class TransformersEngine:
     ) -> list[list[int]]:
         model, tokenizer, options = self.model, self.tokenizer, self.options
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        training = model.training
-        model.eval()
-        try:
-            with _own_settings_aside(model), outside_autocast(model), generating(model):
-                way = way_of(model, tokenizer, pad)
-                if way.kind == "forward" and options:
-                    raise ValueError(
-                        f"rollout: {type(inside_adapters(model)).__name__} is not sampled by generate, which has another distribution than "
-                        f"its forward: leave out {', '.join(sorted(options))}"
-                    )
-                # the largest of what Drawn leaves is what it has drawn
-                drawn = Drawn(temperature) if model.device.type == "cpu" else None
-                sampling: dict[str, Any] = {"do_sample": False}
-                if drawn is None:
-                    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                ending = {"max_new_tokens": max_new_tokens, "eos_token_id": list(end), "pad_token_id": pad}
-                config = GenerationConfig(repetition_penalty=1.0, num_beams=1, **sampling, **ending, **options)
-                responses: list[list[int]] = [[] for _ in prompts]
-                batches = list(_batches(prompts, self.batch_size or len(prompts), equal=way.kind == "equal lengths"))
-                # Ranks with parts of one model make as many calls as the one with the most: again the last, not kept.
-                batches += batches[-1:] * (most(model, len(batches)) - len(batches))
-                in_step, room = is_sharded(model), is_large(model)
-                packed = packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches))
-                with nullcontext() if in_step else packed:
-                    for rows in batches:
-                        part = [prompts[row] for row in rows]
-                        if way.kind == "forward":
-                            stop = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-                            answers = sample_by_forward(model, part, pad, end, in_step=in_step, **stop)
-                        else:
-                            shrink = way.shrink and not options and not in_step
-                            faster = {
-                                "shrink": shrink,
-                                "room": room,
-                                "together": shrink and way.together,
-                                "in_step": in_step,
-                            }
-                            answers = sample(model, part, pad, end, config, drawn=drawn, **faster)
-                        for row, answer in zip(rows, answers, strict=True):
-                            responses[row] = responses[row] or answer
-        finally:
-            reshard(model)
-            model.train(training)
+        with (
+            _gathered(model),
+            evaluating(model),
+            _own_settings_aside(model),
+            outside_autocast(model),
+            generating(model),
+        ):
+            way = way_of(model, tokenizer, pad)
+            if way.kind == "forward" and options:
+                raise ValueError(
+                    f"rollout: {type(inside_adapters(model)).__name__} is not sampled by generate, which has another distribution than "
+                    f"its forward: leave out {', '.join(sorted(options))}"
+                )
+            # the largest of what Drawn leaves is what it has drawn
+            drawn = Drawn(temperature) if model.device.type == "cpu" else None
+            sampling: dict[str, Any] = {"do_sample": False}
+            if drawn is None:
+                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            ending = {"max_new_tokens": max_new_tokens, "eos_token_id": list(end), "pad_token_id": pad}
+            config = GenerationConfig(repetition_penalty=1.0, num_beams=1, **sampling, **ending, **options)
+            responses: list[list[int]] = [[] for _ in prompts]
+            batches = list(_batches(prompts, self.batch_size or len(prompts), equal=way.kind == "equal lengths"))
+            # Ranks with parts of one model make as many calls as the one with the most: again the last, not kept.
+            batches += batches[-1:] * (most(model, len(batches)) - len(batches))
+            in_step, room = is_sharded(model), is_large(model)
+            packed = packed_weights(model, rows=max(map(len, batches)), steps=max_new_tokens * len(batches))
+            with nullcontext() if in_step else packed:
+                for rows in batches:
+                    part = [prompts[row] for row in rows]
+                    if way.kind == "forward":
+                        stop = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+                        answers = sample_by_forward(model, part, pad, end, in_step=in_step, **stop)
+                    else:
+                        shrink = way.shrink and not options and not in_step
+                        faster = {
+                            "shrink": shrink,
+                            "room": room,
+                            "together": shrink and way.together,
+                            "in_step": in_step,
+                        }
+                        answers = sample(model, part, pad, end, config, drawn=drawn, **faster)
+                    for row, answer in zip(rows, answers, strict=True):
+                        responses[row] = responses[row] or answer
         return responses
+
+
+@contextmanager
+def _gathered(model: Any) -> Iterator[None]:
+    """What sampling gathers of a model in parts is split again."""
+    try:
+        yield
+    finally:
+        reshard(model)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

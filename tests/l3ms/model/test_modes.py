@@ -22,10 +22,17 @@ def test_each_module_is_in_its_own_mode_afterwards():
     model = torch.nn.Sequential(Merging(2, 2), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout()))
     model.train()
     model[1][0].eval()
-    with pytest.raises(RuntimeError, match="an error"), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert model[0].merged
-        raise RuntimeError("an error")
+    seen = []
+
+    def fail():
+        with evaluating(model):
+            seen.extend(module.training for module in model.modules())
+            seen.append(not model[0].merged)
+            raise RuntimeError("an error")
+
+    with pytest.raises(RuntimeError, match="an error"):
+        fail()
+    assert seen == [False] * 6
     assert [module.training for module in model.modules()] == [True, True, True, False, True]
     assert not model[0].merged
 
