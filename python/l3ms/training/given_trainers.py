@@ -7,7 +7,7 @@ of the optimizer's, and `l3m.json`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ class GivenTrainer(Constraining):
         l3m: L3MSettings | None = None,
         **kwargs: Any,
     ):
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        given = _by_name(type(self), args, kwargs)
         where = self.given_name
         l3m = L3MSettings() if l3m is None else l3m
         check_settings(l3m, where)
@@ -90,3 +90,22 @@ class GivenTrainer(Constraining):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_constraints(Path(checkpoint))
+
+
+def _by_name(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trainer is given, by the names of its arguments: also of those that a derived class hands on as *args and **kwargs."""
+    given: dict[str, Any] = {}
+    left, named = list(args), dict(kwargs)
+    for cls in kind.__mro__[kind.__mro__.index(GivenTrainer) + 1 :]:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+        open_ends = {p.kind for p in parameters} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and left and p.name not in given:
+                given[p.name] = left.pop(0)
+            elif p.name in named and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                given[p.name] = named.pop(p.name)
+        if not open_ends:
+            break
+    return given

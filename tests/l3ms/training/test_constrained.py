@@ -236,3 +236,24 @@ def test_the_quick_start_of_the_page_runs(tmp_path, tokenizer, make_model, monke
     assert names["trainer"].l3m_optimizer.constraint_steps == 2
     exec(second, names)
     assert names["verdict"].verdict in ("SATISFIED", "VIOLATED", "INCONCLUSIVE")
+
+
+def test_arguments_are_known_by_name_through_a_class_that_hands_them_on(make_model):
+    from l3ms.training.given_trainers import _by_name
+
+    class First(transformers.Trainer):
+        def __init__(self, model, *args, extra=1, **kwargs):
+            super().__init__(model, *args, **kwargs)
+
+    class Second(First):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    kind = l3ms.constrained(Second)
+    found = _by_name(kind, (1, 2), {"train_dataset": [3], "extra": 4, "processing_class": 5})
+    assert found == {"model": 1, "args": 2, "train_dataset": [3], "extra": 4, "processing_class": 5}
+    assert _by_name(l3ms.constrained(transformers.Trainer), (1, 2, 3), {}) == {
+        "model": 1,
+        "args": 2,
+        "data_collator": 3,
+    }
