@@ -26,11 +26,14 @@ class EngineGap:
         self._parts: list[Tensor] = []
 
     def add(self, rows: Sequence[int], token: Tensor) -> None:
-        """`token`: (len(rows), L) log-likelihoods of the shifted labels, detached, from the forward of these rows."""
+        """`token`: (len(rows), L) log-likelihoods of the shifted labels, detached, from the forward of these rows, behind
+        those of tokens that an adapter puts before them."""
         known = self.responses.engine_log_likelihood
         if known is None:
             return
-        scored = shift(self.responses.labels[list(rows), : token.shape[1]]) != -100
+        width = max(self.responses.host_widths[row] for row in rows)
+        scored = shift(self.responses.labels[list(rows), :width]) != -100
+        token = token[:, -width:]
         engine = torch.tensor([value for row in rows for value in known[row]], dtype=torch.float32)
         self._parts.append((token.detach()[scored].float() - engine.to(token.device)).abs())
 

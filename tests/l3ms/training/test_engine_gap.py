@@ -72,7 +72,7 @@ def test_the_gap_of_known_numbers(tokenizer):
     gap = EngineGap(out)
     assert gap.log() == {}
     gap.add([1], token[1:2, :3])
-    gap.add([0], token[:1])
+    gap.add([0], torch.nn.functional.pad(token[:1], (2, 0)))  # a learned prompt stands before it
     assert gap.log() == pytest.approx({"l3m/engine_gap": 0.75 / 4, "l3m/engine_gap_p99": 0.5})
 
 
