@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers.debug_utils import DebugOption
+
 from l3ms.barrier.optimizer import L3MOptimizer
 from l3ms.constraints.constraint import Constraint
 from l3ms.model.sharding import fully_sharded
@@ -66,6 +68,10 @@ def check_arguments(args: Any) -> None:
         raise ValueError(
             "auto_find_batch_size must be False: a new attempt would go on with the weights and estimates of the one that "
             "failed; give per_device_train_batch_size"
+        )
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        raise ValueError(
+            "debug must not hold underflow_overflow: it stops at numbers that are not finite, and the fused head has such ones for logits"
         )
     kind = str(getattr(args.optim, "value", args.optim))
     if kind in IN_BACKWARD or kind.endswith("_layerwise"):
