@@ -61,17 +61,24 @@ class Constraining(AveragingTrainer):
         self.reward_log = RewardLog()
         self.watched: dict[str, float] = {}
         self.fewer_samples = FewerSamples(self.l3m.rollout_every, self.l3m.rollout_reuse)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = {"seed": seed, "rank": self.args.process_index, "world": self.args.world_size}
-        self.prompts = PromptOrder(rows, **order) if hasattr(rows, "__len__") else None
-        if self.prompts is not None and any(constraint.samples for constraint in self.constraints):
-            check_names(where, self.prompts.rows[0])
+        self.take_prompts(rows, where)
         for constraint in self.constraints:
             constraint.prepare(self.policy)
-        self.constraint_data = {c.name: c.batches(**order) for c in self.constraints if isinstance(c, DataNLL)}
+        self.constraint_data = {c.name: c.batches(**self._order) for c in self.constraints if isinstance(c, DataNLL)}
         self._watched_before: list[dict[str, Any]] = []  # of a checkpoint, by watch
         self._flat_told = False
         self.add_callback(HalfSteps(self))
+
+    def take_prompts(self, rows: Any, where: str) -> None:
+        """`rows` are answered from now on, from the beginning of an order of theirs."""
+        self.prompts = PromptOrder(rows, **self._order) if hasattr(rows, "__len__") else None
+        if self.prompts is not None and any(constraint.samples for constraint in self.constraints):
+            check_names(where, self.prompts.rows[0])
+
+    @property
+    def _order(self) -> dict[str, int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return {"seed": seed, "rank": self.args.process_index, "world": self.args.world_size}
 
     @property
     def sampled(self) -> bool:

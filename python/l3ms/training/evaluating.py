@@ -17,7 +17,7 @@ from l3ms.training.checkpointing import CheckpointingTrainer
 
 
 class EvaluatingTrainer(CheckpointingTrainer):
-    """`compute_loss(..., return_outputs=True)` gives a `HeadOutput`, from which the losses of the rows are."""
+    """`compute_loss(..., return_outputs=True)` gives a `HeadOutput`, from which the losses of the rows are; else all have the mean."""
 
     _losses: list[Tensor] | None = (
         None  # (n, 2) of each batch while it is evaluated: loss, and 1 where something is scored
@@ -80,7 +80,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
     ) -> tuple[Any, Any, Any]:
         loss, outputs, labels = super().prediction_step(model, dict(inputs), False, ignore_keys)
         if loss is not None and self._losses is not None:
-            rows: Any = self._row_losses(loss)
+            rows: Any = self._row_losses(loss, len(next(each for each in inputs.values() if isinstance(each, Tensor))))
             self._losses.append(rows if self.args.world_size == 1 else self.accelerator.gather_for_metrics(rows))  # type: ignore[arg-type]
         if prediction_loss_only:
             return loss, None, None
@@ -89,9 +89,12 @@ class EvaluatingTrainer(CheckpointingTrainer):
             _, outputs, _ = super().prediction_step(model, plain, False, ignore_keys)
         return loss, outputs, labels
 
-    def _row_losses(self, loss: Tensor) -> Tensor:
-        """(n, 2) float64, of the batch whose outputs `compute_loss` kept. What `loss` has beside the rows' mean all of them share."""
+    def _row_losses(self, loss: Tensor, count: int) -> Tensor:
+        """(n, 2) float64, of the batch whose outputs `compute_loss` kept. What `loss` has beside the rows' mean all of them share; all
+        of it, `count` rows, where another `compute_loss` keeps none."""
         outputs, self._outputs = self._outputs, None
+        if outputs is None:
+            return torch.stack([loss.double().expand(count), loss.new_ones(count, dtype=torch.float64)], dim=1)
         length = outputs.length.double()
         scored = length > 0
         nll = torch.where(scored, -outputs.sequence.double() / length.clamp(min=1), 0.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from l3ms.constraints.constraint import Constraint, check_constraints
@@ -52,6 +53,8 @@ class L3MTrainer(Constraining, TimingTrainer):
             with a name that reward functions know as something else.
     """
 
+    _labels: tuple[Any, int] | None = None  # of the batch that was prepared last, as they were
+
     def __init__(
         self,
         model: Any,
@@ -83,6 +86,7 @@ class L3MTrainer(Constraining, TimingTrainer):
         # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.set_up(rows, "train_dataset" if prompts is None else "prompts")
+        self._answered = self.train_dataset if prompts is None else None
 
     # ---- the task half-step ----
 
@@ -90,6 +94,8 @@ class L3MTrainer(Constraining, TimingTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = self._rows_apart(inputs)
+        if "scored" in inputs and not self._are_as_collated(inputs["labels"]):
+            inputs = {name: value for name, value in inputs.items() if name != "scored"}
         lengths = scored_lengths(shift(inputs["labels"]))
         sequences = None if self.evaluating else num_items_in_batch
         seq_weight = task_weights(lengths, sequences=sequences)
@@ -101,6 +107,16 @@ class L3MTrainer(Constraining, TimingTrainer):
             loss = loss * self._parts
         self._outputs = outputs if return_outputs else None
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        labels = prepared.get("labels")
+        self._labels = None if labels is None else (labels, labels._version)
+        return prepared
+
+    def _are_as_collated(self, labels: Any) -> bool:
+        """Not those that a `compute_loss` over this one has changed, whose count is another."""
+        return self._labels is not None and self._labels[0] is labels and self._labels[1] == labels._version
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
         """The sequences of an optimizer step with something scored, where a micro-batch or process may have more of them than another."""
@@ -128,11 +144,17 @@ class L3MTrainer(Constraining, TimingTrainer):
     def _collator(args: L3MConfig, tokenizer: Any, rows: Any) -> Collator:
         """With the count of scored tokens, unless a process may be given a part of the batch that it is of."""
         pad = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        dispatched = getattr(args.accelerator_config, "dispatch_batches", None) or not hasattr(rows, "__getitem__")
+        stream = isinstance(rows, IterableDataset) or not hasattr(rows, "__getitem__")
+        dispatched = getattr(args.accelerator_config, "dispatch_batches", None) or stream
         parts = args.world_size > 1 and dispatched
         return Collator(pad) if parts else CountingCollator(pad)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._answered is not None and self._answered is not self.train_dataset:
+            self._answered = self.train_dataset
+            if needs_responses(self.l3m, self.constraints):
+                check_sampling(self.constraints, self.processing_class, self._answered)
+            self.take_prompts(self._answered, "train_dataset")
         found = super().train(*args, **kwargs)
         if not found.global_step:
             raise ValueError("train_dataset gave no batch: nothing was trained")

@@ -1,5 +1,7 @@
 """`evaluate` and `predict`: the loss of all rows, and logits as transformers gives them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -84,3 +86,33 @@ def test_logits_are_preprocessed(tmp_path, tokenizer, make_model):
     )  # fmt: skip
     shape = trainer.evaluate()["eval_shape"]
     assert shape == list(trainer.data_collator(rows(4))["input_ids"].shape)
+
+
+@pytest.mark.parametrize("further", ["another loss", "other labels", "labels in place"])
+def test_a_compute_loss_of_ones_own(make_model, tmp_path, tokenizer, further):
+    class Mine(l3ms.L3MTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            if further == "another loss":
+                out = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
+                return (out.loss, out) if return_outputs else out.loss
+            labels = inputs["labels"] if further == "labels in place" else inputs["labels"].clone()
+            labels[:, :3] = -100
+            return super().compute_loss(model, {**inputs, "labels": labels}, return_outputs, **options)
+
+    args = l3ms.L3MConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4, solver="none", report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    held_out = rows(4, seed=5)
+    trainer = Mine(make_model(), args, train_dataset=rows(8), eval_dataset=held_out, processing_class=tokenizer)
+    collate: Any = trainer.data_collator
+    model: Any = trainer.model
+    batch = collate(held_out)
+    if further == "another loss":
+        expected = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    else:
+        expected = mean_nll(
+            make_model(), [{**row, "labels": [-100] * 3 + row["labels"][3:]} for row in held_out], collate
+        )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer.train()

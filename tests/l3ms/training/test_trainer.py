@@ -1,7 +1,9 @@
 """`L3MTrainer` against loops written by hand, on tiny models."""
 
 import math
+import types
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +183,28 @@ def test_a_gradient_whose_norm_is_not_finite_is_counted_and_not_applied(make_mod
     assert trainer.l3m_optimizer.constraint_steps == (3 if half == "task" else 2)
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     assert not torch.equal(*(recorder.weights[n]["lm_head.weight"] for n in (0, 1)))  # the other half was applied
+
+
+def test_rows_that_are_given_later_are_answered(make_model, train):
+    trainer, _ = train(make_model(), max_steps=1)
+    trainer.train_dataset = [{**row, "number": -1} for row in rows(8, seed=9)]
+    trainer.train()
+    assert set(trainer.last_rollout.columns["number"]) == {-1}
+    trainer, _ = train(make_model(), max_steps=1, prompts=rows(6, seed=3), start=False)
+    trainer.train_dataset = [{**row, "number": -1} for row in rows(8, seed=9)]
+    trainer.train()
+    assert -1 not in trainer.last_rollout.columns["number"]
+
+
+def test_a_stream_on_several_processes_has_no_counts():
+    args: Any = types.SimpleNamespace(accelerator_config=None, world_size=2)
+    collators = [type(l3ms.L3MTrainer._collator(args, None, data)).__name__ for data in (rows(2), Stream())]
+    assert collators == ["CountingCollator", "Collator"]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows(4))
 
 
 def test_both_half_steps_give_the_count_of_scored_tokens(make_model, train, monkeypatch):
