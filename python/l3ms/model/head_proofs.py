@@ -103,7 +103,7 @@ def prove(call: Call, model: Any, after: AfterHead) -> None:
     labels = torch.randint(after.columns, ids.shape, generator=torch.Generator().manual_seed(0)).to(ids.device)
     labels = labels.masked_fill(~real, -100)
     labels[:, 0] = -100  # a learned prefix would predict it
-    nothing = torch.zeros(len(ids), device=ids.device)
+    nothing = torch.zeros(len(ids), device=ids.device, dtype=torch.float32)
     options = {"attention_mask": mask, "labels": labels, "use_cache": False}
 
     def compare(own: Tensor) -> HeadOutput:

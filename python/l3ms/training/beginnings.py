@@ -100,7 +100,7 @@ def _tried(model: Any, inputs: dict[str, Any], count: int, options: dict[str, An
     watched = [*trained[:4], *trained[4:][-2:]]  # the first get what comes back through all layers
     rows = {name: inputs[name][:TRIED] for name in ("input_ids", "attention_mask", "labels")}
     rows["use_cache"] = False
-    given = {**options, "seq_weight": torch.full((len(rows["input_ids"]),), 1.0 / TRIED)}
+    given = {**options, "seq_weight": torch.full((len(rows["input_ids"]),), 1.0 / TRIED, dtype=torch.float32)}
     try:
         with torch.enable_grad(), outside_autocast(model):
             whole, found = (

@@ -99,7 +99,7 @@ class Constraining(AveragingTrainer):
                 self.constraints,
                 mu=schedule,
                 smoothing=l3m.smoothing,
-                max_grad_norm=self.args.max_grad_norm or None,
+                max_grad_norm=norm if (norm := self.args.max_grad_norm) and norm > 0 else None,
                 solver=l3m.solver_object(),
                 clipping=l3m.clipping,
                 length_norm=l3m.length_norm,

@@ -20,7 +20,7 @@ def policy_log_likelihood(trainer: Any, responses: Rollout) -> Tensor:
     found = responses.lengths.new_empty(len(responses), dtype=torch.float64)
     model.eval()
     for part in parts_of(responses, range(len(responses)), trainer.args.per_device_train_batch_size):
-        seq_weight = torch.zeros(len(part), device=found.device)
+        seq_weight = torch.zeros(len(part), device=found.device, dtype=torch.float32)
         sequence: Any = forward_of(trainer, responses, part, seq_weight).sequence
         found[part] = sequence.to(found)
     return found

@@ -214,3 +214,12 @@ def test_a_proof_is_of_one_state(make_model):
     l3ms.fuse_head(model)
     assert len(calls) == 2 * count
     assert_fused_is_own(model, make_model("Gemma2", final_logit_softcapping=1.0))
+
+
+def test_the_default_dtype_of_new_tensors_is_no_matter(make_model):
+    model = make_model()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        l3ms.fuse_head(model)
+    finally:
+        torch.set_default_dtype(torch.float32)

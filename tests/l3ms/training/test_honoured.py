@@ -3,6 +3,7 @@
 import copy
 import math
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,12 @@ def test_the_others_train_and_constrain(tmp_path, tokenizer, make_model, setting
     assert all(math.isfinite(loss) for loss in losses(trainer))
     if "include_num_input_tokens_seen" in settings:
         assert trainer.state.num_input_tokens_seen > 0
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_a_norm_that_is_not_positive_clips_nothing(tmp_path, tokenizer, make_model, norm):
+    optimizer: Any = make(tmp_path, tokenizer, make_model(), settings={"max_grad_norm": norm}).create_optimizer()
+    assert optimizer.max_grad_norm is None
 
 
 def test_data_seed_orders_the_prompts(tmp_path, tokenizer, make_model):
