@@ -54,10 +54,12 @@ def offline(kind: str, folder: Path, tokenizer: Any, model: Any, rows: int) -> A
     )
     calls = []
 
-    def sample(prompts, *, end, **options):
-        """By the prompt alone, which is one word."""
+    def sample(prompts, *, max_new_tokens, end, **options):
+        """By the prompt alone, which is one word; what is cut is full."""
         calls.append(1)
-        return [Response(ids := scripted(prompt[-1], len(calls)), ids[-1] in end, None) for prompt in prompts]
+        found = [scripted(prompt[-1], len(calls)) for prompt in prompts]
+        full = [ids if ids[-1] in end else (ids * max_new_tokens)[:max_new_tokens] for ids in found]
+        return [Response(ids, ids[-1] in end, None) for ids in full]
 
     trainer.engine = as_engine(sample)
     trainer.train()
