@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsdp_on_cpus
 import torch
@@ -25,7 +26,7 @@ STEPS = 24
 
 
 def watch(on_trip):
-    back = {"snapshot_every": 4, "max_rollbacks": 1} if on_trip == "rollback" else {}
+    back: dict[str, Any] = {"snapshot_every": 4, "max_rollbacks": 1} if on_trip == "rollback" else {}
     return l3ms.Watch(
         on_trip=on_trip, held_out=rows(9, seed=3), held_out_every=3, held_out_samples=9, every=2, window=4, humps_max=None,
         **back,

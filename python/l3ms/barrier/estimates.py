@@ -182,31 +182,29 @@ class Estimates(RewardTables, Foretelling, RankSums):
             seq_weight = seq_weight * importance
         return (seq_weight * (self._ratio(weights) * self._world)).float()
 
-    def barrier_loss(self, values: Mapping[str, Tensor], mu: Tensor) -> Tensor:
+    def barrier_loss(self, values: Mapping[str, Tensor | float], mu: Tensor) -> Tensor:
         """Differentiable values in native units -> sum_k (lambda_k / S) C_k, the multipliers detached."""
         local = torch.zeros(len(self.constraints) + 1, 3, dtype=torch.float64, device=self.device)
-        values = {name: torch.as_tensor(value) for name, value in values.items()}
+        tensors = {name: torch.as_tensor(value) for name, value in values.items()}
         with self.errors_on_all_ranks():
             self._check_ranks("barrier_loss")
-            self._check_names(values)
-            for name, value in values.items():
+            self._check_names(tensors)
+            for name, value in tensors.items():
                 column = self._finite(name, value.detach().reshape(-1))
                 local[self.index[name]] = reward_sums(column[:, None])[0]
         part = self._of_all_ranks(local)
         self._sums, self._drawn = self._sums + part, self._drawn + part
         empty = torch.empty(0, len(self.constraints), dtype=torch.float64, device=self.device)
-        weights = self._weights(empty, empty[:, 0], self._sums, mu, bool(self._bounded(values)))
+        weights = self._weights(empty, empty[:, 0], self._sums, mu, bool(self._bounded(tensors)))
         share = weights.multiplier / weights.total * self._ratio(weights)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for k, (owner, row) in enumerate(zip(self.owner, self.bounds.table, strict=True)):
             name = self.constraints[owner].name
-            if name in values:
+            if name in tensors:
                 sign, _, scale = row[:3]
                 of_all = self._world / part[owner, 0].clamp(min=1)  # ranks average gradients: undo it
-                value = values[name].double()
-                value = (
-                    value.where(value.isfinite(), 0.0).sum() * of_all
-                )  # what is not finite is dropped, or was refused
+                value = tensors[name].double()  # what is not finite is dropped, or was refused
+                value = value.where(value.isfinite(), 0.0).sum() * of_all
                 # C_k of this batch's value: that of the estimate, moved
                 loss = loss + share[k] * (weights.violation[k] + sign * (value - weights.estimate[owner]) / scale)
         return loss

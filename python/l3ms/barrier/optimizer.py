@@ -201,7 +201,7 @@ class L3MOptimizer(Wrapping, LeavingOut, torch.optim.Optimizer):
         loss, log_likelihood = weighted_log_likelihood(hidden, weight, targets, seq_weight, cu_seqlens, **options)
         return ConstraintLoss(loss, log_likelihood, seq_weight)
 
-    def barrier_loss(self, values: Mapping[str, Tensor]) -> Tensor:
+    def barrier_loss(self, values: Mapping[str, Tensor | float]) -> Tensor:
         """Differentiable values in native units, by constraint name -> sum_i (lambda_i / S) C_i, () float64, the multipliers detached.
 
         For constraints that need no sampling: the mean loss on a second data set, a regulariser. A value is () or (n,); the mean is

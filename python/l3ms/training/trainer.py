@@ -74,12 +74,13 @@ class L3MTrainer(Constraining, TimingTrainer):
         tokenizer, rows = kwargs.get("processing_class"), kwargs.get("train_dataset") if prompts is None else prompts
         if rows is not None and needs_responses(args, self.constraints):
             check_sampling(self.constraints, tokenizer, rows)
-        if kwargs.get("data_collator") is None:
+        own_collator = kwargs.get("data_collator") is None
+        if own_collator:
             check_rows("train_dataset", kwargs.get("train_dataset"))
             check_rows("eval_dataset", kwargs.get("eval_dataset"))
             kwargs["data_collator"] = self._collator(args, tokenizer, kwargs.get("train_dataset"))
         fuse_head(model)
-        if self._own_collator and tokenizer is not None:
+        if own_collator and tokenizer is not None:
             check_padding("processing_class", model, tokenizer)
         super().__init__(model, args, **kwargs)
         check_parallelism(self)

@@ -234,12 +234,12 @@ def test_hooks_of_torch_on_states_run_and_may_change_them():
     assert state["more"] == 1, "the caller's stays as it is"
 
 
-@pytest.mark.parametrize("sides", [{"min": 3, "max": 9}, {"min": 3}])
+@pytest.mark.parametrize("sides", [(3, 9), (3, None)])
 def test_a_state_of_other_sides_of_a_bound_is_refused(sides):
     """Shifts and multipliers are of each side; the bound itself may have moved."""
     opt, moved, other = (
-        l3ms.L3MOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), [l3ms.Length(**bounds)])
-        for bounds in ({"max": 9}, {"max": 7}, sides)
+        l3ms.L3MOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), [l3ms.Length(*bounds)])
+        for bounds in ((None, 9), (None, 7), sides)
     )
     moved.load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match=r"the state is that of the bounds length max, this optimizer has length min"):

@@ -21,7 +21,7 @@ class Merging(torch.nn.Linear):
 def test_each_module_is_in_its_own_mode_afterwards():
     model = torch.nn.Sequential(Merging(2, 2), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout()))
     model.train()
-    model[1][0].eval()
+    model.get_submodule("1.0").eval()
     seen = []
 
     def fail():

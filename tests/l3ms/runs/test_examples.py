@@ -88,7 +88,7 @@ def test_a_column_that_no_row_has_is_refused(tmp_path, field):
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     words = rf"^data\.{field}: no row has a column 'typo' \(columns: completion, messages, prompt\)"
     with pytest.raises(ConfigError, match=words):
-        load_examples(DataConfig(train=str(path), evaluation=str(path), **{field: "typo"}), seed=0)
+        load_examples(DataConfig(train=str(path), evaluation=str(path), **{field: "typo"}), seed=0)  # type: ignore[arg-type]
 
 
 def test_tools_may_be_json_as_tables_hold_them():
