@@ -68,7 +68,8 @@ def read(config: Any) -> Any:
 
     sides = load_examples(config.data, seed=config.seed)
     text_config = SimpleNamespace(max_position_embeddings=1 << 20)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text_config))
+    config_of = SimpleNamespace(get_text_config=lambda decoder=False: text_config)
+    model = SimpleNamespace(config=config_of, named_modules=lambda: ())
     encoded = encode_sides(config, tokenizer(), model, *sides, Console(file=io.StringIO()))
     return [*sides[0], *sides[1]], encoded, config.data.chat_template
 

@@ -26,9 +26,9 @@ SHARES, CONSTRAINTS = f"{TESTS}constraints/test_shares.py", f"{TESTS}constraints
 CONFIG, AGREEMENT = f"{TESTS}config/test_config.py", f"{TESTS}ranks/test_agreement.py"
 
 TRAINING = (
-    Mutant("one rank alone decides", BARRIER + 'estimates.py', "dist.all_reduce(part, group=self.process_group)",
+    Mutant("one rank alone decides", BARRIER + 'rank_sums.py', "dist.all_reduce(part, group=self.process_group)",
            "pass", RANKS),
-    Mutant("gradients are averaged over ranks once more", BARRIER + 'estimates.py',
+    Mutant("gradients are averaged over ranks once more", BARRIER + 'rank_sums.py',
            "return dist.get_world_size(self.process_group) if self.process_group is not None else 1", "return 1",
            RANKS),
     Mutant("a skipped step advances the estimates", BARRIER + 'estimates.py',

@@ -38,12 +38,12 @@ def check_output(
     """
     try:
         _check_folder(folder, overwrite or going_on)
+        for field, path in (inputs or {}).items():
+            if any(Path(path).is_relative_to(folder / name) for name in ARTEFACTS):
+                raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
         _check_run(folder, "resume" if going_on else "output", {"config.yaml"} if going_on else set())
     except OSError as error:  # a name that is too long, a folder that cannot be read
         raise ConfigError("output", f"{folder}: {error.strerror}") from None
-    for field, path in (inputs or {}).items():
-        if any(Path(path).is_relative_to(folder / name) for name in ARTEFACTS):
-            raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ def test_train_writes_the_whole_run_and_can_be_repeated(project, checkpoint, cap
     assert l3ms(project / "run.yaml", "--iterations", 4, *evaluate) == 0, capsys.readouterr().err
     out = project / "out"
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "model", "average", "report.json", "report.png",
+        "config.yaml", "metrics.jsonl", "tensorboard", "model", "average", "inputs.json", "report.json", "report.png",
     }  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]

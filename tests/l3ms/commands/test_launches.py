@@ -91,7 +91,8 @@ def test_two_ranks_write_one_run_and_one_speaks(launched, project):
     assert errors[1] == ""
     out = project.parent / "out"
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "model", "average", "report.json", "report.png", "certificate.json",
+        "config.yaml", "metrics.jsonl", "tensorboard", "model", "average", "inputs.json", "report.json", "report.png",
+        "certificate.json",
     }  # fmt: skip
     assert [row["iteration"] for row in rows(out)] == [1, 2, 3, 4, 5]
     assert len(list(out.glob("tensorboard/events*"))) == 1
