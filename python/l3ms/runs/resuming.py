@@ -148,11 +148,9 @@ def check_inputs(folder: Path, found: Mapping[str, Any], of_0_1: Callable[[], Ma
 
 
 def write_inputs(folder: Path, found: Mapping[str, Any]) -> None:
+    """For --resume, and for certificates when there are no checkpoints any more."""
     (folder / "checkpoints").mkdir(exist_ok=True)
-    for place in (
-        folder / "checkpoints",
-        folder,
-    ):  # for --resume, and for certificates when there are no checkpoints any more
+    for place in (folder / "checkpoints", folder):
         write_json(place / INPUTS, found)
 
 
