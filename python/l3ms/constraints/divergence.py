@@ -107,7 +107,7 @@ class KL(Constraint):
             for number in range(most(model, len(starts))):  # ranks with parts of a model make as many forwards
                 start = starts[min(number, len(starts) - 1)]
                 inputs = rollout.inputs(slice(start, start + self.batch_size))
-                seq_weight = torch.zeros(len(inputs["labels"]), device=rollout.input_ids.device)
+                seq_weight = torch.zeros(len(inputs["labels"]), dtype=torch.float32, device=rollout.input_ids.device)
                 seq_weight = uncast(model, seq_weight)
                 out = model(**inputs, seq_weight=seq_weight, temperature=rollout.temperature)
                 parts.append(out.sequence.double())

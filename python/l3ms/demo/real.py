@@ -17,7 +17,7 @@ from l3ms.demo import corpus, real_model
 from l3ms.demo.comparison import Demo, check_options, compare, drawn, quiet
 from l3ms.demo.corpus import Pair
 from l3ms.demo.settings import Settings
-from l3ms.runs.folder import check_output, prepare_output
+from l3ms.runs.folder import alone_in, check_output, prepare_output
 from l3ms.runs.progress import progress_bar
 from l3ms.runs.terminal import say
 
@@ -132,10 +132,11 @@ def main(
     with progress_bar(console, "mining docstrings, bytes") as advance:
         train, held_out = pairs(advance)
     say(console, f"{len(train)} docstrings to learn from, {len(held_out)} held out; {model}")
-    prepare_output(folder)
-    values = {"model": str(model), "constraints": constraints(min, max, form), **settings.values(seed)}
-    demo = Demo(
-        folder, drawn(train, 2 * settings.pairs, seed), held_out, values, settings.max_length, settings.shown,
-        costly=True, asked=ASKED, facts={"model": real_model.SMOLLM2.model, "format": form},
-    )  # fmt: skip
-    return compare(demo, started=start, console=console)
+    with alone_in(folder):
+        prepare_output(folder)
+        values = {"model": str(model), "constraints": constraints(min, max, form), **settings.values(seed)}
+        demo = Demo(
+            folder, drawn(train, 2 * settings.pairs, seed), held_out, values, settings.max_length, settings.shown,
+            costly=True, asked=ASKED, facts={"model": real_model.SMOLLM2.model, "format": form},
+        )  # fmt: skip
+        return compare(demo, started=start, console=console)

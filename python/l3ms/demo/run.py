@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from l3ms.demo import base
 from l3ms.demo.comparison import Demo, check_options, compare, drawn, quiet
 from l3ms.demo.settings import Settings
-from l3ms.runs.folder import check_output, prepare_output, save_weights
+from l3ms.runs.folder import alone_in, check_output, prepare_output, save_weights
 
 
 def main(
@@ -38,20 +38,21 @@ def main(
     check_output(folder, overwrite=overwrite)
     quiet()
     ready = prepare_base(recipe, console)
-    prepare_output(folder)
-    (folder / "demo_inputs").mkdir()
-    save_weights(folder / "demo_inputs", "base", ready.model, ready.tokenizer)
-    length = {"type": "length", "name": "length", "min": min, "max": max}
-    demo = Demo(
-        folder,
-        drawn(ready.train_pairs, 2 * settings.pairs, seed),
-        ready.held_out_pairs,
-        {"model": "demo_inputs/base", "constraints": [length], **settings.values(seed)},
-        settings.max_length,
-        settings.shown,
-        facts={"base_from_cache": ready.from_cache},
-    )
-    return compare(demo, started=start, console=console)
+    with alone_in(folder):
+        prepare_output(folder)
+        (folder / "demo_inputs").mkdir()
+        save_weights(folder / "demo_inputs", "base", ready.model, ready.tokenizer)
+        length = {"type": "length", "name": "length", "min": min, "max": max}
+        demo = Demo(
+            folder,
+            drawn(ready.train_pairs, 2 * settings.pairs, seed),
+            ready.held_out_pairs,
+            {"model": "demo_inputs/base", "constraints": [length], **settings.values(seed)},
+            settings.max_length,
+            settings.shown,
+            facts={"base_from_cache": ready.from_cache},
+        )
+        return compare(demo, started=start, console=console)
 
 
 def prepare_base(recipe: base.Recipe | None, console: Console) -> base.Base:

@@ -81,8 +81,10 @@ def separate(batch: Mapping[str, Any]) -> dict[str, Any]:
     numbers them. The loss is a mean over sequences, so it must know them; computed as rows of their own none sees another.
 
     Raises:
-        ValueError: an attention_mask that is not (N, L), or further tensors in a packed batch.
+        ValueError: no input_ids or labels, an attention_mask that is not (N, L), or further tensors in a packed batch.
     """
+    if not batch.keys() >= {"input_ids", "labels"}:
+        raise ValueError(f"a batch must hold input_ids and labels, which the task loss is of, got {sorted(batch)}")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise ValueError(

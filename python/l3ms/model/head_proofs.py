@@ -109,10 +109,7 @@ def prove(call: Call, model: Any, after: AfterHead) -> None:
     def compare(own: Tensor) -> HeadOutput:
         out = call(input_ids=ids, seq_weight=nothing, **options)
         if not isinstance(out, HeadOutput) or out.token is None:
-            raise ValueError(
-                f"fuse_head: a call does not reach the head of {name}: {_own_forward(call, model)}; "
-                "call fuse_head first, and wrap the forward after it"
-            )
+            raise unreached(name, _own_forward(call, model))
         if out.loss is None or float(out.loss) != 0:
             raise ValueError(f"fuse_head: {_kind(call)} adds to the loss of {name}, which cannot be told apart")
         scored = real[:, 1:]
@@ -187,6 +184,12 @@ def _first(values: Tensor, where: Tensor) -> float:
 
 def _kind(call: Any) -> str:
     return type(getattr(call, "base_model", call)).__name__
+
+
+def unreached(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"fuse_head: a call does not reach the head of {name}: {why}; call fuse_head first, and wrap the forward after it"
+    )
 
 
 def _own_forward(call: Any, model: Any) -> str:

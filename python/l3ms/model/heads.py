@@ -17,9 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from l3m_kernels import log_likelihood, weighted_log_likelihood
 from l3ms.model.after_head import AfterHead, find_after_head, no_cross_entropy, replaced_forward
+from l3ms.model.autocasting import wrapped
 from l3ms.model.head_output import HeadOutput as HeadOutput
 from l3ms.model.head_products import Product, head_module, head_rows, is_sharded, product
-from l3ms.model.head_proofs import as_it_was, prompt, prove
+from l3ms.model.head_proofs import as_it_was, prompt, prove, unreached
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.losses import shift
 from l3ms.model.sharding import any_rank, check_flat
@@ -118,7 +119,15 @@ def _state(model: Any, inner: Any) -> str:
     adapters = [f"{key} {type(value).__name__}" for key, value in (getattr(model, "peft_config", None) or {}).items()]
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
     kind = type(head).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return f"{wrappers} {adapters} {kind} {hooks} {inner.config.to_json_string(use_diff=False)}"
+    return f"{wrappers} {adapters} {kind} {hooks} {_given_forward(inner)} {inner.config.to_json_string(use_diff=False)}"
+
+
+def _given_forward(inner: Any) -> str:
+    """Of somebody who has replaced it on this model; empty for the class's own, and for that under accelerate's autocast."""
+    given = vars(inner).get("_original_forward" if wrapped(inner) else "forward")
+    if given is None or getattr(given, "__func__", None) is type(inner).forward:
+        return ""
+    return f"{getattr(given, '__qualname__', type(given).__name__)} {id(given)}"
 
 
 def _rebind(model: nn.Module, inner: Any, plain: Any) -> list[tuple[dict[str, Any], str, Any]]:
@@ -145,7 +154,10 @@ class _FusedHead:
         if hasattr(self, "unshard") and isinstance(seq_weight := kwargs.get("seq_weight"), Tensor):
             kwargs["seq_weight"] = as_bits(seq_weight)
         called: Any = super()
-        return called.__call__(*args, **kwargs)
+        out = called.__call__(*args, **kwargs)
+        if kwargs.get("seq_weight") is not None and not isinstance(out, HeadOutput):
+            raise unreached(type(self).__name__, f"{type(self).__name__} has a forward of its own")
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """For pickle and torch.save: the class was made here, so what is kept is the one it was made from."""
@@ -253,6 +265,9 @@ def _fused_class(cls: type) -> type:
         return self._fused_forward(own, args, labels, seq_weight, temperature, scored, auxiliary, kwargs)
 
     forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # generate() reads it
+    del (
+        forward.__wrapped__
+    )  # accelerate's unwrap_model(keep_fp32_wrapper=False) goes on to the innermost, which is another forward
     return type(
         cls.__name__, (_FusedHead, cls), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from l3ms.runs.arguments import make_optimizer, named_optimizer
 from l3ms.runs.engines import try_engine
 from l3ms.runs.evaluating import Samples, evaluator, examples, kept
 from l3ms.runs.fingerprints import BASE, of_base
-from l3ms.runs.folder import MetricsWriter, prepare_output, save_weights, write_config
+from l3ms.runs.folder import MetricsWriter, alone_in, prepare_output, save_weights, write_config
 from l3ms.runs.joining import join, same_folder
 from l3ms.runs.labels import is_mean_length, solver_label
 from l3ms.runs.loading import Run, load_run
@@ -67,7 +68,8 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
     trainer, metrics = _trainer(run, trackers, console)
     try_model(trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
     try_engine(run.engine, trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
-    with trackers.running(trainer):
+    with trackers.running(trainer), ExitStack() as until_it_ends:
+        of_first(lambda: until_it_ends.enter_context(alone_in(run.folder)))
         of_first(trackers.begin)
         of_first(lambda: _begin_folder(run, trackers))  # the first that is written: what can be refused has been
         same_folder(run.folder)

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from l3ms.config.yaml_reader import ConfigError, dump_yaml
 from l3ms.ranks import lookout
 from l3ms.regular_files import read_regular
 from l3ms.runs.whole_files import finite, open_to_append, remove, write_whole
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 ARTEFACTS = (
     "config.yaml", "metrics.jsonl", "sft.jsonl", "tensorboard", "checkpoints", "sft", "model", "average", "report.json",
@@ -42,6 +48,9 @@ def check_output(
             if any(Path(path).is_relative_to(folder / name) for name in ARTEFACTS):
                 raise ConfigError("output", f"{folder} would be overwritten, but {field} is read from it ({path})")
         _check_run(folder, "resume" if going_on else "output", {"config.yaml"} if going_on else set())
+        if folder.is_dir():
+            with alone_in(folder):
+                pass
     except OSError as error:  # a name that is too long, a folder that cannot be read
         raise ConfigError("output", f"{folder}: {error.strerror}") from None
 
@@ -67,6 +76,30 @@ def _check_run(folder: Path, field: str, own: Collection[str]) -> None:
             field, f"{', '.join(there)} in {folder} would be removed, and nothing there says that a run made them: choose another "
             "folder, or remove them yourself"
         )  # fmt: skip
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """`folder`, made where there is none, is this process's until the block ends, or the process does.
+
+    Raises `ConfigError` where it is another's. Where the file system has no locks it cannot be told.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise ConfigError("output", f"a run in {folder} is going on in another process") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def check_links(folder: Path) -> None:

@@ -63,22 +63,24 @@ def unreadable(folder: Path, taken: int) -> str | None:
 
 
 def misfit(folder: Path, model: Any) -> str | None:
-    """What of the weights in `folder` does not fit `model`; None where all do, and where they are not in one safetensors file."""
-    path = folder / "model.safetensors"
-    if not path.exists() or hasattr(model, "peft_config"):
+    """What of the weights in `folder` does not fit `model`; None where all do, and where they are not in safetensors files."""
+    paths = sorted([*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors")])
+    if not paths or hasattr(model, "peft_config"):
         return None
-    found, wanted = shapes(path), {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: shape for path in paths for name, shape in shapes(path).items()}
+    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    what = paths[0].name if len(paths) == 1 else "model.safetensors.index.json"
     for name in sorted(found.keys() & wanted.keys()):
         if found[name] != wanted[name]:
-            return f"model.safetensors has {found[name]} numbers as {name}, the model {wanted[name]}"
+            return f"{what} has {found[name]} numbers as {name}, the model {wanted[name]}"
     strange = sorted(found.keys() - wanted.keys())
     if strange:
-        return f"model.safetensors has {strange[0]}, which the model has not"
+        return f"{what} has {strange[0]}, which the model has not"
     # of tensors that are one and the same the file has one
     kept = {value.data_ptr() for name, value in model.state_dict().items() if name in found and value.numel()}
     for name, value in model.state_dict().items():
         if name not in found and value.numel() and value.data_ptr() not in kept:
-            return f"model.safetensors has no {name}"
+            return f"{what} has no {name}"
     return None
 
 

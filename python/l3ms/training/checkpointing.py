@@ -37,6 +37,8 @@ class CheckpointingTrainer(Trainer):
     _sealed: Path | None = None  # one that was, before the callbacks have seen it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint or self.args.load_best_model_at_end:
+            self._check_adapters()
         if resume_from_checkpoint is True:
             place = Path(self._get_output_dir(None))
             for folder in checkpoints.checkpoints(place):
@@ -57,6 +59,15 @@ class CheckpointingTrainer(Trainer):
             else:
                 logger.warning("%s has no %s: it cannot be verified", folder, checkpoints.MANIFEST)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_adapters(self) -> None:
+        """The Trainer loads a checkpoint into the first active adapter, and leaves others as they are."""
+        active: Any = self.model.active_adapters if hasattr(self.model, "disable_adapter") else ()  # type: ignore[union-attr]
+        if len(active) > 1:
+            raise ValueError(
+                f"a checkpoint is loaded into one adapter, and {len(active)} are active ({', '.join(active)}): train without "
+                "resume_from_checkpoint and load_best_model_at_end, or with one adapter"
+            )
 
     @property
     def taken_at_once(self) -> int:

@@ -16,6 +16,7 @@ from l3ms.barrier.schedules import ExponentialDecay, NoiseFloorDecay, flat_acros
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
 from l3ms.constraints.trl_arguments import RewardLog
+from l3ms.model.autocasting import wrapped
 from l3ms.model.columns import check_names
 from l3ms.model.orders import PromptOrder
 from l3ms.ranks.group import gather
@@ -55,12 +56,14 @@ class Constraining(AveragingTrainer):
 
     def set_up(self, rows: Any, where: str) -> None:
         """`rows`: whose prompts are answered, the argument `where`."""
+        self._check_precision()
         self.l3m_optimizer: L3MOptimizer | None = None
         self.last_rollout: Rollout | None = None
         self.last_rewards: dict[str, list[float | None]] = {}
         self.reward_log = RewardLog()
         self.watched: dict[str, float] = {}
         self.fewer_samples = FewerSamples(self.l3m.rollout_every, self.l3m.rollout_reuse)
+        self._answers_own_rows, self._answered = where == "train_dataset", self.train_dataset
         self.take_prompts(rows, where)
         for constraint in self.constraints:
             constraint.prepare(self.policy)
@@ -69,11 +72,29 @@ class Constraining(AveragingTrainer):
         self._flat_told = False
         self.add_callback(HalfSteps(self))
 
+    def _check_precision(self) -> None:
+        """accelerate leaves the forward of a model that it has prepared in mixed precision under autocast, for whoever is next."""
+        if self.accelerator.mixed_precision == "no" and wrapped(self.policy):
+            raise ValueError(
+                "the model's forward computes in the mixed precision of an earlier trainer, and this one has none: give it "
+                "accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)"
+            )
+
     def take_prompts(self, rows: Any, where: str) -> None:
         """`rows` are answered from now on, from the beginning of an order of theirs."""
         self.prompts = PromptOrder(rows, **self._order) if hasattr(rows, "__len__") else None
         if self.prompts is not None and any(constraint.samples for constraint in self.constraints):
             check_names(where, self.prompts.rows[0])
+
+    def prompts_of(self, rows: Any) -> Any:
+        """Those of a train_dataset that was given, checked; of one that is set later too."""
+        raise NotImplementedError
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._answers_own_rows and self._answered is not self.train_dataset:
+            self._answered = self.train_dataset
+            self.take_prompts(self.prompts_of(self._answered), "train_dataset")
+        return super().train(*args, **kwargs)
 
     @property
     def _order(self) -> dict[str, int]:

@@ -102,6 +102,24 @@ def divergences_of_now(trainer: Constrained, responses: Rollout) -> dict[str, li
     return responses.rewards(bounded, trainer.policy)
 
 
+def per_token_of_all_ranks(
+    trainer: Constrained, responses: Rollout, rewards: dict[str, list[float | None]]
+) -> dict[str, list[float | None]]:
+    """`rewards`, with those of a `KL` per token divided by the mean length of all ranks' responses, not of this one's."""
+    names = [item.name for item in trainer.constraints if isinstance(item, KL) and item.per_token]
+    if trainer.args.world_size == 1 or not rewards.keys() & set(names):
+        return rewards
+    own = torch.stack([responses.lengths.sum(), responses.lengths.new_tensor(responses.lengths.numel())]).double()
+    tokens, count = trainer.accelerator.reduce(own, reduction="sum").tolist()
+    factor = float(own[0] / own[1]) / (tokens / count)
+    scaled = {
+        name: [None if value is None else value * factor for value in rewards[name]]
+        for name in names
+        if name in rewards
+    }
+    return rewards | scaled
+
+
 def sampling_seed(trainer: Constrained) -> int | None:
     """Of an iteration, where there are several ranks, each of which makes its own stream of it. One takes the run's generator."""
     args = trainer.args
@@ -120,7 +138,8 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     if again is not None and kept is not None:
         kept.uses += 1
         with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
-            rewards = kept.rewards | divergences_of_now(trainer, kept.responses)
+            now = divergences_of_now(trainer, kept.responses)
+        rewards = kept.rewards | per_token_of_all_ranks(trainer, kept.responses, now)
         weights = optimizer.observe(rewards, kept.responses.lengths, importance=truncated(again), fresh=False)
         _backward(trainer, kept.responses, weights, fresh=False)
         return None
@@ -129,7 +148,8 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     fewer.sampled = True
     fewer.sampled_tokens += _of_all_ranks(trainer, responses.scored)
     with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
-        rewards = trainer.last_rewards = rewards_of(trainer, responses)
+        rewards = rewards_of(trainer, responses)
+    rewards = trainer.last_rewards = per_token_of_all_ranks(trainer, responses, rewards)
     importance = policy = drawn = None
     if not looking_on and (trainer.l3m.rollout_importance == "truncate" or fewer.reuse > 1):
         policy = drawn = policy_log_likelihood(trainer, responses)

@@ -54,17 +54,25 @@ class EvaluatingTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self._losses = []
+        self._losses, metrics = [], self.compute_metrics
+        told: set[str] = set()
+
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            found = metrics(*args, **kwargs)  # type: ignore[misc]
+            told.update(found or ())  # a "loss" of theirs is eval_loss, as in the Trainer
+            return found
+
+        self.compute_metrics = metrics and telling
         try:
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             name = f"{metric_key_prefix}_loss"
-            if self._losses and found.metrics is not None and name in found.metrics:
+            if self._losses and found.metrics is not None and name in found.metrics and "loss" not in told:
                 found.metrics[name] = self._mean_loss()
             return found
         finally:
-            self._losses = None
+            self._losses, self.compute_metrics = None, metrics
 
     def _mean_loss(self) -> float:
         assert self._losses

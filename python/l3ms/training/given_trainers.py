@@ -48,7 +48,7 @@ class GivenTrainer(Constraining):
         check_arguments_of(where, given.get("args"))
         self.constraints, self.engine = check_constraints(constraints), None
         check_functions(l3m, self.constraints)
-        check_given(given)
+        check_given(given, l3m.solver)
         self.l3m = replace(l3m, half_steps=l3m.half_steps or self.half_steps)
         rows = self._rows(given, prompts)
         super().__init__(*args, **kwargs)
@@ -66,6 +66,9 @@ class GivenTrainer(Constraining):
             return None
         check_rollout(self.l3m, self.constraints)
         return prompt_rows(self.given_name, prompts, given.get("train_dataset"), self.constraints)
+
+    def prompts_of(self, rows: Any) -> Any:
+        return self._rows({"train_dataset": rows}, None)
 
     def _check_samples(self, rows: Any) -> None:
         if rows is not None:

@@ -31,24 +31,41 @@ def check_options(args: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(
             "compute_loss_func is not taken: the fused head gives it no logits; override L3MTrainer.compute_loss for another task loss"
         )
-    check_given(options)
+    check_given(options, args.solver)
     if args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor must be 0: the fused head forms no distribution to smooth towards, "
             f"got {args.label_smoothing_factor}"
         )
-    if args.label_names is not None and "labels" not in args.label_names:
-        raise ValueError(f'label_names must hold "labels", which the task loss is of, got {args.label_names}')
+    names = args.label_names
+    if names is not None and ("labels" not in names or (options.get("data_collator") is None and len(names) > 1)):
+        raise ValueError(
+            'label_names must be ["labels"], which the task loss is of (with others too where a data_collator gives them), '
+            f"got {names}"
+        )
     check_arguments(args)
 
 
-def check_given(options: Mapping[str, Any]) -> None:
+def check_processing_class(given: Any) -> None:
+    """Of what pads rows, or samples."""
+    if given is not None and not hasattr(given, "pad_token_id"):
+        raise ValueError(
+            f"processing_class must be the model's tokenizer, got {type(given).__name__}: of a processor give its .tokenizer"
+        )
+
+
+def check_given(options: Mapping[str, Any], solver: str) -> None:
     """What a constrained trainer of any task is given beside its arguments."""
     if options.get("model_init") is not None:
         raise ValueError(
             "model_init is not taken: constraints are prepared for one model; give model=, and make a trainer for each run"
         )
-    if isinstance((options.get("optimizers") or (None,))[0], L3MOptimizer):
+    optimizer = (options.get("optimizers") or (None,))[0]
+    if isinstance(optimizer, list | tuple) and solver == "none":
+        raise ValueError(
+            'optimizers: solver="none" steps one optimizer, got several; an L3MOptimizer steps them together'
+        )
+    if isinstance(optimizer, L3MOptimizer):
         raise ValueError(
             "optimizers: give the plain optimizer; the trainer wraps it in an L3MOptimizer with its constraints"
         )

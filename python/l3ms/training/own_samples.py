@@ -50,7 +50,7 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import Batch, DataNLL, sequence_nll
 from l3ms.rollouts.engines import Response
 from l3ms.rollouts.rollout import Rollout
-from l3ms.training.constraint_step import rewards_of
+from l3ms.training.constraint_step import per_token_of_all_ranks, rewards_of
 from l3ms.training.given_trainers import GivenTrainer
 from l3ms.training.trl_options import check_own_samples, check_sampling_of, check_tokenizer
 
@@ -153,7 +153,8 @@ class OwnSamples(GivenTrainer):
         if any(constraint.samples for constraint in self.constraints):
             with optimizer.estimates.errors_on_all_ranks():
                 responses = self._responses(inputs, prompts, completions, completion_ids)
-                rewards = self.last_rewards = rewards_of(trainer, responses)
+                rewards = rewards_of(trainer, responses)
+            rewards = self.last_rewards = per_token_of_all_ranks(trainer, responses, rewards)
             self._weights = optimizer.observe(rewards) * len(responses)
             self.last_rollout = responses
             self.fewer_samples.sampled = True

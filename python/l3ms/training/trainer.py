@@ -28,6 +28,7 @@ from l3ms.training.honoured import (
     check_functions,
     check_options,
     check_parallelism,
+    check_processing_class,
     check_rollout,
     check_rows,
     check_sampling,
@@ -72,9 +73,11 @@ class L3MTrainer(Constraining, TimingTrainer):
         check_functions(args, self.constraints)
         check_rollout(args, self.constraints, self.engine)
         tokenizer, rows = kwargs.get("processing_class"), kwargs.get("train_dataset") if prompts is None else prompts
-        if rows is not None and needs_responses(args, self.constraints):
+        own_collator, samples = kwargs.get("data_collator") is None, needs_responses(args, self.constraints)
+        if own_collator or samples:
+            check_processing_class(tokenizer)
+        if rows is not None and samples:
             check_sampling(self.constraints, tokenizer, rows)
-        own_collator = kwargs.get("data_collator") is None
         if own_collator:
             check_rows("train_dataset", kwargs.get("train_dataset"))
             check_rows("eval_dataset", kwargs.get("eval_dataset"))
@@ -87,7 +90,11 @@ class L3MTrainer(Constraining, TimingTrainer):
         # Our loss is a mean over sequences: the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.set_up(rows, "train_dataset" if prompts is None else "prompts")
-        self._answered = self.train_dataset if prompts is None else None
+
+    def prompts_of(self, rows: Any) -> Any:
+        if needs_responses(self.l3m, self.constraints):
+            check_sampling(self.constraints, self.processing_class, rows)
+        return rows
 
     # ---- the task half-step ----
 
@@ -151,11 +158,6 @@ class L3MTrainer(Constraining, TimingTrainer):
         return Collator(pad) if parts else CountingCollator(pad)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self._answered is not None and self._answered is not self.train_dataset:
-            self._answered = self.train_dataset
-            if needs_responses(self.l3m, self.constraints):
-                check_sampling(self.constraints, self.processing_class, self._answered)
-            self.take_prompts(self._answered, "train_dataset")
         found = super().train(*args, **kwargs)
         if not found.global_step:
             raise ValueError("train_dataset gave no batch: nothing was trained")

@@ -1,6 +1,7 @@
 """What `fuse_head` proves, what it refuses, through which call, and that it leaves the model as it was."""
 
 import copy
+import types
 from typing import Any
 
 import accelerate
@@ -122,6 +123,32 @@ def test_a_forward_that_was_wrapped_before(make_model):
     own = model.forward
     model.forward = lambda *args, **kwargs: own(*args, **kwargs)  # as torch.compile(model.forward)
     assert "LlamaForCausalLM has a forward of its own; call fuse_head first" in refusal(model)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_forward_that_was_put_in_its_place_since(make_model, seen):
+    """As a kernel library does to a model that is there: neither a call nor another proof takes it for the fused one."""
+    model = l3ms.fuse_head(make_model())
+    plain = transformers.LlamaForCausalLM.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: plain(self, *args, **kwargs), model)
+    if seen:
+        with pytest.raises(ValueError, match=r"^fuse_head: .*LlamaForCausalLM has a forward of its own"):
+            l3ms.fuse_head(model)
+    inputs, weights = batch()
+    with pytest.raises(ValueError, match="LlamaForCausalLM has a forward of its own"):
+        model(**inputs, seq_weight=weights)
+
+
+def test_unwrapped_of_mixed_precision(make_model, tmp_path):
+    """accelerate goes through everything that is around a forward, not through the fused one."""
+    model = l3ms.fuse_head(make_model())
+    inputs, weights = batch()
+    expected = model(**inputs, seq_weight=weights).sequence
+    args = transformers.TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to=[])
+    prepared: Any = transformers.Trainer(model, args).accelerator.prepare_model(model)
+    assert not torch.equal(prepared(**inputs, seq_weight=weights).sequence, expected)
+    alone = accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(alone(**inputs, seq_weight=weights).sequence, expected)
 
 
 # ---- through what will be called ----

@@ -7,6 +7,16 @@ from l3ms.runs import folder
 from l3ms.runs.whole_files import remove
 
 
+def test_a_folder_is_of_one_process_at_a_time(tmp_path):
+    place = tmp_path / "new" / "out"
+    with folder.alone_in(place):
+        for going_on in (False, True):
+            with pytest.raises(ConfigError, match=r"^output: a run in .*out is going on in another process$"):
+                folder.check_output(place, overwrite=not going_on, going_on=going_on)
+    folder.check_output(place, overwrite=False)
+    assert not list(place.iterdir())
+
+
 def test_what_no_run_has_made_is_not_overwritten(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "config.yaml").touch()

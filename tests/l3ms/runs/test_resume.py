@@ -48,6 +48,22 @@ def whole(tmp_path_factory, tokenizer):
     return config, config.parent / "out"
 
 
+def test_a_run_that_is_going_on_is_left_alone(whole, tmp_path, capsys, monkeypatch):
+    config, out, ends, real = whole[0], tmp_path / "out", [], run.save_weights
+
+    def meanwhile(*arguments):
+        ends.extend(train(config, "--output", out, option) for option in ("--resume", "--overwrite"))
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "save_weights", meanwhile)
+    assert train(config, "--output", out) == 0
+    assert ends == [2] * 4  # weights, and their average
+    assert capsys.readouterr().err.count(f"a run in {out} is going on in another process") == 4
+    assert_same(out, whole[1])
+    monkeypatch.undo()
+    assert train(config, "--output", out, "--resume") == 0  # it is finished
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23
 @pytest.mark.parametrize(
     "name",

@@ -1,6 +1,8 @@
 """The best model at the end is all of it, whatever its kind's files call its weights, and whatever its adapter is called."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -48,6 +50,33 @@ def test_experts_have_other_names_in_their_files(make_model, train, tmp_path):
         CheckpointError, match=r"load_best_model_at_end: .*has no model.layers.0.mlp.experts.gate_up_proj"
     ):
         trainer._load_best_model()
+
+
+def test_weights_in_several_files_are_all_there(make_model, train):
+    trainer, folder, weights = saved(train, make_model())
+    (Path(folder) / "model.safetensors").unlink()
+    trainer.model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="2KB")
+    assert len(list(Path(folder).glob("model-*-of-*.safetensors"))) > 1
+    assert_loaded(trainer, weights)
+    index = Path(folder) / "model.safetensors.index.json"
+    path = Path(folder) / json.loads(index.read_text())["weight_map"]["model.norm.weight"]
+    kept = {name: value for name, value in load_file(path).items() if name != "model.norm.weight"}
+    save_file(kept, path)
+    with pytest.raises(CheckpointError, match=r"has no model\.norm\.weight"):
+        trainer._load_best_model()
+
+
+def test_several_active_adapters_are_not_loaded_as_one(make_model, train, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(make_model(), config)
+    model.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["v_proj"]))
+    base: Any = model.base_model
+    base.set_adapter(["default", "second"])
+    trainer, folder, _ = saved(train, model)
+    for loading in ({"resume_from_checkpoint": folder}, {}):
+        trainer.args.load_best_model_at_end = not loading
+        with pytest.raises(ValueError, match=r"one adapter, and 2 are active \(default, second\): train without"):
+            trainer.train(**loading)
 
 
 @pytest.mark.parametrize("names", [("default",), ("mine",), ("default", "mine")])

@@ -257,3 +257,10 @@ def test_arguments_are_known_by_name_through_a_class_that_hands_them_on(make_mod
         "args": 2,
         "data_collator": 3,
     }
+
+
+def test_rows_that_are_given_later_are_answered(make):
+    trainer = make("Trainer", max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"number": -1})
+    trainer.train()
+    assert set(trainer.last_rollout.columns["number"]) == {-1}

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from training_runs import log_likelihood, rows
 
 import l3ms
+from l3ms.model.batches import Collator
 
 # ---- the loss ----
 
@@ -75,6 +77,21 @@ def test_metrics_are_given_logits_labels_inputs_and_losses(tmp_path, tokenizer, 
     assert len(seen[0].losses) == 7
     predicted = trainer.predict(held_out)  # type: ignore[arg-type]
     np.testing.assert_array_equal(predicted.predictions, seen[0].predictions)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss"])
+def test_a_metric_that_is_called_loss_is_what_the_trainer_makes_of_it(tmp_path, tokenizer, make_model, name):
+    """transformers puts "loss" of `compute_metrics` into eval_loss, and its own in the place of an "eval_loss"."""
+    args: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    more: dict[str, Any] = {"eval_dataset": rows(4, seed=5), "compute_metrics": lambda given: {name: 123.0}}
+    ours = l3ms.L3MTrainer(make_model(), l3ms.L3MConfig(str(tmp_path), solver="none", **args), **more)
+    plain = transformers.Trainer(
+        make_model(), transformers.TrainingArguments(str(tmp_path), **args), data_collator=Collator(0), **more
+    )
+    found = ours.evaluate()["eval_loss"]
+    assert found == pytest.approx(plain.evaluate()["eval_loss"], rel=0.5)
+    assert (found == 123.0) == (name == "loss")
+    assert ours.compute_metrics is more["compute_metrics"]
 
 
 def test_logits_are_preprocessed(tmp_path, tokenizer, make_model):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.utils import extract_model_from_parallel
 from training_runs import CONSTRAINTS, assert_same_weights, log_likelihood, losses, rows
 
 import l3ms
@@ -34,7 +35,14 @@ def make(tmp_path, tokenizer, model, *, settings=None, constraints=CONSTRAINTS, 
     ("settings", "options", "line"),
     [
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor must be 0: .*, got 0.1"),
-        ({"label_names": ["start"]}, {}, r'label_names must hold "labels"'),
+        ({"label_names": ["start"]}, {}, r'label_names must be \["labels"\]'),
+        ({"label_names": ["labels", "start"]}, {}, r'label_names must be \["labels"\], .*where a data_collator gives'),
+        (
+            {"solver": "none"},
+            {"optimizers": ([nothing, nothing], None)},
+            r'optimizers: solver="none" steps one optimizer',
+        ),
+        ({}, {"processing_class": nothing}, "processing_class must be the model's tokenizer, got function"),
         ({"use_liger_kernel": True}, {}, "use_liger_kernel must be False"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size must be False"),
         ({"debug": "underflow_overflow"}, {}, "debug must not hold underflow_overflow"),
@@ -51,6 +59,25 @@ def make(tmp_path, tokenizer, model, *, settings=None, constraints=CONSTRAINTS, 
 def test_what_would_have_no_effect_is_refused_by_name(tmp_path, tokenizer, make_model, settings, options, line):
     with pytest.raises(ValueError, match=line):
         make(tmp_path, tokenizer, make_model(), settings=settings, **options)
+
+
+def test_embeddings_in_place_of_tokens_are_refused(tmp_path, make_model):
+    trainer = make(tmp_path, None, make_model(), settings={"solver": "none"}, constraints=(), data_collator=nothing)
+    with pytest.raises(ValueError, match=r"must hold input_ids and labels, .*got \['inputs_embeds', 'labels'\]"):
+        trainer.compute_loss(trainer.model, {"inputs_embeds": torch.zeros(1, 2, 8), "labels": torch.zeros(1, 2)})
+
+
+def test_a_model_under_the_autocast_of_an_earlier_trainer_is_refused(tmp_path, make_model):
+    model, plain = make_model(), {"solver": "none", "learning_rate": 0.0}
+    make(tmp_path, None, model, settings=plain | {"bf16": True}, constraints=()).train()
+    with pytest.raises(
+        ValueError, match="computes in the mixed precision of an earlier trainer, and this one has none"
+    ):
+        make(tmp_path, None, model, settings=plain, constraints=())
+    alone = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    found: list[Any] = [make(tmp_path, None, item, settings=plain, constraints=()) for item in (alone, make_model())]
+    mine, fresh = (item.compute_loss(item.model.train(), item.data_collator(rows(4))) for item in found)
+    assert torch.equal(mine, fresh)
 
 
 def test_a_padding_token_without_an_embedding_is_refused(tmp_path, tokenizer, make_model):

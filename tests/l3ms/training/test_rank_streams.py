@@ -1,13 +1,16 @@
-"""Ranks sample from streams of their own: equal prompts on two of them get independent answers, as the standard errors count them."""
+"""Ranks sample from streams of their own: equal prompts on two of them get independent answers, as the standard errors count them, and
+what is said of all is of all."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import l3ms
 from l3ms.rollouts import streams
-from l3ms.training.constraint_step import sampling_seed
+from l3ms.training.constraint_step import per_token_of_all_ranks, sampling_seed
 
 
 @pytest.fixture
@@ -44,3 +47,23 @@ def test_the_generator_of_a_rank_goes_on_as_it_was(drawn, world):
         assert after.equal(expected[4:])
     else:
         assert after.equal(expected[:4])
+
+
+def test_a_divergence_per_token_is_of_the_tokens_of_all_ranks():
+    """Two ranks with unlike lengths: the mean of all rewards is the divergence of all responses over all their tokens."""
+    lengths, nats = ([2, 4], [9, 9, 12]), ([1.0, 3.0], [2.0, 5.0, 7.0])
+    found = []
+    for own, other in ((0, 1), (1, 0)):
+        rest: Any = torch.tensor([sum(lengths[other]), len(lengths[other])], dtype=torch.float64)
+        accelerator = types.SimpleNamespace(reduce=lambda value, reduction, rest=rest: value + rest)
+        constraints = [l3ms.KL(max=1.0, per_token=True), l3ms.Length(max=8)]
+        trainer: Any = types.SimpleNamespace(
+            args=types.SimpleNamespace(world_size=2), accelerator=accelerator, constraints=constraints
+        )
+        responses: Any = types.SimpleNamespace(lengths=torch.tensor(lengths[own]))
+        mean = sum(lengths[own]) / len(lengths[own])
+        rewards = {"kl": [value / mean for value in nats[own]], "length": lengths[own]}
+        of_all = per_token_of_all_ranks(trainer, responses, rewards)
+        assert of_all["length"] == lengths[own]
+        found += of_all["kl"]
+    assert sum(found) / len(found) == pytest.approx(sum(map(sum, nats)) / sum(map(sum, lengths)))
