@@ -89,17 +89,32 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     place = os.open(folder, os.O_RDONLY)
+    _held.add(place)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(place)
-        raise ConfigError("output", f"a run in {folder} is going on in another process") from None
-    except OSError:
-        pass
-    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("output", f"a run in {folder} is going on in another process") from None
+        except OSError:
+            pass
         yield
     finally:
+        if place in _held:
+            _held.remove(place)
+            os.close(place)
+
+
+_held: set[int] = set()  # descriptors with locks: a forked process that outlives this one must not keep them
+
+
+def _let_go() -> None:
+    for place in _held:
         os.close(place)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def check_links(folder: Path) -> None:

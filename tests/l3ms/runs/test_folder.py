@@ -1,5 +1,7 @@
 """What may be removed where a run is replaced."""
 
+import os
+
 import pytest
 
 from l3ms.config.run_config import ConfigError
@@ -15,6 +17,23 @@ def test_a_folder_is_of_one_process_at_a_time(tmp_path):
                 folder.check_output(place, overwrite=not going_on, going_on=going_on)
     folder.check_output(place, overwrite=False)
     assert not list(place.iterdir())
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    read, write = os.pipe()
+    with folder.alone_in(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)  # until the other end is closed
+            os._exit(0)
+    try:
+        with folder.alone_in(tmp_path):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it is still there
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
+        os.close(read)
 
 
 def test_what_no_run_has_made_is_not_overwritten(tmp_path):
