@@ -4,6 +4,7 @@ half-step. All of them are observed before the one step and share its S."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -83,41 +84,50 @@ def _data(trainer: Constrained) -> None:
         trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
 
 
-def rewards_of(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
-    """Of every constraint. The monitors come last, and draw nothing: what the others draw is what they draw without them."""
+def rewards_of(trainer: Constrained, responses: Rollout, share: float) -> dict[str, list[float | None]]:
+    """Of every constraint. The monitors come last, and draw nothing: what the others draw is what they draw without them.
+
+    `share`: see `of_mean_length`.
+    """
     policy, arguments = trainer.policy, trainer.reward_arguments()
     bounded = [constraint for constraint in trainer.constraints if not constraint.monitor]
     found = responses.rewards(bounded, policy, arguments)
     with undrawn(policy.device):
         monitors = [constraint for constraint in trainer.constraints if constraint.monitor]
         found |= responses.rewards(monitors, policy, arguments)
-    return {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
+    found = {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
+    return _per_token(trainer, found, share)
 
 
-def divergences_of_now(trainer: Constrained, responses: Rollout) -> dict[str, list[float | None]]:
+def divergences_of_now(trainer: Constrained, responses: Rollout, share: float) -> dict[str, list[float | None]]:
     """Of responses that an earlier policy has drawn: `log pi - log pi_ref` is of the policy that the gradient is of."""
     bounded = [
         constraint for constraint in trainer.constraints if isinstance(constraint, KL) and not constraint.monitor
     ]
-    return responses.rewards(bounded, trainer.policy)
+    return _per_token(trainer, responses.rewards(bounded, trainer.policy), share)
 
 
-def per_token_of_all_ranks(
-    trainer: Constrained, responses: Rollout, rewards: dict[str, list[float | None]]
-) -> dict[str, list[float | None]]:
-    """`rewards`, with those of a `KL` per token divided by the mean length of all ranks' responses, not of this one's."""
-    names = [item.name for item in trainer.constraints if isinstance(item, KL) and item.per_token]
-    if trainer.args.world_size == 1 or not rewards.keys() & set(names):
-        return rewards
-    own = torch.stack([responses.lengths.sum(), responses.lengths.new_tensor(responses.lengths.numel())]).double()
+def of_mean_length(trainer: Constrained, lengths: Sequence[int]) -> float:
+    """The mean length of this rank's responses as a share of that of all ranks'; 1 where no `KL` is per token.
+
+    All ranks ask before rewards are computed, whose errors they tell each other of in the next sum.
+    """
+    if trainer.args.world_size == 1 or not any(isinstance(c, KL) and c.per_token for c in trainer.constraints):
+        return 1.0
+    own = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64, device=trainer.policy.device)
     tokens, count = trainer.accelerator.reduce(own, reduction="sum").tolist()
-    factor = float(own[0] / own[1]) / (tokens / count)
-    scaled = {
-        name: [None if value is None else value * factor for value in rewards[name]]
-        for name in names
-        if name in rewards
+    return sum(lengths) / len(lengths) / (tokens / count)
+
+
+def _per_token(
+    trainer: Constrained, rewards: dict[str, list[float | None]], share: float
+) -> dict[str, list[float | None]]:
+    """Those of a `KL` per token, divided by the mean length of all ranks' responses, not of this one's."""
+    names = {item.name for item in trainer.constraints if isinstance(item, KL) and item.per_token}
+    return {
+        name: [None if value is None else value * share for value in values] if name in names else values
+        for name, values in rewards.items()
     }
-    return rewards | scaled
 
 
 def sampling_seed(trainer: Constrained) -> int | None:
@@ -137,9 +147,9 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     again, kept = _again(trainer), fewer.kept
     if again is not None and kept is not None:
         kept.uses += 1
+        share = of_mean_length(trainer, kept.responses.host_lengths)
         with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
-            now = divergences_of_now(trainer, kept.responses)
-        rewards = kept.rewards | per_token_of_all_ranks(trainer, kept.responses, now)
+            rewards = kept.rewards | divergences_of_now(trainer, kept.responses, share)
         weights = optimizer.observe(rewards, kept.responses.lengths, importance=truncated(again), fresh=False)
         _backward(trainer, kept.responses, weights, fresh=False)
         return None
@@ -147,9 +157,9 @@ def _sampled(trainer: Constrained) -> Rollout | None:
     responses = _answers(trainer)
     fewer.sampled = True
     fewer.sampled_tokens += _of_all_ranks(trainer, responses.scored)
+    share = of_mean_length(trainer, responses.host_lengths)
     with trainer.phases.inside("rewards"), optimizer.estimates.errors_on_all_ranks():
-        rewards = rewards_of(trainer, responses)
-    rewards = trainer.last_rewards = per_token_of_all_ranks(trainer, responses, rewards)
+        rewards = trainer.last_rewards = rewards_of(trainer, responses, share)
     importance = policy = drawn = None
     if not looking_on and (trainer.l3m.rollout_importance == "truncate" or fewer.reuse > 1):
         policy = drawn = policy_log_likelihood(trainer, responses)

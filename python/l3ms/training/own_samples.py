@@ -50,7 +50,7 @@ from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import Batch, DataNLL, sequence_nll
 from l3ms.rollouts.engines import Response
 from l3ms.rollouts.rollout import Rollout
-from l3ms.training.constraint_step import per_token_of_all_ranks, rewards_of
+from l3ms.training.constraint_step import of_mean_length, rewards_of
 from l3ms.training.given_trainers import GivenTrainer
 from l3ms.training.trl_options import check_own_samples, check_sampling_of, check_tokenizer
 
@@ -151,10 +151,10 @@ class OwnSamples(GivenTrainer):
         trainer: Any = self
         first = optimizer.estimates.pending is None  # of this optimizer step
         if any(constraint.samples for constraint in self.constraints):
+            share = of_mean_length(trainer, [len(ids) for ids in completion_ids])
             with optimizer.estimates.errors_on_all_ranks():
                 responses = self._responses(inputs, prompts, completions, completion_ids)
-                rewards = rewards_of(trainer, responses)
-            rewards = self.last_rewards = per_token_of_all_ranks(trainer, responses, rewards)
+                rewards = self.last_rewards = rewards_of(trainer, responses, share)
             self._weights = optimizer.observe(rewards) * len(responses)
             self.last_rollout = responses
             self.fewer_samples.sampled = True

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import l3ms
 from l3ms.rollouts import streams
-from l3ms.training.constraint_step import per_token_of_all_ranks, sampling_seed
+from l3ms.training.constraint_step import divergences_of_now, of_mean_length, rewards_of, sampling_seed
 
 
 @pytest.fixture
@@ -55,15 +55,21 @@ def test_a_divergence_per_token_is_of_the_tokens_of_all_ranks():
     found = []
     for own, other in ((0, 1), (1, 0)):
         rest: Any = torch.tensor([sum(lengths[other]), len(lengths[other])], dtype=torch.float64)
-        accelerator = types.SimpleNamespace(reduce=lambda value, reduction, rest=rest: value + rest)
-        constraints = [l3ms.KL(max=1.0, per_token=True), l3ms.Length(max=8)]
-        trainer: Any = types.SimpleNamespace(
-            args=types.SimpleNamespace(world_size=2), accelerator=accelerator, constraints=constraints
-        )
-        responses: Any = types.SimpleNamespace(lengths=torch.tensor(lengths[own]))
         mean = sum(lengths[own]) / len(lengths[own])
         rewards = {"kl": [value / mean for value in nats[own]], "length": lengths[own]}
-        of_all = per_token_of_all_ranks(trainer, responses, rewards)
+        trainer: Any = types.SimpleNamespace(
+            args=types.SimpleNamespace(world_size=2),
+            accelerator=types.SimpleNamespace(reduce=lambda value, reduction, rest=rest: value + rest),
+            constraints=[l3ms.KL(max=1.0, per_token=True), l3ms.Length(max=8)],
+            policy=types.SimpleNamespace(device=torch.device("cpu")),
+            reward_arguments=dict,
+        )
+        responses: Any = types.SimpleNamespace(
+            rewards=lambda asked, *rest, rewards=rewards: {item.name: rewards[item.name] for item in asked}
+        )
+        share = of_mean_length(trainer, lengths[own])
+        of_all = rewards_of(trainer, responses, share)
         assert of_all["length"] == lengths[own]
+        assert divergences_of_now(trainer, responses, share) == {"kl": of_all["kl"]}
         found += of_all["kl"]
     assert sum(found) / len(found) == pytest.approx(sum(map(sum, nats)) / sum(map(sum, lengths)))
