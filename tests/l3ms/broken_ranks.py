@@ -114,7 +114,7 @@ def _reward():
     """A reward function that raises, on a rank."""
     from l3ms.training import constraint_step
 
-    def broken(trainer, responses):
+    def broken(trainer, responses, share):
         raise ValueError("constraint 'polite': no luck")
 
     def act(trainer):

@@ -31,8 +31,9 @@ class KL(Constraint):
         reference: a transformers causal LM, or a folder or hub id of one; None is the model as it is when the training starts: with PEFT
             the model with its adapters as they are then, otherwise a copy. The trainer takes care of that; in a loop of one's own call
             `prepare(model)` first.
-        per_token: divide by the mean length of the responses. Lengths are constants in the gradient, so that the divergence per token
-            is not lowered by longer responses. Not with a threshold or quantile.
+        per_token: divide by the mean length of the responses: of all ranks in the trainers, of those that are given in a loop of one's
+            own. Lengths are constants in the gradient, so that the divergence per token is not lowered by longer responses. Not with a
+            threshold or quantile.
         batch_size: responses scored at a time.
         scale, margin, threshold, quantile, monitor: as in `Constraint`.
         trust_remote_code: run code that comes with a reference that is loaded.
