@@ -64,7 +64,9 @@ class Reference:
         if self.model is None and not self.adapters and self.start is None:
             given = self.source is not None
             own = not given or (
-                adapted and model.get_base_model().name_or_path == self.source and not _base_changed(model)
+                adapted
+                and model.get_base_model().name_or_path == self.source
+                and not (_base_changed(model) or _base_trained(model))
             )
             self._policy = ref(model) if own else None
             if own and adapted and (given or _changes_nothing(model)):
@@ -97,6 +99,10 @@ class Reference:
             )
         self._find(model)
         if self.adapters:
+            if name := _base_trained(model):
+                raise ValueError(
+                    f"{self.where}: reference is the model without its adapters, and {name} is trained too: give reference="
+                )
             return model, model.disable_adapter()
         if self.start is not None:
             return model, self._as_at_the_start(model)
@@ -169,6 +175,17 @@ def _changes_nothing(model: Any) -> bool:
     plain = all(".lora_A." in name or ".lora_B." in name or ".lora_embedding_" in name for name, _ in trained(model))
     second = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
     return plain and bool(second) and not any(bool(whole(p).any()) for p in second)
+
+
+def _base_trained(model: Any) -> str | None:
+    """The name of a parameter that is trained and is no adapter's (LoRA's bias="all", a norm): without them it is not what it was."""
+    kinds = (
+        getattr(model.base_model, "prefix", "prompt_encoder."),
+        "prompt_encoder.",
+        "modules_to_save.",
+        "trainable_tokens_",
+    )
+    return next((name for name, _ in trained(model) if not any(kind in name for kind in kinds)), None)
 
 
 def _base_changed(model: Any) -> bool:

@@ -17,12 +17,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from l3m_kernels import log_likelihood, weighted_log_likelihood
 from l3ms.model.after_head import AfterHead, find_after_head, no_cross_entropy, replaced_forward
-from l3ms.model.autocasting import wrapped
 from l3ms.model.head_output import HeadOutput as HeadOutput
 from l3ms.model.head_products import Product, head_module, head_rows, is_sharded, product
 from l3ms.model.head_proofs import as_it_was, prompt, prove, unreached
 from l3ms.model.inside_adapters import inside_adapters
 from l3ms.model.losses import shift
+from l3ms.model.proven_states import foreign, numbers, proven_state
 from l3ms.model.sharding import any_rank, check_flat
 from l3ms.model.split_heads import Linked, as_bits, exact_numbers
 
@@ -58,11 +58,13 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
     if inner.config.is_encoder_decoder:
         raise ValueError(f"fuse_head: {name} is an encoder-decoder; only causal language models can be used")
     head_module(inner)
-    state = _state(model, inner)
+    state = proven_state(model, inner)
     plain: Any = type(inner)
     fused = issubclass(plain, _FusedHead)
     # One rank's configuration may have changed (it saved the model): those that make forwards together prove together.
+    on_head = foreign(inner.get_output_embeddings())
     if not any_rank(inner, not (fused and state in inner._l3m_proven)):
+        inner._l3m_foreign = on_head
         return inner
     before = {key: value for key, value in vars(inner).items() if key.startswith("_l3m_")}
     rebound: list[tuple[dict[str, Any], str, Any]] = []
@@ -73,7 +75,7 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
             inner.__class__ = _fused_class(plain)
             inner._l3m_backend = backend
             rebound = _rebind(model, inner, plain)
-        inner._l3m_after = after
+        inner._l3m_after, inner._l3m_found, inner._l3m_foreign = after, numbers(inner), on_head
         with as_it_was(model):
             prove(model, inner, after)
     except BaseException as error:  # refused: as it was, and refused again the next time
@@ -112,24 +114,6 @@ def _inner(model: Any) -> Any:
     return inner
 
 
-def _state(model: Any, inner: Any) -> str:
-    """What a proof is about: after a change of it another is wanted."""
-    head = inner.get_output_embeddings()
-    wrappers = [type(m).__name__ for m in model.modules() if any(child is inner for child in m.children())]
-    adapters = [f"{key} {type(value).__name__}" for key, value in (getattr(model, "peft_config", None) or {}).items()]
-    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    kind = type(head).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return f"{wrappers} {adapters} {kind} {hooks} {_given_forward(inner)} {inner.config.to_json_string(use_diff=False)}"
-
-
-def _given_forward(inner: Any) -> str:
-    """Of somebody who has replaced it on this model; empty for the class's own, and for that under accelerate's autocast."""
-    given = vars(inner).get("_original_forward" if wrapped(inner) else "forward")
-    if given is None or getattr(given, "__func__", None) is type(inner).forward:
-        return ""
-    return f"{getattr(given, '__qualname__', type(given).__name__)} {id(given)}"
-
-
 def _rebind(model: nn.Module, inner: Any, plain: Any) -> list[tuple[dict[str, Any], str, Any]]:
     """Wrappers that kept `inner.forward` from before (PEFT's AdaptionPrompt, accelerate's hooks) keep the new one. -> what they had."""
     before = []
@@ -148,6 +132,8 @@ class _FusedHead:
     _l3m_backend: str | None
     _l3m_after: AfterHead
     _l3m_proven: tuple[str, ...] = ()
+    _l3m_found: dict[str, float] | None = None  # numbers of the model when `_l3m_after` was found; None: of 0.1.0
+    _l3m_foreign: str = ""  # what was on its head when it was proven
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Around the hooks of fully_shard, which cast what is called."""
@@ -164,12 +150,24 @@ class _FusedHead:
         return _unfilled, (type(self).__mro__[2],), super().__reduce_ex__(2)[2]
 
     def _after_head(self, head: nn.Module) -> AfterHead:
-        """As it was proven; found again for a head that was resized since, or read from a file of 0.1.0."""
+        """As it was proven; found again for a head that was resized since, other numbers of the model (a cap, a scale), or a file of 0.1.0.
+
+        Raises ValueError for a head with another forward or another hook than when it was proven.
+        """
         model: Any = self
-        if "_l3m_after" not in vars(model) or model._l3m_after.rows != head_rows(head):
+        if (now := foreign(head)) != model._l3m_foreign:
+            raise ValueError(
+                f"fuse_head: the head of {type(model).__name__} has another forward or hook than when it was fused ({now or 'none'}): "
+                "call fuse_head again"
+            )
+        if (
+            "_l3m_after" not in vars(model)
+            or model._l3m_after.rows != head_rows(head)
+            or model._l3m_found != numbers(model)
+        ):
             with as_it_was(model):
                 after = find_after_head(model, model, prompt(model))
-            model._l3m_after = after
+            model._l3m_after, model._l3m_found = after, numbers(model)
         return model._l3m_after
 
     def _fused_forward(

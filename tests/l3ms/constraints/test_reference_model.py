@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+import transformers
 
 import l3ms
 
@@ -112,3 +113,27 @@ def test_a_reference_that_was_given_stays(make_model, caplog):
         constraint.prepare(make_model(seed=seed))
     assert constraint.reference_model is given
     assert not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_base_that_is_trained_beside_its_adapters_is_no_reference(make_model, tokenizer, tmp_path, bias):
+    """peft trains the biases under an adapter with bias="all", and leaves them as they are where it is disabled."""
+    make_model(attention_bias=True).save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], bias=bias)
+    model = peft.get_peft_model(base, settings).eval()
+    constraint = l3ms.KL(max=5.0, reference=tmp_path)
+    constraint.prepare(model)
+    assert (constraint.reference_model is None) == (bias == "none")
+    plain = make_model(attention_bias=True).eval()
+    change(model)
+    out = l3ms.rollout(model, tokenizer, ["a b"] * 8, max_new_tokens=6)
+    right = log_likelihood(model, out) - log_likelihood(plain, out)
+    assert constraint.measure(out, model) == pytest.approx(right.tolist(), abs=1e-4)
+    if bias == "none":
+        model.get_output_embeddings().requires_grad_(True)
+        with pytest.raises(
+            ValueError, match=r"without its adapters, and .*lm_head\.weight is trained too: give reference="
+        ):
+            constraint.measure(out, model)

@@ -139,6 +139,45 @@ def test_a_forward_that_was_put_in_its_place_since(make_model, seen):
         model(**inputs, seq_weight=weights)
 
 
+def test_hooks_on_the_head_since(make_model):
+    """One that looks on is proven again; one that changes what comes out is refused, and both are by a call before that."""
+    model = l3ms.fuse_head(make_model())
+    head: Any = model.get_output_embeddings()
+    inputs, weights = batch()
+    seen = []
+    for hook, harmful in (
+        (lambda module, given, out: seen.append(out.shape), False),
+        (lambda *given: given[2].sin(), True),
+    ):
+        handle = head.register_forward_hook(hook)
+        with pytest.raises(ValueError, match="call fuse_head again"):
+            model(**inputs, seq_weight=weights)
+        if harmful:
+            with pytest.raises(ValueError, match=r"^fuse_head: "):
+                l3ms.fuse_head(model)
+        else:
+            l3ms.fuse_head(model)
+            model(**inputs, seq_weight=weights)
+        handle.remove()
+        l3ms.fuse_head(model)
+        model(**inputs, seq_weight=weights)
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("Gemma2", lambda model: setattr(model.config, "final_logit_softcapping", 1.0)),
+        ("Cohere", lambda model: setattr(model, "logit_scale", 2.0)),
+    ],
+)
+def test_a_cap_or_scale_of_now(make_model, kind, change):
+    model, plain = l3ms.fuse_head(make_model(kind)), make_model(kind)
+    for one in (model, plain):
+        change(one)
+    assert_fused_is_own(model, plain)
+
+
 def test_unwrapped_of_mixed_precision(make_model, tmp_path):
     """accelerate goes through everything that is around a forward, not through the fused one."""
     model = l3ms.fuse_head(make_model())
@@ -221,7 +260,8 @@ def test_the_model_is_as_it_was(make_model):
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in model.modules()] == before
     assert (len(model._forward_pre_hooks), len(model.get_output_embeddings()._forward_pre_hooks)) == hooks
-    assert set(vars(model)) - names == {"_l3m_backend", "_l3m_after", "_l3m_proven"}
+    ours = {"_l3m_backend", "_l3m_after", "_l3m_proven", "_l3m_found", "_l3m_foreign"}
+    assert set(vars(model)) - names == ours
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert torch.equal(model.get_output_embeddings().weight.grad, torch.ones(17, 16))

@@ -223,6 +223,12 @@ def test_a_forward_that_something_else_patched_is_kept(make_model):
 
     head.forward = counted
     inputs, weights = batch()
+    with pytest.raises(
+        ValueError, match=r"another forward or hook than when it was fused \(.*counted.*\): call fuse_head again"
+    ):
+        model(**inputs, seq_weight=weights)
+    l3ms.fuse_head(model)
+    calls.clear()
     model(**inputs, seq_weight=weights)
     assert head.forward is counted
     assert not calls
