@@ -62,7 +62,8 @@ def way_of(model: Any, tokenizer: Any, pad: int) -> Way:
         ValueError: it sees later tokens.
     """
     known = _found.setdefault(model, {})
-    state = str((model.dtype, type(model), active_adapters(model)))
+    attention = getattr(model.config, "_attn_implementation", None)
+    state = str((model.dtype, type(model), active_adapters(model), attention))
     if any_rank(model, state not in known):  # those with parts of it try it together
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():

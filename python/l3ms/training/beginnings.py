@@ -89,7 +89,8 @@ def _limit(config: Any) -> float:
 
 def _is_right(model: Any, inputs: dict[str, Any], count: int, options: dict[str, Any]) -> bool:
     known = _right.setdefault(model, {})
-    state = str((type(model), model.training, active_adapters(model), options.get("auxiliary")))
+    attention = getattr(inside_adapters(model).config, "_attn_implementation", None)
+    state = str((type(model), model.training, active_adapters(model), attention, options.get("auxiliary")))
     if state not in known:
         known[state] = _tried(model, inputs, count, options)
     return known[state]
