@@ -25,7 +25,7 @@ from l3ms.barrier import shifts
 from l3ms.barrier.importance import check_importance, counted_sums
 from l3ms.barrier.leaving_out import Foretelling
 from l3ms.barrier.rank_sums import RankSums
-from l3ms.barrier.reward_tables import Lengths, RewardTables, Values
+from l3ms.barrier.reward_tables import Lengths, RewardTables, Values, check_lengths
 from l3ms.barrier.solvers import Solver
 from l3ms.constraints.constraint import Constraint
 
@@ -140,8 +140,8 @@ class Estimates(RewardTables, Foretelling, RankSums):
                 self.dropped.copy_(dropped)
             count = len(rewards)
             lengths = None if lengths is None else torch.as_tensor(lengths)
-            if lengths is not None and lengths.shape != (count,):
-                raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+            if lengths is not None:
+                check_lengths(lengths, count)
             if importance is not None:
                 importance = check_importance(importance, count, self.device)
             if not self.leave_one_out and not (fresh and importance is None):

@@ -14,6 +14,15 @@ Values = Mapping[str, Sequence[float | None] | Tensor]
 Lengths = Tensor | Sequence[int] | None
 
 
+def check_lengths(lengths: Tensor, count: int) -> None:
+    """ValueError unless they are `count` numbers of tokens; those on a GPU, which is not waited for, need only be as many."""
+    if lengths.shape != (count,):
+        raise ValueError(f"observe: lengths must be ({count},), one per response, got {tuple(lengths.shape)}")
+    if lengths.device.type == "cpu" and not bool((lengths >= 0).all()):  # NaN is not
+        row = int((~(lengths >= 0)).nonzero()[0, 0])
+        raise ValueError(f"observe: lengths[{row}] must be a number of tokens, got {lengths[row].item()}")
+
+
 class RewardTables:
     """Of the estimates that it is a part of."""
 

@@ -25,9 +25,11 @@ def as_one(base: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> tor
 
 
 def check_base(base: Any) -> None:
-    """ValueError for what no half-step can be made with: no optimizer, no parameters, a step that needs a closure."""
+    """ValueError for what no half-step can be made with: no optimizer or ours, no parameters, a step that needs a closure or climbs."""
     if not isinstance(base, torch.optim.Optimizer):
         raise ValueError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if isinstance(base, Wrapping):
+        raise ValueError("base is an L3MOptimizer already: wrap the plain optimizer, once, with all constraints")
     if type(base).__module__.partition(".")[0] == "accelerate":
         raise ValueError(
             "base is prepared by accelerate, which would hide from the barrier when a step is due: wrap it first, "
@@ -35,6 +37,10 @@ def check_base(base: Any) -> None:
         )
     if not any(group["params"] for group in base.param_groups):
         raise ValueError("base has no parameters: is anything trainable (requires_grad)?")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError(
+            "base must minimise: with maximize=True it would climb the constraints' loss; negate the task's"
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(

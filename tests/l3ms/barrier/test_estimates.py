@@ -270,6 +270,12 @@ def test_lengths_of_the_wrong_shape_are_refused():
         make(l3ms.Constraint("r", max=1.0)).observe({"r": [1.0, 2.0]}, torch.ones(3))
 
 
+@pytest.mark.parametrize(("lengths", "found"), [([4, -3], -3), ([2.0, math.nan], "nan"), (torch.tensor([1, -1]), -1)])
+def test_lengths_that_are_no_numbers_of_tokens_are_refused(lengths, found):
+    with pytest.raises(ValueError, match=rf"^observe: lengths\[1\] must be a number of tokens, got {found}"):
+        make(l3ms.Constraint("r", max=1.0)).observe({"r": [1.0, 2.0]}, lengths)
+
+
 def test_barrier_loss_refuses_unknown_names():
     with pytest.raises(ValueError, match=r"among \['r'\], got \['q'\]"):
         make(l3ms.Constraint("r", max=1.0)).barrier_loss({"q": torch.tensor(1.0)})
@@ -320,3 +326,10 @@ def test_bad_options_are_named(options, named):
 def test_the_base_must_be_an_optimizer():
     with pytest.raises(ValueError, match=r"base must be a torch\.optim\.Optimizer, got Tensor"):
         l3ms.L3MOptimizer(torch.zeros(1), [])  # type: ignore[arg-type]
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ValueError, match="base is an L3MOptimizer already"):
+        l3ms.L3MOptimizer(l3ms.L3MOptimizer(plain, []), [])
+    climbing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1, maximize=True)
+    for base in (climbing, [plain, climbing]):
+        with pytest.raises(ValueError, match="base must minimise: with maximize=True it would climb"):
+            l3ms.L3MOptimizer(base, [])
