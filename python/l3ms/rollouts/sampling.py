@@ -78,19 +78,17 @@ def rollout(
     """
     _check_model(model)
     _check_tokenizer(model, tokenizer)
-    _check_prompts(prompts, encoded=prompt_ids is not None)
+    prompts = _listed(prompts, encoded=prompt_ids is not None)
     check_columns("rollout", columns or {}, len(prompts))
-    if not 0 < temperature < math.inf or max_new_tokens < 1:
-        raise ValueError(
-            f"rollout: temperature and max_new_tokens must be positive, got {temperature} and {max_new_tokens}"
-        )
+    temperature, max_new_tokens = _limits(temperature, max_new_tokens)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"rollout: batch_size must be at least 1, got {batch_size}")
     if prompt_ids is None:
         if chat_template:
             prompts = [as_turns(tokenizer, prompt) for prompt in prompts]
         prompt_ids = _encoded(tokenizer, prompts, columns or {})
-    prompt_ids = [_tokens(row, ids) for row, ids in enumerate(prompt_ids)]
+    vocabulary = vocabulary_of(model)
+    prompt_ids = [_tokens(row, ids, vocabulary) for row, ids in enumerate(prompt_ids)]
     check_lengths(model, prompt_ids, max_new_tokens)
     stop = {"max_new_tokens": max_new_tokens, "end": _end_tokens(model, tokenizer)}
     asked = {**stop, "temperature": temperature, "generator": torch.default_generator}
@@ -107,7 +105,6 @@ def rollout(
             )
         if update:
             engine.update(model)
-        vocabulary = vocabulary_of(model)
         responses: list[Response] = []
         size = batch_size or len(prompt_ids)
         with own_stream(model, seed, process_group):
@@ -148,17 +145,30 @@ def check_padding(where: str, model: Any, tokenizer: Any) -> None:
         )
 
 
-def _check_prompts(prompts: Any, *, encoded: bool) -> None:
-    if isinstance(prompts, (str, Mapping)):
+def _limits(temperature: Any, max_new_tokens: Any) -> tuple[float, int]:
+    given = f"got {temperature!r} and {max_new_tokens!r}"
+    try:
+        found = float(temperature), operator.index(max_new_tokens)
+    except (TypeError, ValueError):
+        raise ValueError(f"rollout: temperature must be a number and max_new_tokens a whole one, {given}") from None
+    if not 0 < found[0] < math.inf or found[1] < 1:
+        raise ValueError(f"rollout: temperature and max_new_tokens must be positive, {given}")
+    return found
+
+
+def _listed(prompts: Any, *, encoded: bool) -> list[Any]:
+    if isinstance(prompts, (str, Mapping)) or not hasattr(prompts, "__iter__"):
         raise ValueError(
             f"rollout: prompts must be a list of texts or conversations, got {prompts!r:.80}: put it into a list"
         )
+    prompts = list(prompts)  # a column of a table is a Series, or an array
     if not prompts:
         raise ValueError("rollout: prompts must not be empty")
     for row, prompt in enumerate([] if encoded else prompts):
         turns = isinstance(prompt, Sequence) and all(isinstance(turn, Mapping) for turn in prompt)
         if not isinstance(prompt, str) and not turns:
             raise ValueError(f"rollout: prompts[{row}] must be a text or a list of messages, got {prompt!r:.80}")
+    return prompts
 
 
 def vocabulary_of(model: Any) -> int:
@@ -181,7 +191,7 @@ def _encoded(tokenizer: Any, prompts: Sequence[Prompt], columns: Mapping[str, Se
     return tokens
 
 
-def _tokens(row: int, ids: Any) -> list[int]:
+def _tokens(row: int, ids: Any, vocabulary: int) -> list[int]:
     """Of a prompt; arrays and tensors are lists then."""
     try:
         tokens = [operator.index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
@@ -189,6 +199,11 @@ def _tokens(row: int, ids: Any) -> list[int]:
         raise ValueError(f"rollout: prompt_ids[{row}] must be token ids, got {ids!s:.80}") from None
     if not tokens:
         raise ValueError(f"rollout: prompts[{row}] has no tokens")
+    if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        found = next(token for token in tokens if not 0 <= token < vocabulary)
+        raise ValueError(
+            f"rollout: prompts[{row}] has the token {found}, which is not in the model's vocabulary of {vocabulary}"
+        )
     return tokens
 
 

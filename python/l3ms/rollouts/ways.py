@@ -59,7 +59,7 @@ def way_of(model: Any, tokenizer: Any, pad: int) -> Way:
     """The way for a model in eval mode, with no autocast around it. Draws nothing from the global generator.
 
     Raises:
-        ValueError: it sees later tokens.
+        ValueError: it sees later tokens, or its logits are not finite.
     """
     known = _found.setdefault(model, {})
     attention = getattr(model.config, "_attn_implementation", None)
@@ -90,8 +90,13 @@ def _chosen(model: Any, tokens: Sequence[int], pad: int) -> Way:
     apart = _seen_ahead(model, tokens, pad, exact=exact)
     if apart <= limit:
         return Way("forward", shrink=True)
+    name = type(inside_adapters(model)).__name__
+    if scored_logits(model, [tokens[: LENGTHS[1]]], pad).double().softmax(-1).isnan().any():
+        raise ValueError(
+            f"rollout: {name} has logits that are not finite on ordinary tokens: its weights are damaged, or have diverged"
+        )
     raise ValueError(
-        f"rollout: {type(inside_adapters(model)).__name__} sees later tokens: the next one has another probability where they are there "
+        f"rollout: {name} sees later tokens: the next one has another probability where they are there "
         f"({apart:.2g} apart in total variation), so no response can be sampled as it is scored; an encoder needs "
         "is_decoder=True in its configuration"
     )

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,19 +247,24 @@ def test_without_a_padding_token_eos_pads_and_is_not_scored(five_tokens, tokeniz
     assert torch.equal(out.attention_mask.sum(1), 1 + out.lengths)
 
 
+def broken(logits):
+    raise LookupError("no token")
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_model_is_restored(make_model, tokenizer, training):
+def test_the_mode_of_the_model_is_restored(make_model, tokenizer, monkeypatch, training):
     model = make_model().train(training)
     roll(model, tokenizer, ["a"], max_new_tokens=2)
     assert model.training == training
-    with pytest.raises(IndexError):
-        roll(model, tokenizer, ["a"], prompt_ids=[[99]], max_new_tokens=2)
+    monkeypatch.setattr("l3ms.rollouts.drawing.draw", broken)
+    with pytest.raises(LookupError):
+        roll(model, tokenizer, ["a"], max_new_tokens=2)
     assert model.training == training
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft, with transformers 5.23
 @pytest.mark.parametrize("adapter", [False, True])
-def test_the_models_own_settings_are_as_before(five_tokens, tokenizer, adapter):
+def test_the_models_own_settings_are_as_before(five_tokens, tokenizer, monkeypatch, adapter):
     import peft
 
     model, own = five_tokens, five_tokens.generation_config
@@ -269,8 +275,9 @@ def test_the_models_own_settings_are_as_before(five_tokens, tokenizer, adapter):
     out = roll(model, tokenizer, ["a"] * 60, max_new_tokens=3)
     assert torch.equal(out.labels, expected.labels)
     assert {0, 2, 3} & set(out.labels[:, 1].tolist())
-    with pytest.raises(IndexError):
-        roll(model, tokenizer, ["a"], prompt_ids=[[99]], max_new_tokens=2)
+    monkeypatch.setattr("l3ms.rollouts.drawing.draw", broken)
+    with pytest.raises(LookupError):
+        roll(model, tokenizer, ["a"], max_new_tokens=2)
     assert model.generation_config is five_tokens.generation_config is own
     assert own.min_p == 0.9
 
@@ -328,12 +335,35 @@ def test_a_bad_reward_names_function_and_row(responses):
         (["a", ""], {}, r"prompts\[1\] has no tokens"),
         (["a"], {"temperature": 0.0}, "temperature and max_new_tokens must be positive"),
         (["a"], {"temperature": math.nan}, "must be positive"),
+        (["a"], {"temperature": "warm"}, "temperature must be a number and max_new_tokens a whole one, got 'warm' and"),
+        (["a"], {"max_new_tokens": 2.5}, r"max_new_tokens a whole one, got 1\.0 and 2\.5"),
+        (
+            ["a"],
+            {"prompt_ids": [[3, 99]]},
+            r"prompts\[0\] has the token 99, which is not in the model's vocabulary of 17",
+        ),
+        (["a"], {"prompt_ids": [[-1]]}, r"prompts\[0\] has the token -1"),
+        (7, {}, "prompts must be a list of texts or conversations, got 7"),
         (["a"], {"max_new_tokens": 0}, "must be positive, got 1.0 and 0"),
     ],
 )
 def test_bad_arguments_are_named(make_model, tokenizer, prompts, options, named):
     with pytest.raises(ValueError, match=named):
         l3ms.rollout(make_model(), tokenizer, prompts, **options)
+
+
+def test_prompts_may_be_a_column_of_a_table_or_any_iterable(make_model, tokenizer):
+    for prompts in (np.array(["a", "b c"]), iter(["a", "b c"])):
+        assert len(l3ms.rollout(make_model(), tokenizer, prompts, max_new_tokens=2)) == 2  # type: ignore[arg-type]
+
+
+def test_a_model_whose_weights_are_damaged_is_said_to_be(make_model, tokenizer):
+    model = make_model()
+    torch.nn.init.constant_(model.get_output_embeddings().weight, math.nan)
+    with pytest.raises(
+        ValueError, match=r"^rollout: LlamaForCausalLM has logits that are not finite on ordinary tokens"
+    ):
+        l3ms.rollout(model, tokenizer, ["a"], max_new_tokens=2)
 
 
 def test_a_tokenizer_without_eos_is_refused(make_model, tokenizer):
