@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -330,11 +330,13 @@ class Length(Constraint):
 
 def check_constraints(constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
     """The constraints as a tuple; ValueError for a wrong type or a name used twice."""
-    seen: set[str] = set()
+    if isinstance(constraints, Constraint) or not isinstance(constraints, Iterable):
+        raise ValueError(f"constraints must be a list of l3ms.Constraint objects, got {type(constraints).__name__}")
+    constraints, seen = tuple(constraints), set[str]()
     for item in constraints:
         if not isinstance(item, Constraint):
             raise ValueError(f"constraints must be l3ms.Constraint objects, got {type(item).__name__}")
         if item.name in seen:
             raise ValueError(f"constraints: the name {item.name!r} is used twice; give one of them another name")
         seen.add(item.name)
-    return tuple(constraints)
+    return constraints

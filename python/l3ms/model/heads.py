@@ -52,6 +52,8 @@ def fuse_head(model: nn.Module, backend: str | None = None) -> PreTrainedModel:
         ValueError: what cannot be proven, by name: no linear output head, an unknown adapter on it, an encoder-decoder, a model that is
             not causal or does something to its logits which the fused head would leave out, a wrapper that does not pass the call on.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"fuse_head: wanted a transformers model, got {type(model).__name__}")
     check_flat(model, "fuse_head")
     inner = _inner(model)
     name = type(inner).__name__

@@ -56,6 +56,8 @@ def check_processing_class(given: Any) -> None:
 
 def check_given(options: Mapping[str, Any], solver: str) -> None:
     """What a constrained trainer of any task is given beside its arguments."""
+    if isinstance(rows := options.get("train_dataset"), Mapping):
+        raise ValueError(f"train_dataset must be one data set, got several: {', '.join(map(repr, rows))}")
     if options.get("model_init") is not None:
         raise ValueError(
             "model_init is not taken: constraints are prepared for one model; give model=, and make a trainer for each run"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +12,9 @@ from l3m_kernels import initial_state
 from l3ms.barrier.solvers import SOLVERS, AugmentedLagrangian, DualAscent, Penalty, Solver
 from l3ms.config.errors import explain
 from l3ms.config.rollout import RolloutConfig, wrong_rollout
+
+WHOLE = ("constraint_batch_size", "max_new_tokens", "rollout_reuse", "agree_every")
+NUMBERS = ("dual_rate", "penalty", "mu_end", "temperature", "average_fraction")
 
 
 @dataclass
@@ -68,6 +72,14 @@ class L3MSettings:
 
     def check(self) -> None:
         """Raises `ValueError` for a value that is wrong."""
+        for name in WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if self.solver not in (*SOLVERS, "none"):
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
         self.solver_object()
@@ -77,8 +89,8 @@ class L3MSettings:
             raise ValueError(f"mu must be auto or paper, got {self.mu!r}")
         if self.smoothing not in ("trend", "ema"):
             try:
-                self.smoothing = float(self.smoothing)  # type: ignore[assignment]
-            except ValueError:
+                self.smoothing = float("" if isinstance(self.smoothing, bool) else self.smoothing)  # type: ignore[assignment]
+            except (TypeError, ValueError):
                 raise ValueError(
                     f"smoothing must be trend, ema or a number in (0, 1], got {self.smoothing!r}"
                 ) from None
