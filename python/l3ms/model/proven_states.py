@@ -58,10 +58,10 @@ def _named(function: Any) -> str:
 
 def numbers(model: Any) -> dict[str, float]:
     """Of a model and its configuration: a cap of its logits, a scale, the weight of its router's loss are among them."""
-    text = model.config.get_text_config()
+    places = {"model": model, "config": model.config, "text": model.config.get_text_config()}
     return {
-        f"{type(place).__name__}.{name}": value
-        for place in (model, model.config, *([] if text is model.config else [text]))
-        for name, value in vars(place).items()
+        f"{place}.{name}": value
+        for place, holder in places.items()
+        for name, value in vars(holder).items()
         if type(value) in (int, float) and not name.startswith("_") and not name.endswith("token_id")
     }

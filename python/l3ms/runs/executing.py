@@ -69,8 +69,8 @@ def execute(run: Run, console: Console) -> dict[str, Any]:
     try_model(trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
     try_engine(run.engine, trainer.model, run.tokenizer, run.train.rows[0], run.config.train.temperature)
     with trackers.running(trainer), ExitStack() as until_it_ends:
-        of_first(lambda: until_it_ends.enter_context(alone_in(run.folder)))
         of_first(trackers.begin)
+        of_first(lambda: until_it_ends.enter_context(alone_in(run.folder)))
         of_first(lambda: _begin_folder(run, trackers))  # the first that is written: what can be refused has been
         same_folder(run.folder)
         samples = _train_and_sample(run, trainer, metrics, console)

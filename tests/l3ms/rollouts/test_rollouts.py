@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -323,52 +322,3 @@ def test_a_bad_reward_names_function_and_row(responses):
         l3ms.L3MOptimizer(base, constraints).observe(out.rewards(constraints))
     weights = l3ms.L3MOptimizer(base, constraints, nonfinite="drop").observe(out.rewards(constraints))
     assert weights.isfinite().all()
-
-
-# ---- refused ----
-
-
-@pytest.mark.parametrize(
-    ("prompts", "options", "named"),
-    [
-        ([], {}, "prompts must not be empty"),
-        (["a", ""], {}, r"prompts\[1\] has no tokens"),
-        (["a"], {"temperature": 0.0}, "temperature and max_new_tokens must be positive"),
-        (["a"], {"temperature": math.nan}, "must be positive"),
-        (["a"], {"temperature": "warm"}, "temperature must be a number and max_new_tokens a whole one, got 'warm' and"),
-        (["a"], {"max_new_tokens": 2.5}, r"max_new_tokens a whole one, got 1\.0 and 2\.5"),
-        (
-            ["a"],
-            {"prompt_ids": [[3, 99]]},
-            r"prompts\[0\] has the token 99, which is not in the model's vocabulary of 17",
-        ),
-        (["a"], {"prompt_ids": [[-1]]}, r"prompts\[0\] has the token -1"),
-        (7, {}, "prompts must be a list of texts or conversations, got 7"),
-        (["a"], {"max_new_tokens": 0}, "must be positive, got 1.0 and 0"),
-    ],
-)
-def test_bad_arguments_are_named(make_model, tokenizer, prompts, options, named):
-    with pytest.raises(ValueError, match=named):
-        l3ms.rollout(make_model(), tokenizer, prompts, **options)
-
-
-def test_prompts_may_be_a_column_of_a_table_or_any_iterable(make_model, tokenizer):
-    for prompts in (np.array(["a", "b c"]), iter(["a", "b c"])):
-        assert len(l3ms.rollout(make_model(), tokenizer, prompts, max_new_tokens=2)) == 2  # type: ignore[arg-type]
-
-
-def test_a_model_whose_weights_are_damaged_is_said_to_be(make_model, tokenizer):
-    model = make_model()
-    torch.nn.init.constant_(model.get_output_embeddings().weight, math.nan)
-    with pytest.raises(
-        ValueError, match=r"^rollout: LlamaForCausalLM has logits that are not finite on ordinary tokens"
-    ):
-        l3ms.rollout(model, tokenizer, ["a"], max_new_tokens=2)
-
-
-def test_a_tokenizer_without_eos_is_refused(make_model, tokenizer):
-    class Endless:
-        eos_token_id = None
-
-    with pytest.raises(ValueError, match="has no EOS token"):
-        l3ms.rollout(make_model(), Endless(), ["a"])

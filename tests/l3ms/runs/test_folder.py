@@ -1,6 +1,7 @@
 """What may be removed where a run is replaced."""
 
 import os
+import socket
 
 import pytest
 
@@ -20,20 +21,22 @@ def test_a_folder_is_of_one_process_at_a_time(tmp_path):
 
 
 def test_a_forked_process_does_not_keep_the_folder(tmp_path):
-    read, write = os.pipe()
+    here, there = socket.socketpair()
     with folder.alone_in(tmp_path):
         child = os.fork()
         if child == 0:
-            os.close(write)
-            os.read(read, 1)  # until the other end is closed
+            here.close()
+            there.send(b"begun")
+            there.recv(1)  # until the other end is closed
             os._exit(0)
+        there.close()
+        here.recv(5)
     try:
         with folder.alone_in(tmp_path):
             assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it is still there
     finally:
-        os.close(write)
+        here.close()
         os.waitpid(child, 0)
-        os.close(read)
 
 
 def test_what_no_run_has_made_is_not_overwritten(tmp_path):
