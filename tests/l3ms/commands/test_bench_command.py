@@ -164,7 +164,7 @@ def test_suites_run():
     assert done.returncode == 0, done.stdout
     for suite in ("weighted", "log_likelihood", "no_grad", "frozen", "barrier_weights"):
         assert f"test_{suite}[" in done.stdout
-    assert "not run: QuACK" in done.stdout
+    assert "\nnot run: " in done.stdout  # peers that are not installed, or do something else
 
 
 def test_a_folder_that_no_file_system_takes_is_refused_by_its_option(capsys):
