@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,21 @@ from l3ms.model.modes import evaluating
 from l3ms.model.sharding import most, reshard
 from l3ms.model.split_heads import uncast
 from l3ms.rollouts.rollout import Rollout
+
+
+def per_token(constraints: Iterable[Constraint]) -> set[str]:
+    """Names of those whose values are divided by the mean length of the responses that were measured together."""
+    return {item.name for item in constraints if getattr(item, "per_token", False)}
+
+
+def scaled(
+    rewards: Mapping[str, list[float | None]], names: Collection[str], factor: float
+) -> dict[str, list[float | None]]:
+    """`rewards`, of which those by `names` times `factor`."""
+    return {
+        name: [None if value is None else value * factor for value in values] if name in names else values
+        for name, values in rewards.items()
+    }
 
 
 class KL(Constraint):

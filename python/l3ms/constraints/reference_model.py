@@ -32,6 +32,9 @@ OWN_BASE = (
     "orthogonal",
 )  # init_lora_weights that leave the weights under the adapter alone
 
+# In names of what is an adapter's, beside its own prefix.
+PARTS = ("prompt_encoder.", "modules_to_save.", "trainable_tokens_")
+
 
 class Reference:
     """Given, or loaded or copied once; or the policy itself without its adapters, or with those that it started with. `where` names its
@@ -179,12 +182,7 @@ def _changes_nothing(model: Any) -> bool:
 
 def _base_trained(model: Any) -> str | None:
     """The name of a parameter that is trained and is no adapter's (LoRA's bias="all", a norm): without them it is not what it was."""
-    kinds = (
-        getattr(model.base_model, "prefix", "prompt_encoder."),
-        "prompt_encoder.",
-        "modules_to_save.",
-        "trainable_tokens_",
-    )
+    kinds = (getattr(model.base_model, "prefix", None) or PARTS[0], *PARTS)
     return next((name for name, _ in trained(model) if not any(kind in name for kind in kinds)), None)
 
 

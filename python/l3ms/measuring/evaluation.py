@@ -10,6 +10,7 @@ from torch import Tensor
 
 from l3ms.constraints.constraint import Constraint
 from l3ms.constraints.data_nll import DataNLL
+from l3ms.constraints.divergence import per_token, scaled
 from l3ms.model.batches import Collator, further_columns, prompt_part
 from l3ms.model.heads import fuse_head
 from l3ms.model.losses import scored_lengths, shift
@@ -240,7 +241,7 @@ def evaluate(
     if together:
         parts = gather((part, data))
         found, data = _joined([part for part, _ in parts], len(rows)), parts[0][1]
-    for name in (item.name for item in constraints if getattr(item, "per_token", False)):
+    for name in per_token(constraints):
         found.rewards[name] = ratio(found.rewards[name], found.lengths)
     summary = length_statistics(found.lengths, found.ended, [prompt_key(row) for row in rows])
     summary["perplexity"] = _perplexity(torch.tensor(found.losses, dtype=torch.float64))
@@ -260,7 +261,6 @@ def _sampled(
 ) -> _Part:
     """Responses to the prompts of `rows`, and their rewards; without the losses."""
     found = _Part([], [], [], {}, [])
-    per_token = [item.name for item in constraints if getattr(item, "per_token", False)]
     for start in _starts(model, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         responses = rollout(
@@ -280,12 +280,11 @@ def _sampled(
         found.lengths.extend(responses.lengths.tolist())
         found.ended.extend(responses.ended.tolist())
         found.completions.extend(responses.completions)
-        for name, values in responses.rewards(constraints, model, training).items():
-            # divided by the mean length of the batch: by that of all responses, below
-            factor = float(responses.lengths.double().mean()) if name in per_token else None
-            found.rewards.setdefault(name, []).extend(
-                values if factor is None else [None if value is None else value * factor for value in values]
-            )
+        # what was divided by the mean length of the batch is so by that of all responses, in `evaluate`
+        mean = float(responses.lengths.double().mean())
+        rewards = scaled(responses.rewards(constraints, model, training), per_token(constraints), mean)
+        for name, values in rewards.items():
+            found.rewards.setdefault(name, []).extend(values)
         if progress is not None:
             progress(len(found.lengths), len(rows))
     return found

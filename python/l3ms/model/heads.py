@@ -106,6 +106,9 @@ def take_over_head(copied: Any, model: Any) -> None:
     if isinstance(inner, _FusedHead):
         target.__class__ = _fused_class(type(target))
         vars(target).update({key: value for key, value in vars(inner).items() if key.startswith("_l3m_")})
+        target._l3m_foreign = foreign(
+            target.get_output_embeddings()
+        )  # copied too, and told apart by what is the copy's
 
 
 def _inner(model: Any) -> Any:
@@ -265,9 +268,8 @@ def _fused_class(cls: type) -> type:
         return self._fused_forward(own, args, labels, seq_weight, temperature, scored, auxiliary, kwargs)
 
     forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # generate() reads it
-    del (
-        forward.__wrapped__
-    )  # accelerate's unwrap_model(keep_fp32_wrapper=False) goes on to the innermost, which is another forward
+    # accelerate's unwrap_model(keep_fp32_wrapper=False) goes on to the innermost, which is another forward
+    del forward.__wrapped__
     return type(
         cls.__name__, (_FusedHead, cls), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     )

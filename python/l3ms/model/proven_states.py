@@ -9,12 +9,8 @@ from torch import nn
 
 from l3ms.model.autocasting import wrapped
 
-_KNOWN = (
-    "torch.",
-    "accelerate.",
-    "transformers.",
-    "deepspeed.",
-)  # whose hooks on a head split, bring or cast what goes through
+# Whose hooks on a head split, bring or cast what goes through.
+_KNOWN = ("torch.", "accelerate.", "transformers.", "deepspeed.")
 
 
 def proven_state(model: Any, inner: Any) -> str:
@@ -58,10 +54,11 @@ def _named(function: Any) -> str:
 
 def numbers(model: Any) -> dict[str, float]:
     """Of a model and its configuration: a cap of its logits, a scale, the weight of its router's loss are among them."""
-    places = {"model": model, "config": model.config, "text": model.config.get_text_config()}
+    text = model.config.get_text_config()
+    places = [("model", model), ("config", model.config), *([] if text is model.config else [("text", text)])]
     return {
         f"{place}.{name}": value
-        for place, holder in places.items()
+        for place, holder in places
         for name, value in vars(holder).items()
         if type(value) in (int, float) and not name.startswith("_") and not name.endswith("token_id")
     }

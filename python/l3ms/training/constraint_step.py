@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l3ms.barrier.importance import LEAST_SHARE, truncated
 from l3ms.constraints.data_nll import Batches, DataNLL
-from l3ms.constraints.divergence import KL
+from l3ms.constraints.divergence import KL, per_token, scaled
 from l3ms.model.batches import further_columns, prompt_part
 from l3ms.model.orders import PromptOrder
 from l3ms.model.random_numbers import stream, undrawn
@@ -96,7 +96,7 @@ def rewards_of(trainer: Constrained, responses: Rollout, share: float) -> dict[s
         monitors = [constraint for constraint in trainer.constraints if constraint.monitor]
         found |= responses.rewards(monitors, policy, arguments)
     found = {constraint.name: found[constraint.name] for constraint in trainer.constraints if constraint.name in found}
-    return _per_token(trainer, found, share)
+    return scaled(found, per_token(trainer.constraints), share)
 
 
 def divergences_of_now(trainer: Constrained, responses: Rollout, share: float) -> dict[str, list[float | None]]:
@@ -104,7 +104,7 @@ def divergences_of_now(trainer: Constrained, responses: Rollout, share: float) -
     bounded = [
         constraint for constraint in trainer.constraints if isinstance(constraint, KL) and not constraint.monitor
     ]
-    return _per_token(trainer, responses.rewards(bounded, trainer.policy), share)
+    return scaled(responses.rewards(bounded, trainer.policy), per_token(bounded), share)
 
 
 def of_mean_length(trainer: Constrained, lengths: Sequence[int]) -> float:
@@ -112,22 +112,11 @@ def of_mean_length(trainer: Constrained, lengths: Sequence[int]) -> float:
 
     All ranks ask before rewards are computed, whose errors they tell each other of in the next sum.
     """
-    if trainer.args.world_size == 1 or not any(isinstance(c, KL) and c.per_token for c in trainer.constraints):
+    if trainer.args.world_size == 1 or not per_token(trainer.constraints):
         return 1.0
     own = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64, device=trainer.policy.device)
     tokens, count = trainer.accelerator.reduce(own, reduction="sum").tolist()
     return sum(lengths) / len(lengths) / (tokens / count)
-
-
-def _per_token(
-    trainer: Constrained, rewards: dict[str, list[float | None]], share: float
-) -> dict[str, list[float | None]]:
-    """Those of a `KL` per token, divided by the mean length of all ranks' responses, not of this one's."""
-    names = {item.name for item in trainer.constraints if isinstance(item, KL) and item.per_token}
-    return {
-        name: [None if value is None else value * share for value in values] if name in names else values
-        for name, values in rewards.items()
-    }
 
 
 def sampling_seed(trainer: Constrained) -> int | None:

@@ -72,14 +72,10 @@ class L3MSettings:
 
     def check(self) -> None:
         """Raises `ValueError` for a value that is wrong."""
-        for name in WHOLE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-        for name in NUMBERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+        for names, kind, what in ((WHOLE, Integral, "whole number"), (NUMBERS, Real, "number")):
+            for name in names:
+                if isinstance(value := getattr(self, name), bool) or not isinstance(value, kind):
+                    raise ValueError(f"{name} must be a {what}, got {value!r}")
         if self.solver not in (*SOLVERS, "none"):
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, none, got {self.solver!r}")
         self.solver_object()
